@@ -1,0 +1,31 @@
+# make quickstart: the whole pipeline on this machine.   make test: everything that must pass.
+# Both make their own environment in $(VENV) first; all they need is Python 3.11 or 3.12 and a C++ compiler.
+
+VENV ?= .venv
+PYTHON ?= python3
+STAMP := $(VENV)/.installed
+
+# DeepSpeed compiles an op at its first start and looks for ninja on PATH
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.PHONY: quickstart test venv
+
+quickstart: $(STAMP)
+	$(VENV)/bin/python -m ted_ds.cli.main quickstart
+
+test: $(STAMP)
+	ruff format --check .
+	ruff check .
+	mypy ted_ds
+	pytest
+
+venv: $(STAMP)
+
+# torch first and pinned: an open range may pull several GB of GPU packages onto a machine without a GPU
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else \
+	  "ted_ds needs Python 3.11 or 3.12, $(PYTHON) is %d.%d: run make PYTHON=python3.12" % v)'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@

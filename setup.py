@@ -1,0 +1,42 @@
+"""Packaging of ted_ds; tested versions of everything named here are in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (HERE / "ted_ds/__init__.py").read_text(encoding="utf-8"), re.M
+)
+
+setup(
+    name="ted_ds",
+    version=VERSION[1],
+    description="Task-aware layer-wise distillation of large language models on DeepSpeed",
+    license="Apache-2.0",
+    packages=find_packages(include=["ted_ds", "ted_ds.*"]),
+    python_requires=">=3.11,<3.13",
+    install_requires=[
+        "accelerate>=1.1",  # transformers needs it to load straight into ZeRO-3 shards
+        "datasets",
+        "deepspeed>=0.19.8",  # frozen parameters beside checkpointed blocks need 0.19.4
+        "fsspec",
+        "matplotlib",
+        "ninja",  # DeepSpeed compiles an op at the first start
+        "numpy",
+        "nvidia-ml-py",  # the module pynvml
+        "protobuf",
+        "pydantic>=2",
+        "pyyaml",
+        "safetensors",
+        "sentencepiece",
+        "tensorboard",
+        "tokenizers",
+        "torch>=2.11",
+        "tqdm",
+        "transformers>=5.0",
+    ],
+    extras_require={"dev": ["mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"]},
+    entry_points={"console_scripts": ["ted-ds = ted_ds.cli.main:main"]},
+)

@@ -1,0 +1,38 @@
+"""ted_ds: task-aware layer-wise distillation (arXiv 2210.01351) of large language models on DeepSpeed.
+
+Names are imported when first used, so that `import ted_ds` costs nothing and reading a recipe needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "RunConfig": "ted_ds.config.schema",
+    "load_config": "ted_ds.config.load",
+    "dump_config": "ted_ds.config.load",
+    "trained_engine_config": "ted_ds.config.deepspeed",
+    "frozen_engine_config": "ted_ds.config.deepspeed",
+    "TedError": "ted_ds.errors",
+    "ConfigError": "ted_ds.errors",
+    "DataError": "ted_ds.errors",
+    "ModelError": "ted_ds.errors",
+    "CheckpointError": "ted_ds.errors",
+    "TrainingError": "ted_ds.errors",
+}
+"""Public name -> the module that defines it."""
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -1,0 +1,36 @@
+"""What the commands share: recipe arguments, and errors without a stack trace."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ted_ds.config.load import load_config
+from ted_ds.config.schema import RunConfig
+from ted_ds.errors import ConfigError, TedError
+
+
+def recipe_from(argv: Sequence[str], program: str) -> RunConfig:
+    """The validated recipe of `--config FILE [--section.key=value ...]`; nothing heavy is imported yet."""
+    parser = argparse.ArgumentParser(program, description="Runs a recipe.", allow_abbrev=False)
+    parser.add_argument("--config", type=Path, required=True, help="the recipe, YAML")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
+    arguments, overrides = parser.parse_known_args(argv)
+    return load_config(arguments.config, overrides)
+
+
+def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """Runs a command; a TedError becomes one line on stderr and exit code 2.
+
+    A wrong recipe is wrong on every rank, so rank 0 alone says so.
+    """
+    try:
+        return command(argv)
+    except TedError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not isinstance(error, ConfigError):
+            print(f"ted_ds: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        return 2

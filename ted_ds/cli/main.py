@@ -1,0 +1,37 @@
+"""`ted-ds COMMAND ...`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+
+from ted_ds.cli.common import guarded
+
+COMMANDS = {
+    "prepare": "text into packed blocks, ahead of a run",
+    "init-student": "Stage 0: cut the initial student from the teacher",
+    "learn-filters": "Stage I: learn the teacher's and the student's filters",
+    "distill": "all stages to the distilled student, as launchers/pretrain.sh does",
+    "evaluate": "perplexity and LAMBADA of a Hugging Face folder",
+    "report": "table and curves of finished runs",
+    "quickstart": "the whole pipeline on an embedded corpus",
+}
+STAGES = {"init-student": "student", "learn-filters": "filters", "distill": None}
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    command, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if command not in COMMANDS:
+        width = max(map(len, COMMANDS))
+        print("usage: ted-ds COMMAND ...\n", *(f"  {name:{width}}  {what}" for name, what in COMMANDS.items()), sep="\n")
+        sys.exit(0 if command in ("-h", "--help") else f"\nted-ds: unknown command {command!r}")
+    sys.exit(guarded(_command(command), argv))
+
+
+def _command(name: str) -> Callable[[Sequence[str]], int]:
+    if name in STAGES:
+        return partial(import_module("ted_ds.cli.pretrain").main, until=STAGES[name])
+    return import_module(f"ted_ds.cli.{name}").main

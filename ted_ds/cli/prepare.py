@@ -1,0 +1,38 @@
+"""`ted-ds prepare`: text into packed blocks, ahead of a run and without any model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from ted_ds.config.load import load_config, load_section
+from ted_ds.config.schema import DataConfig
+from ted_ds.errors import ConfigError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Packs what a recipe, or FILES and `--data.*` options, name; returns the exit code."""
+    parser = argparse.ArgumentParser("ted-ds prepare", description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("files", nargs="*", metavar="FILES", help="text, JSONL or Parquet files, in place of data.train")
+    parser.add_argument("--config", type=Path, help="the recipe whose data section to prepare")
+    parser.add_argument("--train-tokenizer", type=int, metavar="V", help="train a SentencePiece model of V pieces first")
+    arguments, overrides = parser.parse_known_args(argv)
+    if arguments.files:
+        overrides.append(f"--data.train={list(arguments.files)}")
+    if arguments.train_tokenizer:
+        overrides.append(f"--data.train_tokenizer={arguments.train_tokenizer}")
+    if arguments.config:
+        run = load_config(arguments.config, overrides)
+        data, folder = run.data, run.prepared_folder
+    else:
+        data = load_section(DataConfig, "data", overrides)
+        if data.prepared is None:
+            raise ConfigError("ted-ds prepare without --config needs --data.prepared=FOLDER to write to")
+        folder = data.prepared
+
+    from ted_ds.pretrain.data import prepare_data
+
+    for split, blocks in prepare_data(data, folder).items():
+        print(f"{folder / split}: {len(blocks)} blocks of {data.sequence_length} tokens")
+    return 0

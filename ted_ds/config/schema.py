@@ -1,0 +1,294 @@
+"""A recipe as a tree of frozen models: every knob with its unit, default and range.
+
+Rules within a section live in the section, rules across sections in `RunConfig`, rules about the number of
+ranks in `ted_ds.config.deepspeed`. Importing this module imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+
+Method = Literal["ce", "kd", "lwd", "ted"]
+Dtype = Literal["float32", "bfloat16"]
+Sharding = Literal["zero3", "replicated"]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+LOSS_WEIGHTS: dict[Method, tuple[float, float]] = {
+    "ce": (0.0, 0.0),
+    "kd": (1.0, 0.0),
+    "lwd": (1.0, 10.0),
+    "ted": (1.0, 10.0),
+}
+"""Method -> default (kl_alpha, mse_alpha)."""
+
+
+def _null_passes(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    return None if value is None else check(value)
+
+
+LossWeight = Annotated[float, Field(ge=0), WrapValidator(_null_passes)]
+"""A weight of the loss: null until `RunConfig` resolves it, but typed as what its readers see."""
+
+
+def _as_sequence(value: Any) -> Any:
+    return [value] if isinstance(value, str | dict) else value
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are refused, values cannot be assigned."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TeacherConfig(Section):
+    """The frozen model that is distilled from."""
+
+    model: str = Field(description="folder or hub id of a causal LM")
+    sharding: Sharding = Field(
+        default="zero3", description="zero3: one copy over all ranks; replicated: a copy a rank"
+    )
+    dtype: Dtype = "bfloat16"
+    deepspeed: Path = Field(
+        default=Path("ds_configs/teacher_zero3.json"), description="used by sharding zero3"
+    )
+    trust_remote_code: bool = False
+
+
+class InitConfig(Section):
+    """Stage 0: the student cut out of the teacher, or (`config`) made at random. A size left out is kept."""
+
+    blocks: Literal["uniform", "first", "last"] | tuple[NonNegativeInt, ...] = Field(
+        default="uniform", description="which of the teacher's blocks stay, by policy or by 0-based index"
+    )
+    num_blocks: PositiveInt | None = Field(default=None, description="number of blocks that a policy keeps")
+    hidden_size: PositiveInt | None = Field(default=None, description="width D, in channels")
+    num_heads: PositiveInt | None = Field(default=None, description="attention (query) heads a block")
+    intermediate_size: PositiveInt | None = Field(default=None, description="FFN units a block")
+    config: dict[str, Any] | None = Field(
+        default=None,
+        description="a transformers config, e.g. {model_type: llama, hidden_size: 192}, for a random start",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.config is not None:
+            others = {n: v for n, v in self if n != "config" and v != type(self).model_fields[n].default}
+            if others:
+                given = ", ".join(f"{name}: {value}" for name, value in others.items())
+                raise ValueError(
+                    f"`config` (a random start) and {given} (a cut of the teacher) exclude each other"
+                )
+            if "model_type" not in self.config:
+                raise ValueError("`config` lacks `model_type`, e.g. {model_type: llama, hidden_size: 192}")
+        if isinstance(self.blocks, tuple):
+            if not self.blocks or len(set(self.blocks)) < len(self.blocks):
+                raise ValueError(f"blocks {list(self.blocks)} must name at least one block, and none twice")
+            if self.num_blocks not in (None, len(self.blocks)):
+                raise ValueError(
+                    f"blocks {list(self.blocks)} are {len(self.blocks)}, num_blocks is {self.num_blocks}: "
+                    "remove num_blocks"
+                )
+        return self
+
+
+class StudentConfig(Section):
+    """The model that is trained: a checkpoint (`model`) or made in Stage 0 (`init`)."""
+
+    model: str | None = Field(default=None, description="folder or hub id of a causal LM")
+    init: InitConfig | None = None
+    dtype: Dtype = Field(
+        default="bfloat16", description="of forward and backward; the optimizer's copy is float32"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="recompute blocks in backward: less memory, more time"
+    )
+    dropout: Fraction | None = Field(
+        default=0.0, description="set on every dropout; null keeps the checkpoint's"
+    )
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.model is None) == (self.init is None):
+            found = "neither is" if self.model is None else "both are"
+            raise ValueError(f"exactly one of student.model and student.init must be given, {found}")
+        return self
+
+
+class FiltersConfig(Section):
+    """The filters of `ted` and where pairs lie (`lwd` uses layer_map alone; its F is the teacher's width)."""
+
+    output_dim: PositiveInt | None = Field(
+        default=None, description="filter width F, in channels; null: the teacher's width"
+    )
+    nonlinear: bool = Field(default=False, description="Linear, activation, Linear in place of one Linear")
+    layer_map: Literal["uniform", "last"] | tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = Field(
+        default="uniform", description="policy, or pairs [student block, teacher block], 0-based"
+    )
+    learning_rate: PositiveFloat = Field(default=1e-3, description="peak rate of Stage I")
+    steps: PositiveInt = Field(default=200, description="optimizer steps of Stage I, for each model")
+    token_fraction: float = Field(
+        default=1.0, gt=0, le=1, description="share of positions that a filter sees each step"
+    )
+
+
+class LossConfig(Section):
+    """loss = pred_loss + kl_alpha * kl_loss + mse_alpha * layer_loss."""
+
+    kl_alpha: LossWeight = Field(
+        default=None, validate_default=True, description="null: by method, see LOSS_WEIGHTS"
+    )
+    mse_alpha: LossWeight = Field(
+        default=None, validate_default=True, description="null: by method, see LOSS_WEIGHTS"
+    )
+    temperature: PositiveFloat = Field(
+        default=2.0, description="T of T^2 KL(softmax(z_t / T) || softmax(z_s / T))"
+    )
+    layer_loss: Literal["normalized_mse", "mse"] = Field(
+        default="normalized_mse",
+        description="MSE over the mean square of the teacher's side, or the paper's raw MSE",
+    )
+
+
+class HubDataset(Section):
+    """A data set that `datasets.load_dataset` loads."""
+
+    hub: str = Field(description="ORGANISATION/NAME")
+    name: str | None = Field(default=None, description="the data set's configuration")
+    split: str = "train"
+    streaming: bool = Field(default=False, description="read while downloading, keep nothing on disk")
+
+
+DataEntries = Annotated[tuple[str | HubDataset, ...], BeforeValidator(_as_sequence)]
+"""Paths and globs of text, JSONL and Parquet files, and hub data sets; a single one needs no list."""
+
+
+class DataConfig(Section):
+    """Documents, their tokenizer, and the packed blocks made of them."""
+
+    train: DataEntries = Field(min_length=1)
+    validation: DataEntries = Field(default=(), description="held-out documents; empty: no evaluation")
+    text_column: str = Field(default="text", description="of JSONL, Parquet and hub data")
+    tokenizer: str = Field(description="folder or hub id for AutoTokenizer, or a SentencePiece .model file")
+    sequence_length: PositiveInt = Field(default=1024, description="tokens a row (S)")
+    prepared: Path | None = Field(
+        default=None, description="folder of the packed blocks; null: OUTPUT_DIR/data"
+    )
+    processes: PositiveInt | None = Field(default=None, description="that tokenize; null: one a core")
+    train_tokenizer: PositiveInt | None = Field(
+        default=None,
+        description="vocabulary size of a SentencePiece model to train into `tokenizer` if that is not there",
+    )
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule in Stage II."""
+
+    learning_rate: PositiveFloat = Field(default=5e-4, description="peak rate")
+    weight_decay: NonNegativeFloat = Field(
+        default=0.1, description="of matrices; norms and biases do not decay"
+    )
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    epsilon: PositiveFloat = 1e-8
+    warmup_steps: NonNegativeInt = Field(default=100, description="optimizer steps of linear warm-up")
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="rate after the last step, as a share of the peak"
+    )
+    gradient_clipping: NonNegativeFloat = Field(
+        default=1.0, description="largest global gradient norm; 0: no clipping"
+    )
+
+
+class TrainConfig(Section):
+    """How long, how much a step, how often to look and to save."""
+
+    steps: PositiveInt = Field(default=1000, description="optimizer steps")
+    global_batch_size: PositiveInt = Field(default=64, description="rows a step over all ranks")
+    micro_batch_size: PositiveInt = Field(default=4, description="rows per rank per forward")
+    evaluate_every: NonNegativeInt = Field(default=200, description="steps; 0: only at the end")
+    save_every: NonNegativeInt = Field(default=200, description="steps; 0: only at the end")
+    keep_checkpoints: PositiveInt = Field(default=2, description="older ones are deleted")
+
+
+class LoggingConfig(Section):
+    """metrics.jsonl, the progress bar, TensorBoard."""
+
+    every: PositiveInt = Field(default=10, description="steps a logged line")
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    """A whole recipe. `loss.kl_alpha` and `loss.mse_alpha` always hold numbers here, resolved by `method`."""
+
+    task: Literal["causal-lm"] = "causal-lm"
+    method: Method = "ted"
+    output_dir: Path
+    seed: NonNegativeInt = 0
+    deepspeed: Path = Field(
+        default=Path("ds_configs/zero3.json"), description="of the student's engine and Stage I's"
+    )
+    teacher: TeacherConfig | None = None
+    student: StudentConfig
+    filters: FiltersConfig = FiltersConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _teacher_is_there(self) -> Self:
+        if self.teacher is not None:
+            return self
+        if self.method != "ce":
+            raise ValueError(
+                f"method: {self.method} needs a teacher: give teacher.model, or choose method: ce"
+            )
+        if self.student.init is not None and self.student.init.config is None:
+            raise ValueError(
+                "student.init cuts the student out of a teacher: give teacher.model, "
+                "or student.init.config for a random start"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _resolve_loss(self) -> Self:
+        weights = dict(zip(("kl_alpha", "mse_alpha"), LOSS_WEIGHTS[self.method], strict=True))
+        for name, default in weights.items():
+            given = getattr(self.loss, name)
+            if given and not default:
+                fitting = [m for m, alphas in LOSS_WEIGHTS.items() if alphas[name == "mse_alpha"]]
+                raise ValueError(
+                    f"method: {self.method} has no such term, but loss.{name} is {given:g}: "
+                    f"remove loss.{name}, or choose method: {' or '.join(fitting)}"
+                )
+            weights[name] = default if given is None else given
+        # pydantic refuses assignment to a frozen model, also by its own validators
+        object.__setattr__(self, "loss", self.loss.model_copy(update=weights))
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of an optimizer step over all ranks."""
+        return self.train.global_batch_size * self.data.sequence_length
+
+    @property
+    def prepared_folder(self) -> Path:
+        """Where the packed blocks are, or will be."""
+        return self.data.prepared or self.output_dir / "data"

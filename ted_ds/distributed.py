@@ -1,0 +1,118 @@
+"""Ranks, reductions and rank-0 logging: the only owner of the process group."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ted_ds.errors import TedError
+
+T = TypeVar("T")
+
+logger = logging.getLogger("ted_ds")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: its rank, its rank on its node, the number of ranks, its device."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and talks."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum of `values` over all ranks, on every rank; a collective."""
+        total = values.to(self.device, copy=True)
+        torch.distributed.all_reduce(total)
+        return total
+
+    def min(self, values: torch.Tensor) -> torch.Tensor:
+        """The elementwise minimum over all ranks, on every rank; a collective."""
+        least = values.to(self.device, copy=True)
+        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+        return least
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Rank 0's result (small, picklable) of `work` on every rank, or its TedError; a collective.
+
+        The other ranks wait for no longer than the process group's timeout (DEEPSPEED_TIMEOUT, minutes).
+        """
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = work()
+            except TedError as error:
+                outcome[1] = error
+        torch.distributed.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def barrier(self) -> None:
+        """Waits for every rank; a collective."""
+        torch.distributed.barrier()
+
+
+def init_world() -> World:
+    """Joins the process group that the launcher described, or makes a group of one without a launcher.
+
+    The accelerator and its back end (NCCL on CUDA, gloo on CPU) are DeepSpeed's choice. The interpreter's
+    own folder goes on PATH because DeepSpeed compiles an op at the first start and looks for ninja there.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    if "RANK" not in os.environ:
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+    accelerator = get_accelerator()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    accelerator.set_device(local_rank)
+    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    device = torch.device(accelerator.current_device_name())
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    _quiet_other_ranks(rank)
+    return World(rank, local_rank, size, device)
+
+
+def shut_down() -> None:
+    """Leaves the process group; ranks that leave at different times would log errors otherwise."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    """The same seed on every rank: parameters that are created, not loaded, must be equal everywhere."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _quiet_other_ranks(rank: int) -> None:
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[ted_ds] %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO if rank == 0 else logging.ERROR)

@@ -1,0 +1,1 @@
+"""The engines: loading into shards, the frozen model's host, the trained module's engine."""

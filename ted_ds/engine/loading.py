@@ -1,0 +1,140 @@
+"""Models and filters straight into the place where they will live: one device, or ZeRO-3's shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.integrations import HfDeepSpeedConfig
+
+from ted_ds.errors import CheckpointError, ModelError
+from ted_ds.models.structure import ModelStructure, find_structure, set_dropout
+from ted_ds.ops import Head
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def is_sharded(deepspeed_config: dict[str, Any] | None) -> bool:
+    """True where this DeepSpeed configuration shards parameters (ZeRO-3)."""
+    return bool(deepspeed_config) and deepspeed_config["zero_optimization"]["stage"] == 3
+
+
+def load_causal_lm(
+    name_or_path: str,
+    *,
+    dtype: str,
+    deepspeed_config: dict[str, Any] | None = None,
+    dropout: float | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """A Hugging Face causal LM; under ZeRO-3 (by `deepspeed_config`) each weight is cut as it is read.
+
+    Only rank 0 reads the weights then (memory-mapped), and only its page cache ever sees a whole model.
+    dropout: set on every dropout of the model; None keeps the checkpoint's.
+    Raises ModelError where the model cannot be loaded.
+    """
+    # transformers shards in from_pretrained while this object lives
+    sharding = HfDeepSpeedConfig(deepspeed_config) if is_sharded(deepspeed_config) else None
+    config = _load_config(name_or_path, trust_remote_code)
+    if dropout is not None:
+        set_dropout(config, dropout)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name_or_path, config=config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {name_or_path!r} could not be loaded: {str(error).splitlines()[0]}") from error
+    finally:
+        del sharding
+
+
+def meta_structure(name_or_path: str, *, trust_remote_code: bool = False) -> ModelStructure:
+    """The structure of a model from its config alone, without weights (on the meta device)."""
+    config = _load_config(name_or_path, trust_remote_code)
+    with torch.device("meta"):
+        return find_structure(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+
+
+def sharded_init(deepspeed_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
+    """A context in which new modules are born sharded where the configuration shards parameters."""
+    if is_sharded(deepspeed_config):
+        return deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
+    return nullcontext()
+
+
+def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
+    """The parameters whole inside the context, on every rank; rank 0's changes are kept where `write`."""
+    sharded = [p for p in parameters if hasattr(p, "ds_id")]
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None, enabled=bool(sharded))
+
+
+def whole_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each parameter of `module` by name, whole, on the CPU, gathered one at a time; a collective."""
+    for name, parameter in module.named_parameters():
+        with gathered([parameter]):
+            yield name, parameter.detach().cpu().clone()
+
+
+def save_tensors(module: nn.Module, path: Path, *, is_main: bool) -> None:
+    """Writes `module`'s parameters as safetensors from rank 0; a collective."""
+    tensors = {name: tensor for name, tensor in whole_tensors(module) if is_main}
+    if is_main:
+        save_file(tensors, path)
+
+
+def load_tensors(module: nn.Module, path: Path, *, is_main: bool) -> None:
+    """Fills `module`'s parameters from safetensors, one at a time; a collective.
+
+    Raises CheckpointError where names or shapes differ.
+    """
+    with safe_open(path, framework="pt") as stored:
+        own = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
+        there = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+        if own != there:
+            differing = sorted(n for n in own.keys() | there.keys() if own.get(n) != there.get(n))
+            raise CheckpointError(f"{path} does not fit: {differing[0]} is {there.get(differing[0])}, "
+                                  f"expected {own.get(differing[0])}; delete its folder to learn it anew")
+        for name, parameter in module.named_parameters():
+            with gathered([parameter], write=True), torch.no_grad():
+                if is_main or not hasattr(parameter, "ds_id"):
+                    parameter.copy_(stored.get_tensor(name))
+
+
+def resident_readout(model: nn.Module, device: torch.device) -> tuple[nn.Module, Head]:
+    """The final norm and the LM head of a frozen model, whole on this rank; a collective.
+
+    The norm is a module of its own, without ZeRO-3's hooks, made from the model's config. Weights are
+    copied only where they are sharded.
+    """
+    structure = find_structure(model)
+    with torch.device("meta"):
+        blank = AutoModelForCausalLM.from_config(model.config)
+    norm = find_structure(blank).final_norm
+    head = structure.lm_head
+    owned = [p for p in (*structure.final_norm.parameters(), *head.parameters())]
+    with gathered(owned):
+        state = {name: _resident(p, device) for name, p in structure.final_norm.named_parameters()}
+        weight, bias = (None if p is None else _resident(p, device) for p in (head.weight, head.bias))
+    norm.load_state_dict(state, assign=True)
+    assert weight is not None
+    return norm.requires_grad_(False), Head(weight, bias, softcap=structure.logit_softcap, scale=structure.logit_scale)
+
+
+def _load_config(name_or_path: str, trust_remote_code: bool) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {name_or_path!r} could not be found: {str(error).splitlines()[0]}") from error
+
+
+def _resident(parameter: nn.Parameter, device: torch.device) -> torch.Tensor:
+    whole = parameter.detach().to(device)
+    return whole.clone() if hasattr(parameter, "ds_id") else whole

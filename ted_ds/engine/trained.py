@@ -1,0 +1,33 @@
+"""The engine of whatever is trained: the student with its filters, or Stage I's filters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def build_trained_engine(
+    module: nn.Module, *, deepspeed_config: dict[str, Any], schedule: Callable[[int], float]
+) -> deepspeed.DeepSpeedEngine:
+    """`module` in a DeepSpeed engine with AdamW, its state sharded as `deepspeed_config` says.
+
+    schedule: step -> multiplier of the learning rate. Matrices decay, vectors (norms, biases) do not.
+    The optimizer itself is DeepSpeed's choice (fused on CUDA, CPUAdam when offloaded).
+    """
+    matrices, vectors = [], []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (matrices if len(shape) > 1 else vectors).append(parameter)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=[group for group in groups if group["params"]],
+        config=deepspeed_config,
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
+    )
+    return engine

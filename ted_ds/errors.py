@@ -1,0 +1,28 @@
+"""The errors a user of ted_ds can cause: each message says what, where, and what to do.
+
+The command line prints them without a stack trace; everything else is a bug and keeps its trace.
+"""
+
+
+class TedError(Exception):
+    """Base of every error that names a mistake of the user's and its remedy."""
+
+
+class ConfigError(TedError):
+    """A recipe, an override or a DeepSpeed file is wrong or contradicts another."""
+
+
+class DataError(TedError):
+    """A data file, a tokenizer or prepared data is missing, unreadable or does not fit."""
+
+
+class ModelError(TedError):
+    """A model has a structure, width, depth or vocabulary that the request does not fit."""
+
+
+class CheckpointError(TedError):
+    """A checkpoint or a finished stage's folder is torn, or belongs to another run."""
+
+
+class TrainingError(TedError):
+    """Training cannot go on, e.g. a loss is not finite."""

@@ -1,0 +1,74 @@
+"""Filters: the maps that carry a hidden state into the space where teacher and student are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.activations import ACT2FN
+
+from ted_ds.ops import linear_squared_error
+
+
+class Filter(nn.Module):
+    """f: [.., D] -> [.., F], `W h + b`, or `W act(W_inner h + b_inner) + b` (arXiv 2210.01351, section 3).
+
+    The filter owns its tensors itself, without submodules, so that ZeRO-3 gathers all of them when the
+    filter is called, whatever it computes. A linear filter with F = D starts at identity: a student cut
+    from its teacher shares its basis, and a random start would throw that away.
+    """
+
+    def __init__(self, width: int, output_dim: int, *, nonlinear: bool = False, activation: str = "gelu") -> None:
+        super().__init__()
+        self.width, self.output_dim, self.nonlinear = width, output_dim, nonlinear
+        outer = nn.Linear(width, output_dim)
+        if output_dim == width and not nonlinear:
+            nn.init.eye_(outer.weight)
+            nn.init.zeros_(outer.bias)
+        self.weight, self.bias = outer.weight, outer.bias
+        if nonlinear:
+            inner = nn.Linear(width, width)
+            self.inner_weight, self.inner_bias = inner.weight, inner.bias
+        self.activation = ACT2FN[activation]
+
+    def states(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *inner: torch.Tensor) -> torch.Tensor:
+        """The filtered states [.., F] of `hidden` [.., D] under the given tensors (Stage I's gradients need it)."""
+        return functional.linear(self._features(hidden, *inner), weight, bias)
+
+    def forward(
+        self, hidden: torch.Tensor, target: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Filtered states [.., F]; with a target [.., F], the scalar sum of squared errors against it.
+
+        hidden: [.., D]; mask: [..], nonzero where a token counts. The sum is float32 (float64 for
+        float64 input) and holds one [.., F] residual for its backward, neither the filtered states
+        nor the target.
+        """
+        hidden = hidden.to(self.weight.dtype)
+        features = self._features(hidden, *((self.inner_weight, self.inner_bias) if self.nonlinear else ()))
+        if target is None:
+            return functional.linear(features, self.weight, self.bias)
+        return linear_squared_error(features, self.weight, self.bias, target.to(features.dtype), mask)
+
+    def _features(self, hidden: torch.Tensor, *inner: torch.Tensor) -> torch.Tensor:
+        return self.activation(functional.linear(hidden, *inner)) if inner else hidden
+
+
+@dataclass(frozen=True)
+class FilterPlan:
+    """K filters of one shape, for the blocks `blocks` of a model of width `width`."""
+
+    blocks: tuple[int, ...]
+    width: int
+    output_dim: int
+    nonlinear: bool = False
+    activation: str = "gelu"
+
+    def build(self) -> nn.ModuleList:
+        """K fresh filters, in the order of `blocks`."""
+        return nn.ModuleList(
+            Filter(self.width, self.output_dim, nonlinear=self.nonlinear, activation=self.activation)
+            for _ in self.blocks
+        )

@@ -1,0 +1,94 @@
+"""The whole job: `pretrain` runs the stages in order and skips what is complete."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ted_ds.config.load import dump_config
+from ted_ds.config.schema import RunConfig
+from ted_ds.distributed import World, logger
+from ted_ds.errors import ConfigError
+from ted_ds.pretrain.data import open_data
+from ted_ds.pretrain.distill import distill
+from ted_ds.pretrain.filters import learn_filters, plan_pairs
+from ted_ds.pretrain.models import ensure_student
+
+MAY_CHANGE = ("output_dir", "deepspeed", "logging", "environment")
+"""Parts of a recipe that another start on the same folder may change; train and data: see `_settled`."""
+
+
+def pretrain(run: RunConfig, world: World, until: str | None = None) -> dict[str, Any] | None:
+    """Runs a recipe on its output folder, continuing what is there; returns summary.json; a collective.
+
+    until: stop after Stage 0 ("student") or Stage I ("filters"), and return None.
+
+    Raises a TedError, on every rank, where recipe, data or models are wrong.
+    """
+    world.on_main(lambda: _claim(run))
+    summary = world.on_main(lambda: _finished(run))
+    if summary is not None:
+        logger.info("%s is complete (%d steps); nothing to do", run.output_dir, summary["steps"])
+        return summary
+    data = open_data(run, world)
+    student = ensure_student(run, data.tokenizer, world)
+    if until == "student":
+        return None
+    plan = plan_pairs(run, student)
+    filters = learn_filters(run, world, data, plan, student) if plan else {}
+    if until == "filters":
+        return None
+    return distill(run, world, data, plan, filters, student)
+
+
+def _claim(run: RunConfig) -> None:
+    """Writes config.yaml, or checks it where the folder has one: one folder, one run."""
+    path = run.output_dir / "config.yaml"
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        before = _settled(yaml.safe_load(path.read_text(encoding="utf-8")))
+        now = _settled(run.model_dump(mode="json"))
+        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if changed:
+            key = changed[0]
+            raise ConfigError(
+                f"{run.output_dir} holds a run with {key}: {before.get(key)}, this recipe says {now.get(key)}: "
+                "give another output_dir, or delete that folder"
+            )
+    dump_config(run, path, {**_versions(), "commit": _commit()})
+
+
+def _settled(config: dict[str, Any]) -> dict[str, Any]:
+    """The dotted keys that decide a run's losses, with their values; how long and how often may change."""
+    flat: dict[str, Any] = {}
+    for section, value in config.items():
+        if section not in MAY_CHANGE:
+            flat |= {f"{section}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {section: value}
+    free = ("train.steps", "train.evaluate_every", "train.save_every", "train.keep_checkpoints", "data.processes")
+    return {key: value for key, value in flat.items() if key not in free and not key.endswith(".deepspeed")}
+
+
+def _finished(run: RunConfig) -> dict[str, Any] | None:
+    path = run.output_dir / "summary.json"
+    if not path.exists() or not (run.output_dir / "student").exists():
+        return None
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return summary if summary["steps"] >= run.train.steps else None
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "deepspeed", "transformers")}
+
+
+def _commit() -> str | None:
+    """The git commit of the code that runs; None outside a checkout."""
+    call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

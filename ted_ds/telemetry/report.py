@@ -1,0 +1,65 @@
+"""Finished runs side by side: a table and their curves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ted_ds.errors import DataError
+from ted_ds.telemetry.recorder import read_metrics
+
+COLUMNS = ("run", "method", "steps", "tokens", "perplexity", "loss", "seconds", "peak GiB")
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """A run's summary.json; DataError where the run is not finished."""
+    path = folder / "summary.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}): finish the run in {folder} first") from error
+
+
+def summary_table(folders: Sequence[Path]) -> str:
+    """One line a run, plus one for the initial student wherever runs started from the same perplexity."""
+    rows: list[tuple[str, ...]] = [COLUMNS]
+    initial: set[str] = set()
+    for folder in folders:
+        summary = read_summary(folder)
+        if "initial_validation_perplexity" in summary and summary["method"] != "ce":
+            initial.add(f"{summary['initial_validation_perplexity']:.2f}")
+        rows.append(
+            (
+                folder.name,
+                summary["method"],
+                str(summary["steps"]),
+                f"{summary['tokens']:,}",
+                f"{summary['validation_perplexity']:.2f}" if "validation_perplexity" in summary else "-",
+                f"{summary['final_loss']:.3f}",
+                f"{summary['wall_seconds']:.0f}",
+                f"{summary['peak_memory_gib']:.2f}",
+            )
+        )
+    rows[1:1] = [("initial student", "-", "0", "0", value, "-", "-", "-") for value in sorted(initial)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    return "\n".join("  ".join(cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def plot_curves(folders: Sequence[Path], path: Path) -> None:
+    """Held-out perplexity and each loss term over steps, one line a run, as a PNG."""
+    from matplotlib.figure import Figure
+
+    panels = ("validation_perplexity", "pred_loss", "kl_loss", "layer_loss")
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    for axes, name in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for folder in folders:
+            points = [(line["step"], line[name]) for line in read_metrics(folder) if line.get(name)]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="." if name == panels[0] else None, label=folder.name)
+        axes.set(title=name, xlabel="step", yscale="log" if name == panels[0] else "linear")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+    figure.savefig(path, dpi=110)

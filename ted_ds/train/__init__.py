@@ -1,0 +1,1 @@
+"""The loop that both stages share, its schedule, its records and its checkpoints."""

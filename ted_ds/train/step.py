@@ -1,0 +1,36 @@
+"""One optimizer step, the same for both stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ted_ds.batch import Batch
+from ted_ds.distributed import World
+
+
+def global_counts(batches: Sequence[Batch], world: World) -> torch.Tensor:
+    """[2] predicted targets and real tokens of the global batch, on the device; a collective."""
+    return world.sum(torch.stack([batch.counts() for batch in batches]).sum(0))
+
+
+def train_step(engine: Any, batches: Sequence[Batch], world: World, **inputs: Any) -> torch.Tensor:
+    """One optimizer step over this rank's micro-batches; returns this rank's share of the terms, on the device.
+
+    Each term is a sum over a count of the *global* batch, so a step does not depend on how rows were split
+    into ranks and micro-batches; added over ranks the terms are the global batch's losses.
+
+    engine: a DeepSpeed engine whose module returns (loss, terms) for `batch`, `counts` and `inputs`.
+    """
+    counts = global_counts(batches, world)
+    total: torch.Tensor | float = 0.0
+    for batch in batches:
+        loss, terms = engine(batch=batch.to(world.device), counts=counts, **inputs)
+        # DeepSpeed averages over ranks and, unless told, micro-batches; our terms are global means already
+        engine.backward(loss * world.size, scale_wrt_gas=False)
+        engine.step()
+        total = total + terms
+    assert isinstance(total, torch.Tensor)
+    return total

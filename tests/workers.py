@@ -1,0 +1,71 @@
+"""Gloo process groups that live as long as the test session: starting one costs seconds, a call does not."""
+
+from __future__ import annotations
+
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 240
+
+
+def _serve(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    import torch
+
+    from ted_ds.distributed import init_world
+
+    torch.set_num_threads(1)
+    world = init_world()
+    while (task := tasks.get()) is not None:
+        call, args = task
+        try:
+            results.put((rank, call(world, *args), None))
+        except Exception:
+            results.put((rank, None, traceback.format_exc()))
+
+
+class Workers:
+    """`size` ranks; `run(call, *args)` gives `[call(world, *args) of rank 0, 1, ...]`.
+
+    `call` is a module-level function. A rank that raises fails the test with its own traceback.
+    """
+
+    def __init__(self, size: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        context = mp.get_context("spawn")
+        self._tasks = [context.Queue() for _ in range(size)]
+        self._results = context.Queue()
+        self._processes = [
+            context.Process(target=_serve, args=(rank, size, port, self._tasks[rank], self._results), daemon=True)
+            for rank in range(size)
+        ]
+        for process in self._processes:
+            process.start()
+
+    def run(self, call: Callable[..., Any], *args: Any) -> list[Any]:
+        for tasks in self._tasks:
+            tasks.put((call, args))
+        answers: dict[int, Any] = {}
+        for _ in self._processes:
+            rank, value, trace = self._results.get(timeout=TIMEOUT_S)
+            if trace is not None:
+                raise AssertionError(f"rank {rank}:\n{trace}")
+            answers[rank] = value
+        return [answers[rank] for rank in sorted(answers)]
+
+    def close(self) -> None:
+        for tasks in self._tasks:
+            tasks.put(None)
+        for process in self._processes:
+            process.join(timeout=20)
+            if process.is_alive():
+                process.kill()
