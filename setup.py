@@ -35,7 +35,7 @@ setup(
         "tokenizers",
         "torch>=2.11",
         "tqdm",
-        "transformers>=5.0",
+        "transformers>=5.0,<6",
     ],
     extras_require={"dev": ["mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"]},
     entry_points={"console_scripts": ["ted-ds = ted_ds.cli.main:main"]},

@@ -7,12 +7,15 @@ import os
 import random
 import socket
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from datasets.utils import logging as datasets_logging
+from transformers.utils import logging as transformers_logging
 
 from ted_ds.errors import TedError
 
@@ -87,7 +90,7 @@ def init_world() -> World:
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     device = torch.device(accelerator.current_device_name())
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    _quiet_other_ranks(rank)
+    _quiet(rank)
     return World(rank, local_rank, size, device)
 
 
@@ -109,8 +112,13 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _quiet_other_ranks(rank: int) -> None:
+def _quiet(rank: int) -> None:
+    """Rank 0 speaks; DeepSpeed's progress, and torch's remarks on the collectives that it calls, do not."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+    for library in (transformers_logging, datasets_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("[ted_ds] %(message)s"))

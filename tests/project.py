@@ -51,7 +51,13 @@ def recipe(project: Path, output: str, **changes: Any) -> dict[str, Any]:
             "processes": 1,
         },
         "optimizer": {"learning_rate": 0.01, "warmup_steps": 2},
-        "train": {"steps": 10, "global_batch_size": 4, "micro_batch_size": 1, "evaluate_every": 5, "save_every": 5},
+        "train": {
+            "steps": 10,
+            "global_batch_size": 4,
+            "micro_batch_size": 1,
+            "evaluate_every": 5,
+            "save_every": 5,
+        },
         "logging": {"every": 1, "tensorboard": False},
     }
     for dotted, value in changes.items():

@@ -15,7 +15,11 @@ TIMEOUT_S = 240
 
 def _serve(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     import torch
 
@@ -45,7 +49,9 @@ class Workers:
         self._tasks = [context.Queue() for _ in range(size)]
         self._results = context.Queue()
         self._processes = [
-            context.Process(target=_serve, args=(rank, size, port, self._tasks[rank], self._results), daemon=True)
+            context.Process(
+                target=_serve, args=(rank, size, port, self._tasks[rank], self._results), daemon=True
+            )
             for rank in range(size)
         ]
         for process in self._processes:

@@ -58,7 +58,9 @@ def load_checkpoint(engine: Any, folder: Path, *, model: str, world: World) -> i
     try:
         card = Card(**json.loads((path / CARD).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(f"checkpoint {path} is torn ({error}); name an older one in {folder / 'latest'}") from error
+        raise CheckpointError(
+            f"checkpoint {path} is torn ({error}); name an older one in {folder / 'latest'}"
+        ) from error
     if card.model != model:
         raise CheckpointError(
             f"checkpoint {path} is of another model or other filters (fingerprint {card.model}, this run's {model}); "
@@ -72,7 +74,9 @@ def load_checkpoint(engine: Any, folder: Path, *, model: str, world: World) -> i
     try:
         loaded, _ = engine.load_checkpoint(str(folder), tag=path.name)
     except Exception as error:  # whatever a torn archive makes torch or DeepSpeed raise
-        raise CheckpointError(f"checkpoint {path} cannot be read ({error}); name an older one in {folder / 'latest'}") from error
+        raise CheckpointError(
+            f"checkpoint {path} cannot be read ({error}); name an older one in {folder / 'latest'}"
+        ) from error
     if loaded is None:
         raise CheckpointError(f"checkpoint {path} is torn; name an older one in {folder / 'latest'}")
     return card.step

@@ -14,7 +14,9 @@ def main(argv: Sequence[str]) -> int:
     """Scores a causal LM in one process, prints JSON; returns the exit code."""
     parser = argparse.ArgumentParser("ted-ds evaluate", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("model", help="a Hugging Face folder or hub id")
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILES", help="held-out text, JSONL or Parquet")
+    parser.add_argument(
+        "--data", nargs="+", default=[], metavar="FILES", help="held-out text, JSONL or Parquet"
+    )
     parser.add_argument("--lambada", metavar="FILE", help="LAMBADA as JSONL with `text`")
     parser.add_argument("--tokenizer", help="where the model's folder has none")
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens a block (default 1024)")

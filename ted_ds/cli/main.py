@@ -26,7 +26,11 @@ def main() -> None:
     command, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
     if command not in COMMANDS:
         width = max(map(len, COMMANDS))
-        print("usage: ted-ds COMMAND ...\n", *(f"  {name:{width}}  {what}" for name, what in COMMANDS.items()), sep="\n")
+        print(
+            "usage: ted-ds COMMAND ...\n",
+            *(f"  {name:{width}}  {what}" for name, what in COMMANDS.items()),
+            sep="\n",
+        )
         sys.exit(0 if command in ("-h", "--help") else f"\nted-ds: unknown command {command!r}")
     sys.exit(guarded(_command(command), argv))
 
@@ -35,3 +39,7 @@ def _command(name: str) -> Callable[[Sequence[str]], int]:
     if name in STAGES:
         return partial(import_module("ted_ds.cli.pretrain").main, until=STAGES[name])
     return import_module(f"ted_ds.cli.{name}").main
+
+
+if __name__ == "__main__":
+    main()

@@ -14,9 +14,13 @@ from ted_ds.errors import ConfigError
 def main(argv: Sequence[str]) -> int:
     """Packs what a recipe, or FILES and `--data.*` options, name; returns the exit code."""
     parser = argparse.ArgumentParser("ted-ds prepare", description=main.__doc__, allow_abbrev=False)
-    parser.add_argument("files", nargs="*", metavar="FILES", help="text, JSONL or Parquet files, in place of data.train")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILES", help="text, JSONL or Parquet files, in place of data.train"
+    )
     parser.add_argument("--config", type=Path, help="the recipe whose data section to prepare")
-    parser.add_argument("--train-tokenizer", type=int, metavar="V", help="train a SentencePiece model of V pieces first")
+    parser.add_argument(
+        "--train-tokenizer", type=int, metavar="V", help="train a SentencePiece model of V pieces first"
+    )
     arguments, overrides = parser.parse_known_args(argv)
     if arguments.files:
         overrides.append(f"--data.train={list(arguments.files)}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -218,6 +217,4 @@ def _valid_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
     """An annotation's leaves: `A | tuple[B | None, ...]` -> (A, B, None)."""
     inner = get_args(annotation)
-    if not inner or isinstance(annotation, types.NoneType):
-        return (annotation,)
-    return tuple(leaf for part in inner for leaf in _alternatives(part))
+    return tuple(leaf for part in inner for leaf in _alternatives(part)) if inner else (annotation,)

@@ -76,6 +76,7 @@ class HiddenStateCollector:
     ) -> None:
         self.layer_map = layer_map
         self._reduce: Reduce | None = None
+        self._training = False
         self._waiting: dict[int, torch.Tensor] = {}
         self._reduced: dict[int, torch.Tensor] = {}
         self._student_tap = BlockTap([student_blocks[s] for s, _ in layer_map], self._record)
@@ -84,7 +85,7 @@ class HiddenStateCollector:
     @contextmanager
     def student_pass(self) -> Iterator[None]:
         """Records H_s[k] of the student's forward inside the context."""
-        self._waiting = {}
+        self._waiting, self._training = {}, torch.is_grad_enabled()
         with self._student_tap.armed():
             yield
         self._check(self._waiting, 0, "student")
@@ -111,7 +112,7 @@ class HiddenStateCollector:
         self._teacher_tap.remove()
 
     def _record(self, pair: int, hidden: torch.Tensor) -> None:
-        if torch.is_grad_enabled() and not hidden.requires_grad:
+        if self._training and not hidden.requires_grad:
             raise self._no_gradient(pair)
         self._waiting[pair] = hidden
 
@@ -128,6 +129,6 @@ class HiddenStateCollector:
     def _no_gradient(self, pair: int) -> ModelError:
         return ModelError(
             f"the hidden state of student block {self.layer_map[pair][0]} carries no gradient: reentrant activation "
-            "checkpointing runs blocks under no_grad and would silently lose the layer loss; use "
-            "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+            "checkpointing runs blocks under no_grad and would silently lose the layer loss; checkpoint with "
+            "use_reentrant=False"
         )

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from ted_ds.batch import Batch
 from ted_ds.distill.frozen import FrozenModel
-from ted_ds.models.filters import Filter
+from ted_ds.models.filters import Filter, fresh_linear
 from ted_ds.ops import Head, eager_gradients, linear_cross_entropy_kl
 
 Readout = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -35,8 +35,7 @@ class FilterProbe(nn.Module):
             self.register_parameter(f"filter_{name}", parameter)
         self._num_filter = len(list(filter_.parameters()))
         if filter_.output_dim != filter_.width:
-            up = nn.Linear(filter_.output_dim, filter_.width)
-            self.up_weight, self.up_bias = up.weight, up.bias
+            self.up_weight, self.up_bias = fresh_linear(filter_.output_dim, filter_.width)
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor, *, readout: Readout) -> torch.Tensor:
         """The task loss of this filter's head, its gradients already computed.
@@ -87,7 +86,7 @@ class FilterLearner(nn.Module):
         """
         length = batch.input_ids.shape[1]
         seen = max(1, round(self._token_fraction * length))
-        scale = length / (seen * counts[0].clamp_min(1))
+        scale = length / (seen * counts[0].clamp_min(1).double())
         losses: dict[int, torch.Tensor] = {}
 
         def readout(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

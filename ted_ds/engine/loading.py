@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -51,9 +52,22 @@ def load_causal_lm(
             name_or_path, config=config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {name_or_path!r} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"model {name_or_path!r} could not be loaded: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         del sharding
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Recomputes a Hugging Face model's blocks in backward, non-reentrantly.
+
+    Reentrant checkpointing would run the blocks without gradients, and the layer loss would lose its own.
+    """
+    with warnings.catch_warnings():
+        # the alias lives through all of transformers 5, its successor only since 5.2x
+        warnings.simplefilter("ignore", FutureWarning)
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def meta_structure(name_or_path: str, *, trust_remote_code: bool = False) -> ModelStructure:
@@ -73,7 +87,9 @@ def sharded_init(deepspeed_config: dict[str, Any] | None) -> AbstractContextMana
 def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
     """The parameters whole inside the context, on every rank; rank 0's changes are kept where `write`."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None, enabled=bool(sharded))
+    return deepspeed.zero.GatheredParameters(
+        sharded, modifier_rank=0 if write else None, enabled=bool(sharded)
+    )
 
 
 def whole_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -100,8 +116,10 @@ def load_tensors(module: nn.Module, path: Path, *, is_main: bool) -> None:
         there = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
         if own != there:
             differing = sorted(n for n in own.keys() | there.keys() if own.get(n) != there.get(n))
-            raise CheckpointError(f"{path} does not fit: {differing[0]} is {there.get(differing[0])}, "
-                                  f"expected {own.get(differing[0])}; delete its folder to learn it anew")
+            raise CheckpointError(
+                f"{path} does not fit: {differing[0]} is {there.get(differing[0])}, "
+                f"expected {own.get(differing[0])}; delete its folder to learn it anew"
+            )
         for name, parameter in module.named_parameters():
             with gathered([parameter], write=True), torch.no_grad():
                 if is_main or not hasattr(parameter, "ds_id"):
@@ -125,14 +143,18 @@ def resident_readout(model: nn.Module, device: torch.device) -> tuple[nn.Module,
         weight, bias = (None if p is None else _resident(p, device) for p in (head.weight, head.bias))
     norm.load_state_dict(state, assign=True)
     assert weight is not None
-    return norm.requires_grad_(False), Head(weight, bias, softcap=structure.logit_softcap, scale=structure.logit_scale)
+    return norm.requires_grad_(False), Head(
+        weight, bias, softcap=structure.logit_softcap, scale=structure.logit_scale
+    )
 
 
 def _load_config(name_or_path: str, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {name_or_path!r} could not be found: {str(error).splitlines()[0]}") from error
+        raise ModelError(
+            f"model {name_or_path!r} could not be found: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def _resident(parameter: nn.Parameter, device: torch.device) -> torch.Tensor:

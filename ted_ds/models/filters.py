@@ -12,6 +12,18 @@ from transformers.activations import ACT2FN
 from ted_ds.ops import linear_squared_error
 
 
+def fresh_linear(inputs: int, outputs: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Weight [outputs, inputs] and bias of an `nn.Linear`, drawn as it draws them.
+
+    Not made by `nn.Linear` itself: under `zero.Init` a module is cut into shards as soon as it is built.
+    """
+    weight = nn.Parameter(torch.empty(outputs, inputs))
+    nn.init.kaiming_uniform_(weight, a=5**0.5)
+    bias = nn.Parameter(torch.empty(outputs))
+    nn.init.uniform_(bias, -(inputs**-0.5), inputs**-0.5)
+    return weight, bias
+
+
 class Filter(nn.Module):
     """f: [.., D] -> [.., F], `W h + b`, or `W act(W_inner h + b_inner) + b` (arXiv 2210.01351, section 3).
 
@@ -20,20 +32,22 @@ class Filter(nn.Module):
     from its teacher shares its basis, and a random start would throw that away.
     """
 
-    def __init__(self, width: int, output_dim: int, *, nonlinear: bool = False, activation: str = "gelu") -> None:
+    def __init__(
+        self, width: int, output_dim: int, *, nonlinear: bool = False, activation: str = "gelu"
+    ) -> None:
         super().__init__()
         self.width, self.output_dim, self.nonlinear = width, output_dim, nonlinear
-        outer = nn.Linear(width, output_dim)
+        self.weight, self.bias = fresh_linear(width, output_dim)
         if output_dim == width and not nonlinear:
-            nn.init.eye_(outer.weight)
-            nn.init.zeros_(outer.bias)
-        self.weight, self.bias = outer.weight, outer.bias
+            nn.init.eye_(self.weight)
+            nn.init.zeros_(self.bias)
         if nonlinear:
-            inner = nn.Linear(width, width)
-            self.inner_weight, self.inner_bias = inner.weight, inner.bias
+            self.inner_weight, self.inner_bias = fresh_linear(width, width)
         self.activation = ACT2FN[activation]
 
-    def states(self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *inner: torch.Tensor) -> torch.Tensor:
+    def states(
+        self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *inner: torch.Tensor
+    ) -> torch.Tensor:
         """The filtered states [.., F] of `hidden` [.., D] under the given tensors (Stage I's gradients need it)."""
         return functional.linear(self._features(hidden, *inner), weight, bias)
 

@@ -23,9 +23,13 @@ from ted_ds.ops.logit_rows import (
     weights_of,
 )
 
-_CHUNK_BYTES = {"cpu": 224 << 20, "cuda": 1 << 30}
-"""Bytes that a chunk's buffers may take together. Fewer, larger chunks make better GEMMs and pass over
-d_weight less often: on 2 cores, V 50257, D 384, chunks of 128, 256, 512 cost 1.26, 1.13, 1.03 of whole GEMMs."""
+_CHUNK_BYTES = {"cpu": 112 << 20, "cuda": 1 << 30}
+"""Bytes that a chunk's buffers may take together, as long as `_MIN_CHUNK_TOKENS` fit."""
+
+_MIN_CHUNK_TOKENS = 256
+"""Every chunk passes over d_weight once: C / 4 FLOPs a byte, whatever V and D. On 2 cores with V 50257 and
+D 384 the four GEMMs in chunks of 128, 256, 512 tokens took 1.26, 1.13, 1.03 of the whole ones; fresh pages
+for larger buffers cost what larger GEMMs save, so the whole loss took 0.84, 0.78, 0.84 s."""
 
 
 @dataclass(frozen=True)
@@ -127,15 +131,16 @@ def token_scores(
 
 
 def default_chunk_tokens(tokens: int, vocab: int, like: torch.Tensor, with_teacher: bool) -> int:
-    """Equal chunks, at least two, as few as keep the chunk's [C, V] buffers within `_CHUNK_BYTES`.
+    """Equal chunks, at least two, as few as `_CHUNK_BYTES` and `_MIN_CHUNK_TOKENS` allow.
 
     Buffers: the GEMMs' outputs, and off the CPU four more in float32, for whole chunks are one block there.
     """
     logits_bytes = vocab * like.element_size() * (1 + with_teacher)
     scratch_bytes = 0 if like.device.type == "cpu" else vocab * 4 * 4
     limit = _CHUNK_BYTES.get(like.device.type, _CHUNK_BYTES["cuda"])
-    most = max(1, limit // (logits_bytes + scratch_bytes))
-    return max(1, -(-tokens // max(2, -(-tokens // most))))
+    most = max(_MIN_CHUNK_TOKENS, limit // (logits_bytes + scratch_bytes))
+    chunks = max(2, -(-tokens // most))
+    return max(1, -(-tokens // chunks))
 
 
 @dataclass(frozen=True)
@@ -180,9 +185,7 @@ class _LinearCrossEntropyKL(torch.autograd.Function):
         found, factor = ctx.gradients, ctx.factor * upstream[0]
         ctx.gradients = None
         tensors = (found.hidden, found.weight, found.bias)
-        scaled = [
-            None if g is None else g.mul_(factor).to(dtype) for g, dtype in zip(tensors, ctx.dtypes, strict=True)
-        ]
+        scaled = [None if g is None else g.mul_(factor).to(dtype) for g, dtype in zip(tensors, ctx.dtypes, strict=True)]
         return (*scaled, None)
 
 

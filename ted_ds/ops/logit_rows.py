@@ -68,6 +68,7 @@ class Scratch:
 
 def block_rows(chunk_tokens: int, vocab: int, device: torch.device) -> int:
     """Rows per block: all of a chunk on an accelerator; on a CPU what four float32 buffers leave in cache."""
+    chunk_tokens = max(1, chunk_tokens)
     if device.type != "cpu":
         return chunk_tokens
     threads = torch.get_num_threads()
@@ -105,9 +106,7 @@ def losses_and_gradient(
     return ce_all, torch.cat(kl) if kl else torch.zeros_like(ce_all)
 
 
-def scores(
-    x: torch.Tensor, targets: torch.Tensor, form: Form, scratch: Scratch
-) -> tuple[torch.Tensor, torch.Tensor]:
+def scores(x: torch.Tensor, targets: torch.Tensor, form: Form, scratch: Scratch) -> tuple[torch.Tensor, torch.Tensor]:
     """CE of each row [C] and whether the target is its argmax [C] bool; x [C, V] is overwritten."""
     nll, greedy = [], []
     for start in range(0, max(1, len(x)), scratch.rows):
@@ -202,7 +201,7 @@ def _cross_entropy_kl(
             torch.mul(q, mixture.cross_entropy / sum_q2, out=work)
             difference.addcmul_(q, work)
         else:
-            difference.addcmul_(work, mixture.cross_entropy)
+            difference.add_(work.mul_(mixture.cross_entropy))
         _finish_gradient(x_s, difference, target, mixture.cross_entropy, forms[0], scratch)
     return ce[:, 0], kl[:, 0]
 

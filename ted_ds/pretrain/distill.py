@@ -16,7 +16,7 @@ from ted_ds.config.schema import RunConfig
 from ted_ds.distill.frozen import FrozenModel, filtered_square_sums
 from ted_ds.distill.objective import TERMS, DistillationModel, LossWeights
 from ted_ds.distributed import World, logger, seed_everything
-from ted_ds.engine.loading import load_causal_lm
+from ted_ds.engine.loading import checkpoint_activations, load_causal_lm
 from ted_ds.engine.trained import build_trained_engine
 from ted_ds.evaluation.perplexity import held_out_perplexity
 from ted_ds.models.layer_map import LayerMap
@@ -47,7 +47,9 @@ def distill(
     if run.loss.kl_alpha or plan is not None:
         assert run.teacher is not None
         path = run.teacher.model
-        teacher = load_frozen(run, world, path, data.tokenizer, role="teacher", filters=filters.get("teacher"))
+        teacher = load_frozen(
+            run, world, path, data.tokenizer, role="teacher", filters=filters.get("teacher")
+        )
         layer_map = plan.layer_map if plan else ()
         normalized = plan is not None and run.loss.layer_loss == "normalized_mse"
         squares = _mean_squares(run, world, data, teacher, layer_map) if normalized else None
@@ -74,8 +76,7 @@ def _build_student(
     )
     check_vocabulary("student", path, student, data.tokenizer)
     if run.student.activation_checkpointing:
-        # reentrant checkpointing would run the blocks without gradients, and the layer loss would lose its own
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(student)
     seed_everything(run.seed)
     if learnt is not None:
         filters = load_filters(learnt, config, run.student.dtype, world)
@@ -84,7 +85,10 @@ def _build_student(
     weights = LossWeights(run.loss.kl_alpha, run.loss.mse_alpha, run.loss.temperature)
     module = DistillationModel(student, filters, weights, vocab_size=data.tokenizer.vocab_size)
     schedule = learning_rate_schedule(
-        rate.schedule, warmup_steps=rate.warmup_steps, total_steps=run.train.steps, final_ratio=rate.final_ratio
+        rate.schedule,
+        warmup_steps=rate.warmup_steps,
+        total_steps=run.train.steps,
+        final_ratio=rate.final_ratio,
     )
     return module, build_trained_engine(module, deepspeed_config=config, schedule=schedule)
 
@@ -145,7 +149,9 @@ def _summarise(run: RunConfig, peak_gib: float) -> dict[str, Any]:
     lines = read_metrics(run.output_dir)
     first, last = lines[0], lines[-1]
     steps = [line["step"] for line in lines]
-    spent = [line.get("step_ms", 0.0) * (b - a) for line, a, b in zip(lines[1:], steps, steps[1:], strict=False)]
+    spent = [
+        line.get("step_ms", 0.0) * (b - a) for line, a, b in zip(lines[1:], steps, steps[1:], strict=False)
+    ]
     held_out = ("validation_loss", "validation_perplexity")
     summary = {
         "method": run.method,

@@ -67,7 +67,9 @@ def check_vocabulary(role: str, name_or_path: str, model: nn.Module, tokenizer: 
         )
 
 
-def trained_config(run: RunConfig, world: World, *, learning_rate: float, weight_decay: float) -> dict[str, Any]:
+def trained_config(
+    run: RunConfig, world: World, *, learning_rate: float, weight_decay: float
+) -> dict[str, Any]:
     """The DeepSpeed configuration of what a run trains: the student, or Stage I's filters."""
     return trained_engine_config(
         run,
@@ -79,7 +81,13 @@ def trained_config(run: RunConfig, world: World, *, learning_rate: float, weight
 
 
 def load_frozen(
-    run: RunConfig, world: World, name_or_path: str, tokenizer: Tokenizer, *, role: str, filters: Path | None = None
+    run: RunConfig,
+    world: World,
+    name_or_path: str,
+    tokenizer: Tokenizer,
+    *,
+    role: str,
+    filters: Path | None = None,
 ) -> FrozenModel:
     """A model frozen and hosted as `teacher.sharding` says, with Stage I's filters if given; a collective."""
     teacher = run.teacher
@@ -121,4 +129,6 @@ def read_plan(folder: Path) -> FilterPlan:
         card = json.loads((folder / "filters.json").read_text(encoding="utf-8"))
         return FilterPlan(**{**card["plan"], "blocks": tuple(card["plan"]["blocks"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder} holds no whole filters ({error}); delete it to learn them anew") from error
+        raise CheckpointError(
+            f"{folder} holds no whole filters ({error}); delete it to learn them anew"
+        ) from error

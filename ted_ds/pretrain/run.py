@@ -68,8 +68,18 @@ def _settled(config: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section, value in config.items():
         if section not in MAY_CHANGE:
-            flat |= {f"{section}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {section: value}
-    free = ("train.steps", "train.evaluate_every", "train.save_every", "train.keep_checkpoints", "data.processes")
+            flat |= (
+                {f"{section}.{k}": v for k, v in value.items()}
+                if isinstance(value, dict)
+                else {section: value}
+            )
+    free = (
+        "train.steps",
+        "train.evaluate_every",
+        "train.save_every",
+        "train.keep_checkpoints",
+        "data.processes",
+    )
     return {key: value for key, value in flat.items() if key not in free and not key.endswith(".deepspeed")}
 
 

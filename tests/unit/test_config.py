@@ -87,10 +87,10 @@ def test_overrides_are_yaml_and_later_ones_win(write):
     assert run.filters.layer_map == ((0, 1), (1, 3))
 
 
-def test_an_override_makes_an_absent_section(write):
-    content = recipe()
-    del content["teacher"]
-    assert load_config(write(content), ["--teacher.model=x"]).teacher is not None
+def test_an_override_makes_an_absent_or_null_section(write):
+    for content in (recipe(teacher=None), {k: v for k, v in recipe().items() if k != "teacher"}):
+        run = load_config(write(content), ["--teacher.model=x"])
+        assert run.teacher is not None and run.teacher.model == "x"
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 STUB = """
-import json, os, shutil, sys
+import json, os, sys
 
 def main(arguments):
-    line = {"rank": os.environ.get("RANK"), "arguments": arguments, "ninja": bool(shutil.which("ninja"))}
+    tools_first = os.environ["PATH"].startswith(os.path.dirname(sys.executable) + os.pathsep)
+    line = {"rank": os.environ.get("RANK"), "arguments": arguments, "tools_first": tools_first}
     sys.stdout.write(json.dumps(line) + "\\n")
     return 0
 """
@@ -71,7 +72,7 @@ def test_torchrun_starts_it_on_every_rank(clone):
     script = clone / "launchers/pretrain.sh"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     lines = call([*launch, script, *ARGUMENTS])
-    assert calls(lines) == [{"rank": r, "arguments": ARGUMENTS, "ninja": True} for r in ("0", "1")]
+    assert calls(lines) == [{"rank": r, "arguments": ARGUMENTS, "tools_first": True} for r in ("0", "1")]
 
 
 @pytest.mark.parametrize("how", [["bash"], []], ids=["bash", "./"])
@@ -80,7 +81,7 @@ def test_bash_starts_deepspeed_with_the_ranks_asked_for(clone, tmp_path, how):
     script = clone / "launchers/pretrain.sh"
     lines = call([*how, script, *ARGUMENTS], path=tools, TED_DS_RANKS="2", MASTER_PORT="29511")
     assert lines[0] == "options --num_gpus 2 --master_port 29511"
-    assert calls(lines) == [{"rank": "0", "arguments": ["--local_rank=0", *ARGUMENTS], "ninja": True}]
+    assert calls(lines) == [{"rank": "0", "arguments": ["--local_rank=0", *ARGUMENTS], "tools_first": True}]
 
 
 def test_without_a_number_of_ranks_the_choice_is_deepspeeds(clone, tmp_path):
@@ -99,7 +100,7 @@ def test_a_clones_own_environment_serves_where_path_has_none(clone):
 def test_run_directly_by_a_launcher_it_is_a_rank(clone, tmp_path):
     """As under `deepspeed --no_python` and `torchrun --no-python`, which execute the file itself."""
     lines = call([clone / "launchers/pretrain.sh", *ARGUMENTS], path=make_tools(tmp_path / "tools"), RANK="1")
-    assert calls(lines) == [{"rank": "1", "arguments": ARGUMENTS, "ninja": True}]
+    assert calls(lines) == [{"rank": "1", "arguments": ARGUMENTS, "tools_first": True}]
 
 
 def test_without_an_environment_it_says_how_to_make_one(clone):

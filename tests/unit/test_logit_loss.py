@@ -64,9 +64,7 @@ def expected(case: Case, pred: float, kl: float, temperature: float, vocab: int)
 
 def fused(case: Case, **options: Any) -> tuple[torch.Tensor, ...]:
     scales = {"pred_scale": PRED, "kl_scale": KL} | options
-    return linear_cross_entropy_kl(
-        case.hidden_s, case.head_s, case.targets, case.hidden_t, case.head_t, **scales
-    )
+    return linear_cross_entropy_kl(case.hidden_s, case.head_s, case.targets, case.hidden_t, case.head_t, **scales)
 
 
 def gradients(case: Case, total: torch.Tensor) -> list[torch.Tensor | None]:

@@ -1,0 +1,1 @@
+"""Measurements that print JSON: ratios within one process, never a timed test."""

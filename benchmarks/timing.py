@@ -1,0 +1,129 @@
+"""Measuring helpers: interleaved repeats, medians, extra peak memory, and where a number was measured."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Step = Callable[[], object]
+
+
+def interleaved_seconds(steps: Mapping[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every repeat of every step, after one warm-up each.
+
+    Interleaved (a b c, a b c, ...): a machine that slows down half-way slows every step alike, so ratios
+    of medians hold where absolute times do not.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            step()
+            _synchronize(device)
+            if repeat:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def medians(seconds: Mapping[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def extra_peak_mib(make_step: Callable[..., Step], *arguments: Any, device: torch.device) -> float:
+    """MiB that one call of `make_step(*arguments)()` needs at its peak beyond what was resident before it.
+
+    Each measurement has a process of its own, so no step profits from pages or library buffers that
+    another left behind. CPU: the kernel's high-water mark of resident memory (VmHWM), reset just before
+    the call; unlike a count of torch's allocations it sees the GEMM library's workspace and memory that is
+    reserved but never touched does not count. CUDA: the caching allocator's peak.
+    `make_step` must be importable (a module's function): the process is spawned.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_measure_peak, args=(sender, make_step, arguments, str(device)))
+    child.start()
+    sender.close()
+    try:
+        return float(receiver.recv())
+    except EOFError:
+        raise RuntimeError(f"the measuring process of {make_step.__name__} died; its output says why") from None
+    finally:
+        child.join()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a number depends on: machine, threads, versions, commit, date."""
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "device": str(device),
+        "accelerator": accelerator,
+        "cpu": _cpu_model(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def write_report(report: dict[str, Any], path: Path | None) -> None:
+    """Prints the report as JSON, and writes it where a path is given."""
+    text = json.dumps(report, indent=2)
+    print(text)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _measure_peak(sender: Any, make_step: Callable[..., Step], arguments: tuple[Any, ...], device: str) -> None:
+    step = make_step(*arguments)
+    small = torch.ones(64, 64, device=device, requires_grad=True)
+    (small @ small).sum().backward()  # loads the GEMM library and starts autograd's threads
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
+        before = _status_mib("VmRSS")
+        step()
+        sender.send(_status_mib("VmHWM") - before)
+        return
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() / 2**20
+    step()
+    torch.cuda.synchronize()
+    sender.send(torch.cuda.max_memory_allocated() / 2**20 - before)
+
+
+def _status_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 2**10
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str | None:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+    )
+    return done.stdout.strip() or None

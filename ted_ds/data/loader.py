@@ -1,0 +1,92 @@
+"""Which rows a rank reads at a step: a function of (seed, epoch, index), never of the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from ted_ds.batch import IGNORED, Batch
+from ted_ds.data.prepare import PackedBlocks
+
+
+def row_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation of [0, num_rows) in which an epoch reads the rows."""
+    return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+class TrainingRows:
+    """The training rows of every optimizer step, dealt to ranks and micro-batches.
+
+    Step s takes positions [s * G, (s + 1) * G) of the endless sequence of epochs, each an order of its own:
+    the same rows whatever the split. Micro-batch m of rank r holds positions (m * world_size + r) * mb on.
+    """
+
+    def __init__(
+        self,
+        blocks: PackedBlocks,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        self._blocks, self._seed = blocks, seed
+        self._global, self._micro = global_batch_size, micro_batch_size
+        self._rank, self._world = rank, world_size
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of the 0-based `step`; a row's last position predicts nothing."""
+        starts = range(self._rank * self._micro, self._global, self._world * self._micro)
+        return [self._batch(step * self._global + start) for start in starts]
+
+    def _batch(self, position: int) -> Batch:
+        rows = [self._row(position + i) for i in range(self._micro)]
+        ids = torch.from_numpy(self._blocks.rows(np.array(rows)))
+        targets = torch.full_like(ids, IGNORED)
+        targets[:, :-1] = ids[:, 1:]
+        return Batch(ids, targets)
+
+    def _row(self, position: int) -> int:
+        epoch, index = divmod(position, len(self._blocks))
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, row_order(len(self._blocks), self._seed, epoch))
+        return int(self._order[1][index])
+
+
+class EvaluationRows:
+    """Held-out rows in order: over all ranks, every token but the stream's first is predicted exactly once.
+
+    A row's last position predicts the next row's first token. Every rank gets as many batches, the last ones
+    possibly without targets: under ZeRO-3 a forward is a collective.
+    """
+
+    def __init__(self, blocks: PackedBlocks, *, batch_size: int, rank: int, world_size: int) -> None:
+        self._blocks, self._size, self._rank, self._world = blocks, batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        """Batches of every rank."""
+        return -(-len(self._blocks) // (self._size * self._world))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for turn in range(len(self)):
+            first = (turn * self._world + self._rank) * self._size
+            yield self._batch(np.arange(first, first + self._size))
+
+    def _batch(self, rows: np.ndarray) -> Batch:
+        count, last = len(self._blocks), len(self._blocks) - 1
+        ids = torch.from_numpy(self._blocks.rows(rows.clip(max=last)))
+        following = torch.from_numpy(self._blocks.rows((rows + 1).clip(max=last)))
+        targets = torch.cat([ids[:, 1:], following[:, :1]], dim=1)
+        length = self._blocks.row_length(last)
+        for i, row in enumerate(rows):
+            if row >= count:
+                targets[i] = IGNORED
+            elif row == last:
+                targets[i, length - 1 :] = (
+                    IGNORED  # padding follows, which causal attention keeps out of sight
+                )
+        return Batch(ids, targets)

@@ -1,0 +1,1 @@
+"""Models: structure, Stage 0, filters, heads."""

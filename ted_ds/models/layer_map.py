@@ -1,0 +1,66 @@
+"""Layer maps and kept blocks: integers only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ted_ds.errors import ModelError
+
+LayerMap = tuple[tuple[int, int], ...]
+"""Pairs (student block, teacher block), 0-based, in the order of the blocks."""
+
+
+def resolve_layer_map(spec: str | Sequence[Sequence[int]], num_student: int, num_teacher: int) -> LayerMap:
+    """K pairs. `uniform`: every n-th teacher block, n = depth ratio, ending on the last (arXiv 2210.01351);
+    `last`: the last blocks of both; or explicit pairs, which are checked.
+
+    Raises ModelError for an unknown policy, a pair outside either model, or pairs that repeat or cross.
+    """
+    pairs = min(num_student, num_teacher)
+    if spec == "uniform":
+        return tuple(((k + 1) * num_student // pairs - 1, (k + 1) * num_teacher // pairs - 1) for k in range(pairs))
+    if spec == "last":
+        return tuple((num_student - pairs + k, num_teacher - pairs + k) for k in range(pairs))
+    if isinstance(spec, str):
+        raise ModelError(f"filters.layer_map {spec!r} is not known: uniform, last, or a list of pairs")
+    return _checked(spec, num_student, num_teacher)
+
+
+def _checked(spec: Sequence[Sequence[int]], num_student: int, num_teacher: int) -> LayerMap:
+    pairs = tuple((int(s), int(t)) for s, t in spec)
+    for s, t in pairs:
+        if not (0 <= s < num_student and 0 <= t < num_teacher):
+            raise ModelError(
+                f"filters.layer_map pair [{s}, {t}] (student block, teacher block) lies outside the models: the "
+                f"student has blocks 0 to {num_student - 1}, the teacher 0 to {num_teacher - 1}"
+            )
+    for (s, t), (s_next, t_next) in zip(pairs, pairs[1:], strict=False):
+        if not (s < s_next and t < t_next):
+            raise ModelError(
+                f"filters.layer_map pairs [{s}, {t}] and [{s_next}, {t_next}] repeat a block or cross: "
+                "both sides must rise from pair to pair"
+            )
+    return pairs
+
+
+def keep_blocks(policy: str | Sequence[int], keep: int | None, total: int) -> tuple[int, ...]:
+    """The teacher's blocks that Stage 0 keeps. `uniform`: as far apart as can be, first and last included;
+    `first`; `last`; or a list. keep None: all (of a list: its length).
+
+    Raises ModelError where more blocks are asked for than there are, or a list is out of range or order.
+    """
+    if isinstance(policy, str):
+        keep = total if keep is None else keep
+        if not 1 <= keep <= total:
+            raise ModelError(f"student.init.num_blocks is {keep}, the teacher has {total} blocks")
+        if policy == "first":
+            return tuple(range(keep))
+        if policy == "last" or keep == 1:
+            return tuple(range(total - keep, total))
+        return tuple(round(k * (total - 1) / (keep - 1)) for k in range(keep))
+    kept = tuple(policy)
+    if any(not 0 <= b < total for b in kept) or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+        raise ModelError(
+            f"student.init.blocks {list(kept)} must rise and lie within the teacher's blocks 0 to {total - 1}"
+        )
+    return kept

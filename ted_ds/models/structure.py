@@ -1,0 +1,112 @@
+"""Where a causal LM keeps its blocks, final norm and LM head: found by structure, once, here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from ted_ds.errors import ModelError
+
+
+@dataclass(frozen=True)
+class ModelStructure:
+    """The parts of a Hugging Face causal LM that distillation touches.
+
+    logits = softcap(logit_scale * lm_head(backbone(ids).last_hidden_state)); the last hidden state has
+    passed the final norm, the output of a block has not.
+
+    width: D. vocab_rows: V, the LM head's rows, padding included. blocks_path: dotted name of `blocks`.
+    """
+
+    model: nn.Module
+    backbone: nn.Module
+    blocks: nn.ModuleList
+    blocks_path: str
+    final_norm: nn.Module
+    lm_head: nn.Linear
+    width: int
+    vocab_rows: int
+    logit_softcap: float | None
+    logit_scale: float
+
+    @property
+    def num_blocks(self) -> int:
+        """Number of blocks."""
+        return len(self.blocks)
+
+
+def find_structure(model: nn.Module) -> ModelStructure:
+    """The structure of a Hugging Face causal LM, on any device, sharded or not.
+
+    Sizes are read from modules and config, never from tensors: ZeRO-3 leaves those empty.
+    Raises ModelError naming the part that was not found and what there is instead.
+    """
+    name = type(model).__name__
+    backbone = getattr(model, "base_model", None)
+    if backbone is None or backbone is model:
+        raise ModelError(f"{name} has no backbone (`base_model`) apart from its head: give a causal LM of transformers")
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"{name} has no linear LM head (its output embeddings are {type(head).__name__})")
+    path, blocks = _blocks(model, name)
+    stack = model.get_submodule(path.rpartition(".")[0])
+    norm = _final_norm(stack, name)
+    if getattr(stack, "project_out", None) is not None:
+        raise ModelError(f"{name} projects its last hidden state before the LM head (project_out): not supported")
+    return ModelStructure(
+        model=model,
+        backbone=backbone,
+        blocks=blocks,
+        blocks_path=path,
+        final_norm=norm,
+        lm_head=head,
+        width=head.in_features,
+        vocab_rows=head.out_features,
+        logit_softcap=getattr(model.config, "final_logit_softcapping", None),
+        logit_scale=_logit_scale(model.config),
+    )
+
+
+def block_output(output: Any) -> torch.Tensor:
+    """The hidden state [B, S, D] in what a block's forward returned: a tensor, or a tuple that starts with it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def set_dropout(config: PreTrainedConfig, probability: float) -> None:
+    """Sets every dropout of a config, whatever the family calls it (`attn_pdrop`, `hidden_dropout`, ...)."""
+    for key, value in vars(config).items():
+        if isinstance(value, float | int) and (
+            key.endswith(("_pdrop", "dropout", "dropout_prob")) or key == "layerdrop"
+        ):
+            setattr(config, key, probability)
+
+
+def _blocks(model: nn.Module, name: str) -> tuple[str, nn.ModuleList]:
+    """The longest list of like modules: the blocks; nested lists (experts, say) lie deeper and are passed over."""
+    lists = [
+        (path, module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and len({type(m) for m in module}) == 1
+    ]
+    outer = [(p, m) for p, m in lists if not any(p.startswith(f"{q}.") for q, _ in lists)]
+    if len(outer) != 1:
+        found = ", ".join(p for p, _ in outer) or "none"
+        raise ModelError(f"{name}: its blocks were not found; expected one list of like modules, there is {found}")
+    return outer[0]
+
+
+def _final_norm(stack: nn.Module, name: str) -> nn.Module:
+    norms = [(path, m) for path, m in stack.named_children() if "norm" in type(m).__name__.lower()]
+    if len(norms) != 1:
+        found = ", ".join(path for path, _ in norms) or "none"
+        raise ModelError(f"{name}: its final norm was not found; expected one beside the blocks, there is {found}")
+    return norms[0][1]
+
+
+def _logit_scale(config: PreTrainedConfig) -> float:
+    """Cohere multiplies logits by `logit_scale`, Granite divides them by `logits_scaling`."""
+    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

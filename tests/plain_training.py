@@ -1,0 +1,165 @@
+"""Both stages as a plain torch loop that keeps everything: what the engines must reproduce."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from ted_ds.batch import IGNORED
+from ted_ds.config.load import load_config
+from ted_ds.config.schema import RunConfig
+from ted_ds.data.loader import TrainingRows
+from ted_ds.data.prepare import open_prepared
+from ted_ds.data.tokenizers import load_tokenizer
+from ted_ds.distill.filter_learner import FilterProbe
+from ted_ds.models.filters import FilterPlan
+from ted_ds.models.structure import find_structure
+from ted_ds.train.schedule import learning_rate_schedule
+
+
+def rows_of(run: RunConfig) -> TrainingRows:
+    """The run's rows, a whole global batch a micro-batch, on one rank."""
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    blocks = open_prepared(
+        run.prepared_folder / "train",
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        sequence_length=run.data.sequence_length,
+    )
+    size = run.train.global_batch_size
+    return TrainingRows(
+        blocks, seed=run.seed, global_batch_size=size, micro_batch_size=size, rank=0, world_size=1
+    )
+
+
+def optimizer_of(
+    parameters: list[nn.Parameter], run: RunConfig, rate: float, decay: float
+) -> torch.optim.AdamW:
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=rate, betas=run.optimizer.betas, eps=run.optimizer.epsilon)
+
+
+def plain_stage2(recipe: Path, *, steps: int) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """(losses of every step, gradients of the first) of a finished run's recipe, from its own filters."""
+    run = load_config(recipe, [])
+    teacher = AutoModelForCausalLM.from_pretrained(run.teacher.model).eval()
+    student = AutoModelForCausalLM.from_pretrained(run.output_dir / "initial_student")
+    pairs, filters_t, filters_s = _filters(run, find_structure(teacher).width, find_structure(student).width)
+    rows = rows_of(run)
+    parameters = [*student.parameters(), *filters_s.parameters()]
+    rate = run.optimizer
+    optimizer = optimizer_of(parameters, run, rate.learning_rate, rate.weight_decay)
+    schedule = learning_rate_schedule(
+        rate.schedule,
+        warmup_steps=rate.warmup_steps,
+        total_steps=run.train.steps,
+        final_ratio=rate.final_ratio,
+    )
+    squares: list[float] = []
+    losses, gradients = [], {}
+    for step in range(steps):
+        (batch,) = rows.micro_batches(step)
+        with torch.no_grad():
+            out_t = teacher(batch.input_ids, output_hidden_states=True)
+            states_t = [f(_block(teacher, batch, j)) for f, (_, j) in zip(filters_t, pairs, strict=True)]
+        squares = squares or [float(state.double().square().mean()) for state in states_t]
+        out_s = student(batch.input_ids)
+        states_s = [f(_block(student, batch, i)) for f, (i, _) in zip(filters_s, pairs, strict=True)]
+        mask = batch.targets != IGNORED
+        z_s, z_t, targets = out_s.logits[mask], out_t.logits[mask], batch.targets[mask]
+        pred = F.cross_entropy(z_s, targets)
+        heat = run.loss.temperature
+        kl = heat**2 * F.kl_div(
+            F.log_softmax(z_s / heat, -1),
+            F.log_softmax(z_t / heat, -1),
+            log_target=True,
+            reduction="batchmean",
+        )
+        each = [F.mse_loss(s, t) / q for s, t, q in zip(states_s, states_t, squares, strict=True)]
+        layer = torch.stack(each).mean() if each else torch.zeros(())
+        loss = pred + run.loss.kl_alpha * kl + run.loss.mse_alpha * layer
+        optimizer.zero_grad()
+        loss.backward()
+        if step == 0:
+            gradients = {f"student.{n}": p.grad.clone() for n, p in student.named_parameters()}
+            gradients |= {f"filters.{n}": p.grad.clone() for n, p in filters_s.named_parameters()}
+        nn.utils.clip_grad_norm_(parameters, run.optimizer.gradient_clipping)
+        for group in optimizer.param_groups:
+            group["lr"] = rate.learning_rate * schedule(step)
+        optimizer.step()
+        terms = {"loss": loss, "pred_loss": pred, "kl_loss": kl, "layer_loss": layer}
+        losses.append({name: float(value) for name, value in terms.items()})
+    return losses, gradients
+
+
+def plain_stage1(recipe: Path, side: str, *, steps: int) -> list[float]:
+    """Stage I's losses of one side, by one backward through everything."""
+    run = load_config(recipe, [])
+    path = run.teacher.model if side == "teacher" else run.output_dir / "initial_student"
+    model = AutoModelForCausalLM.from_pretrained(path).eval().requires_grad_(False)
+    structure = find_structure(model)
+    plan = _plan(run, side)
+    torch.manual_seed(run.seed)
+    probes = nn.ModuleList(FilterProbe(f) for f in plan.build())
+    schedule = learning_rate_schedule("linear", warmup_steps=steps // 10, total_steps=steps, final_ratio=0.0)
+    optimizer = optimizer_of(list(probes.parameters()), run, run.filters.learning_rate, 0.0)
+    rows, losses = rows_of(run), []
+    for step in range(steps):
+        (batch,) = rows.micro_batches(step)
+        each = []
+        for probe, block in zip(probes, plan.blocks, strict=True):
+            states = probe.filter(_block(model, batch, block))
+            if plan.output_dim != plan.width:
+                states = F.linear(states, probe.up_weight, probe.up_bias)
+            logits = structure.lm_head(structure.final_norm(states))
+            each.append(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED))
+        loss = torch.stack(each).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(probes.parameters(), run.optimizer.gradient_clipping)
+        for group in optimizer.param_groups:
+            group["lr"] = run.filters.learning_rate * schedule(step)
+        optimizer.step()
+        losses.append(float(loss))
+    return losses
+
+
+def _block(model: nn.Module, batch, index: int) -> torch.Tensor:
+    """The raw output of one block, by a second forward with a hook of its own."""
+    seen: list[torch.Tensor] = []
+    block = find_structure(model).blocks[index]
+    handle = block.register_forward_hook(
+        lambda m, i, out: seen.append(out[0] if isinstance(out, tuple) else out)
+    )
+    model(batch.input_ids)
+    handle.remove()
+    return seen[0]
+
+
+def _plan(run: RunConfig, side: str) -> FilterPlan:
+    import json
+
+    plan = json.loads((run.output_dir / f"{side}_filters" / "filters.json").read_text())["plan"]
+    return FilterPlan(**{**plan, "blocks": tuple(plan["blocks"])})
+
+
+def _filters(
+    run: RunConfig, width_t: int, width_s: int
+) -> tuple[list[tuple[int, int]], nn.ModuleList, nn.ModuleList]:
+    """(pairs, teacher filters, student filters) as the run starts Stage II with."""
+    if not run.loss.mse_alpha:
+        return [], nn.ModuleList(), nn.ModuleList()
+    sides = []
+    for side in ("teacher", "student"):
+        bank = _plan(run, side).build()
+        bank.load_state_dict(load_file(run.output_dir / f"{side}_filters" / "filters.safetensors"))
+        sides.append(bank)
+    pairs = list(zip(_plan(run, "student").blocks, _plan(run, "teacher").blocks, strict=True))
+    return pairs, sides[0].requires_grad_(False), sides[1]

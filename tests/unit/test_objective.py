@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.project import relative
+from tests.tiny_models import FAMILIES, tiny_model
+from ted_ds.batch import IGNORED, Batch
+from ted_ds.distill.filter_learner import FilterLearner
+from ted_ds.distill.frozen import FrozenLM, FrozenModel, filtered_square_sums
+from ted_ds.distill.objective import DistillationModel, LossWeights
+from ted_ds.engine.loading import resident_readout
+from ted_ds.errors import ModelError
+from ted_ds.models.filters import FilterPlan
+from ted_ds.models.structure import find_structure
+from ted_ds.ops import logit_loss
+
+PAIRS = ((0, 1), (1, 3))
+VOCAB = 97
+
+
+def a_batch(rows: int = 3, length: int = 10, vocab: int = VOCAB) -> Batch:
+    ids = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(7))
+    targets = torch.full_like(ids, IGNORED)
+    targets[:, :-1] = ids[:, 1:]
+    return Batch(ids, targets)
+
+
+def build(
+    weights: LossWeights, *, family: str = "llama", mean_squares: torch.Tensor | None = None, **sizes: Any
+) -> tuple[DistillationModel, FrozenModel]:
+    teacher_vocab, vocab = sizes.pop("teacher_vocab", VOCAB), sizes.pop("vocab", VOCAB)
+    teacher = tiny_model(family, blocks=4, width=24, seed=1, vocab=teacher_vocab, **sizes).double()
+    student = tiny_model(family, blocks=2, width=16, seed=2, vocab=vocab, **sizes).double()
+    torch.manual_seed(3)
+    filters_t, filters_s = (FilterPlan((0, 1), width, 8).build().double() for width in (24, 16))
+    pairs = PAIRS if weights.mse_alpha else ()
+    frozen = FrozenModel(FrozenLM(teacher, filters_t))
+    model = DistillationModel(student, filters_s if pairs else nn.ModuleList(), weights, vocab_size=VOCAB)
+    model.attach_teacher(frozen, pairs, mean_squares)
+    return model, frozen
+
+
+def run(model: DistillationModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    model.zero_grad()
+    loss, terms = model(batch=batch, counts=batch.counts())
+    loss.backward()
+    return loss.detach(), terms
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_gradients_are_those_of_plain_autograd(family: str) -> None:
+    batch = a_batch()
+    model, frozen = build(LossWeights(0.7, 3.0, 2.5), family=family)
+    loss, terms = run(model, batch)
+    got = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    model.zero_grad()
+    want = plain_loss(model, frozen, batch)
+    want.sum_.backward()
+    assert relative(loss, want.sum_.detach()) < 1e-12
+    assert relative(terms[1:4], torch.stack([want.pred, want.kl, want.layer]).detach()) < 1e-6
+    assert worst_gradient(got, model) < 1e-10
+
+
+def worst_gradient(got: dict[str, torch.Tensor], model: nn.Module) -> float:
+    """The largest error of any gradient, over the largest gradient: some are zero by symmetry."""
+    want = {name: p.grad for name, p in model.named_parameters()}
+    scale = max(float(gradient.norm()) for gradient in want.values())
+    return max(float((got[name] - gradient).norm()) for name, gradient in want.items()) / scale
+
+
+class plain_loss:
+    """The specification: both models whole, all states kept, logits whole."""
+
+    def __init__(self, model: DistillationModel, frozen: FrozenModel, batch: Batch) -> None:
+        student, teacher, weights = model.student, frozen.module.model, model.weights
+        states: dict[str, list[torch.Tensor]] = {"s": [], "t": []}
+        handles = [
+            part.blocks[block].register_forward_hook(
+                lambda m, i, out, side=side: states[side].append(out[0] if isinstance(out, tuple) else out)
+            )
+            for side, part, column in (("s", model.structure, 0), ("t", frozen.module.structure, 1))
+            for block in (pair[column] for pair in PAIRS)
+        ]
+        z_s = student(batch.input_ids).logits[..., :VOCAB]
+        with torch.no_grad():
+            z_t = teacher(batch.input_ids).logits[..., :VOCAB]
+        for handle in handles:
+            handle.remove()
+        keep = batch.targets != IGNORED
+        heat = weights.temperature
+        self.pred = F.cross_entropy(z_s[keep], batch.targets[keep])
+        log_s, log_t = (F.log_softmax(z[keep] / heat, -1) for z in (z_s, z_t))
+        self.kl = heat**2 * F.kl_div(log_s, log_t, log_target=True, reduction="batchmean")
+        errors = [
+            F.mse_loss(f_s(h_s), f_t(h_t))
+            for f_s, f_t, h_s, h_t in zip(model.filters, frozen.module.filters, states["s"], states["t"], strict=True)
+        ]
+        self.layer = torch.stack(errors).mean()
+        self.sum_ = self.pred + weights.kl_alpha * self.kl + weights.mse_alpha * self.layer
+
+
+def test_normalised_and_raw_layer_loss_differ_by_the_teachers_mean_square() -> None:
+    batch = a_batch()
+    raw, frozen = build(LossWeights(1.0, 1.0))
+    _, terms = run(raw, batch)
+    squares = filtered_square_sums(frozen, (1, 3), batch) / (batch.input_ids.numel() * 8)
+    scaled, _ = build(LossWeights(1.0, 1.0), mean_squares=squares)
+    _, normalised = run(scaled, batch)
+    assert relative(normalised[4:] * squares, terms[4:]) < 1e-6
+    assert relative(normalised[3], normalised[4:].mean()) < 1e-6
+
+
+def test_ted_without_layers_is_kd_and_kd_without_kl_is_ce() -> None:
+    batch = a_batch()
+    kd, _ = build(LossWeights(1.0, 0.0))
+    ted, _ = build(LossWeights(1.0, 1e-300))
+    ce = DistillationModel(kd.student, nn.ModuleList(), LossWeights(0.0, 0.0), vocab_size=VOCAB)
+    kd_without, _ = build(LossWeights(0.0, 0.0))
+    assert relative(run(ted, batch)[0], run(kd, batch)[0]) < 1e-14
+    grads = [p.grad.clone() for p in kd.parameters()]
+    run(ted, batch)
+    assert all(relative(p.grad, g) < 1e-14 for p, g in zip(ted.student.parameters(), grads, strict=True))
+    assert torch.equal(run(kd_without, batch)[0], run(ce, batch)[0])
+
+
+@pytest.mark.parametrize("side", ["teacher_vocab", "vocab"])
+def test_a_vocabulary_padded_on_one_side_changes_nothing(side: str) -> None:
+    batch = a_batch()
+    plain, _ = build(LossWeights(1.0, 1.0))
+    loss, _ = run(plain, batch)
+    padded, frozen = build(LossWeights(1.0, 1.0), **{side: 112})
+    copy_common(plain.student, padded.student)
+    copy_common(build(LossWeights(1.0, 1.0))[1].module.model, frozen.module.model)
+    padded_loss, _ = run(padded, batch)
+    assert relative(padded_loss, loss) < 1e-14
+    grads = dict(plain.student.named_parameters())
+    for name, parameter in padded.student.named_parameters():
+        assert relative(parameter.grad[: grads[name].shape[0]], grads[name].grad) < 1e-12, name
+        assert float(parameter.grad[grads[name].shape[0] :].abs().sum()) == 0.0
+
+
+def copy_common(source: nn.Module, target: nn.Module) -> None:
+    with torch.no_grad():
+        for (_, a), (_, b) in zip(source.named_parameters(), target.named_parameters(), strict=True):
+            b[: a.shape[0]] = a
+
+
+def test_micro_batches_add_up_to_the_global_batch() -> None:
+    batch = a_batch(rows=4)
+    model, _ = build(LossWeights(1.0, 2.0))
+    whole, terms = run(model, batch)
+    grads = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    parts = [Batch(batch.input_ids[i : i + 1], batch.targets[i : i + 1]) for i in range(4)]
+    added = torch.zeros_like(terms)
+    for part in parts:
+        loss, share = model(batch=part, counts=batch.counts())
+        loss.backward()
+        added += share
+    assert relative(added, terms) < 1e-6
+    assert all(relative(p.grad, g) < 1e-12 for p, g in zip(model.parameters(), grads, strict=True))
+
+
+def test_filters_and_layer_map_must_agree() -> None:
+    model, frozen = build(LossWeights(1.0, 1.0))
+    with pytest.raises(ModelError, match="2 student filters do not fit a layer map of 1 pairs"):
+        model.attach_teacher(frozen, ((0, 1),))
+
+
+class Allocations(TorchDispatchMode):
+    """The largest number of elements of any tensor that an operation returns."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return out
+
+
+def test_no_tensor_of_tokens_by_vocabulary_is_ever_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """V is chosen so large that [N, V] stands out, and the chunk budget so small that it must be cut."""
+    monkeypatch.setitem(logit_loss._CHUNK_BYTES, "cpu", 32 * 4001 * 4 * 2)
+    vocab, batch = 4001, a_batch(rows=4, length=64, vocab=4001)
+    teacher, student = (tiny_model("llama", blocks=n, width=8, vocab=vocab) for n in (2, 1))
+    frozen = FrozenModel(FrozenLM(teacher, FilterPlan((1,), 8, 8).build()))
+    model = DistillationModel(student, FilterPlan((0,), 8, 8).build(), LossWeights(1.0, 1.0), vocab_size=vocab)
+    model.attach_teacher(frozen, ((0, 1),))
+    norm, head = resident_readout(teacher, torch.device("cpu"))
+    learner = FilterLearner(FilterPlan((1,), 8, 4).build(), frozen, (1,), norm, head, vocab_size=vocab)
+    for module, inputs in ((model, {}), (learner, {"step": 0})):
+        with Allocations() as seen:
+            loss, _ = module(batch=batch, counts=batch.counts(), **inputs)
+            loss.backward()
+        assert vocab * 8 <= seen.largest <= batch.input_ids.numel() * vocab / 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("output_dim", [16, 8])
+def test_stage1_is_plain_autograd_through_the_frozen_model(family: str, output_dim: int) -> None:
+    model = tiny_model(family, blocks=3).double()
+    frozen = FrozenModel(FrozenLM(model))
+    norm, head = resident_readout(model, torch.device("cpu"))
+    torch.manual_seed(5)
+    plan = FilterPlan((0, 2), 16, output_dim, nonlinear=family == "gpt2")
+    learner = FilterLearner(plan.build(), frozen, plan.blocks, norm, head, vocab_size=VOCAB).double()
+    batch = a_batch()
+    loss, terms = learner(batch=batch, counts=batch.counts(), step=0)
+    (0.37 * loss).backward()
+    got = {name: p.grad.clone() for name, p in learner.named_parameters()}
+
+    learner.zero_grad()
+    structure, want = find_structure(model), []
+    for probe, block in zip(learner.probes, plan.blocks, strict=True):
+        seen: list[torch.Tensor] = []
+        handle = structure.blocks[block].register_forward_hook(
+            lambda m, i, out, seen=seen: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
+        model(batch.input_ids)
+        handle.remove()
+        states = probe.filter(seen[0])
+        if output_dim != 16:
+            states = F.linear(states, probe.up_weight, probe.up_bias)
+        logits = structure.lm_head(structure.final_norm(states)) * structure.logit_scale
+        if structure.logit_softcap:
+            logits = structure.logit_softcap * torch.tanh(logits / structure.logit_softcap)
+        want.append(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED))
+    mean = torch.stack(want).mean()
+    (0.37 * mean).backward()
+    assert relative(terms, torch.stack([mean, *want]).detach()) < 1e-6
+    # RMSNorm computes in float32 whatever it is given
+    assert worst_gradient(got, learner) < (1e-10 if family in ("gpt2", "gpt_neox", "opt") else 1e-6)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_token_fraction_is_unbiased() -> None:
+    """Averaged over many steps, seeing a third of the positions gives the loss of all."""
+    model = tiny_model("llama", blocks=1)
+    frozen = FrozenModel(FrozenLM(model))
+    norm, head = resident_readout(model, torch.device("cpu"))
+    batch = a_batch(length=9)
+
+    def loss(fraction: float, step: int) -> float:
+        torch.manual_seed(0)
+        filters = FilterPlan((0,), 16, 16).build()
+        learner = FilterLearner(
+            filters, frozen, (0,), norm, head, vocab_size=VOCAB, token_fraction=fraction, seed=1
+        )
+        return float(learner(batch=batch, counts=batch.counts(), step=step)[1][0])
+
+    drawn = torch.tensor([loss(1 / 3, step) for step in range(400)])
+    assert abs(float(drawn.mean()) - loss(1.0, 0)) < 4 * float(drawn.std()) / 400**0.5
+    assert float(drawn.std()) > 0

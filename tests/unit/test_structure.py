@@ -1,0 +1,98 @@
+"""The parts of every supported family are found, and they are the right ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, OPTConfig
+
+from tests.tiny_models import FAMILIES, tiny_config, tiny_model
+from ted_ds.errors import ModelError
+from ted_ds.models.structure import block_output, find_structure, set_dropout
+
+SCALED: list[tuple[str, dict[str, Any]]] = [
+    ("gemma2", {"final_logit_softcapping": 2.0}),
+    ("granite", {"logits_scaling": 3.0}),
+    ("cohere", {"logit_scale": 0.25}),
+]
+IDS = torch.arange(12).view(2, 6)
+
+
+@pytest.mark.parametrize(("family", "extra"), [*((f, {}) for f in FAMILIES), *SCALED])
+def test_parts_compose_to_the_model(family: str, extra: dict[str, Any]) -> None:
+    model = tiny_model(family, **extra)
+    parts = find_structure(model)
+    with torch.no_grad():
+        hidden = parts.backbone(IDS).last_hidden_state
+        logits = parts.lm_head(hidden) * parts.logit_scale
+        if parts.logit_softcap is not None:
+            logits = parts.logit_softcap * torch.tanh(logits / parts.logit_softcap)
+        expected = model(IDS).logits
+    torch.testing.assert_close(logits, expected)
+    assert (parts.width, parts.vocab_rows, parts.num_blocks) == (16, 97, 2)
+    assert model.get_submodule(parts.blocks_path) is parts.blocks
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_block_outputs_are_hidden_states(family: str) -> None:
+    parts = find_structure(tiny_model(family, blocks=3))
+    outputs: list[torch.Tensor] = []
+    normed: list[torch.Tensor] = []
+    for block in parts.blocks:
+        block.register_forward_hook(lambda _m, _i, output: outputs.append(block_output(output)))
+    parts.final_norm.register_forward_hook(lambda _m, _i, output: normed.append(output))
+    with torch.no_grad():
+        result = parts.backbone(IDS, output_hidden_states=True)
+        after_norm = parts.final_norm(outputs[-1])
+    for output, expected in zip(outputs[:-1], result.hidden_states[1:-1], strict=True):
+        assert torch.equal(output, expected)
+    # the last block's output has not passed the final norm, the last hidden state has
+    assert torch.equal(normed[0], result.last_hidden_state)
+    assert torch.equal(after_norm, result.last_hidden_state)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_meta_device(family: str) -> None:
+    with torch.device("meta"):
+        parts = find_structure(AutoModelForCausalLM.from_config(tiny_config(family)))
+    assert parts.lm_head.weight.is_meta and parts.width == 16
+
+
+def test_dropout_is_set_in_every_family() -> None:
+    config = tiny_config("gpt2", resid_pdrop=0.1, attn_pdrop=0.1)
+    set_dropout(config, 0.0)
+    assert (config.resid_pdrop, config.attn_pdrop, config.embd_pdrop) == (0.0, 0.0, 0.0)
+    model = AutoModelForCausalLM.from_config(tiny_config("opt", dropout=0.3))
+    assert any(getattr(m, "dropout", 0) == 0.3 for m in model.modules())
+
+
+def test_project_out_is_refused() -> None:
+    config = tiny_config("opt", word_embed_proj_dim=8)
+    assert isinstance(config, OPTConfig)
+    with torch.device("meta"), pytest.raises(ModelError, match="OPTForCausalLM projects.*project_out"):
+        find_structure(AutoModelForCausalLM.from_config(config))
+
+
+def test_missing_parts_are_named() -> None:
+    with pytest.raises(ModelError, match="Linear has no backbone"):
+        find_structure(nn.Linear(2, 2))
+    with pytest.raises(ModelError, match="LlamaModel has no backbone"):
+        find_structure(tiny_model("llama").base_model)
+    model = tiny_model("llama")
+    model.set_output_embeddings(nn.Identity())
+    with pytest.raises(ModelError, match="no linear LM head .*Identity"):
+        find_structure(model)
+    model = tiny_model("llama")
+    model.model.norm = nn.Identity()
+    with pytest.raises(ModelError, match="final norm was not found.*there is none"):
+        find_structure(model)
+    model.model.norm, model.model.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
+    with pytest.raises(ModelError, match="there is norm, norm2"):
+        find_structure(model)
+    model = tiny_model("llama")
+    model.model.more = nn.ModuleList([nn.Linear(1, 1)])
+    with pytest.raises(ModelError, match=r"blocks were not found.*model\.layers, model\.more"):
+        find_structure(model)
