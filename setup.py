@@ -6,9 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(
-    r'^__version__ = "(.+)"$', (HERE / "ted_ds/__init__.py").read_text(encoding="utf-8"), re.M
-)
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "ted_ds/__init__.py").read_text(encoding="utf-8"), re.M)
 
 setup(
     name="ted_ds",

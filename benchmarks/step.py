@@ -43,9 +43,7 @@ def build_models(sizes: dict[str, int], device: str) -> tuple[LlamaForCausalLM, 
     return models[0].eval().requires_grad_(False), models[1], ids
 
 
-def plain_step(
-    teacher: LlamaForCausalLM, student: LlamaForCausalLM, ids: torch.Tensor
-) -> Callable[[], None]:
+def plain_step(teacher: LlamaForCausalLM, student: LlamaForCausalLM, ids: torch.Tensor) -> Callable[[], None]:
     """Teacher forward under no_grad, then student forward with labels and backward."""
 
     def step() -> None:
@@ -57,9 +55,7 @@ def plain_step(
     return step
 
 
-def streamed_step(
-    teacher: LlamaForCausalLM, student: LlamaForCausalLM, ids: torch.Tensor
-) -> Callable[[], None]:
+def streamed_step(teacher: LlamaForCausalLM, student: LlamaForCausalLM, ids: torch.Tensor) -> Callable[[], None]:
     """One micro-batch of Stage II: ted with a pair a student block, F = width, and KL."""
     layer_map = resolve_layer_map("uniform", len(student.model.layers), len(teacher.model.layers))
     width = student.config.hidden_size
@@ -107,7 +103,10 @@ def main() -> None:
     }
     teacher, student, ids = build_models(sizes, arguments.device)
     # the streamed step hooks the models, so that the plain one runs on models of its own
-    steps = {"streamed": streamed_step(*build_models(sizes, arguments.device)), "plain": plain_step(teacher, student, ids)}
+    steps = {
+        "streamed": streamed_step(*build_models(sizes, arguments.device)),
+        "plain": plain_step(teacher, student, ids),
+    }
     seconds = medians(interleaved_seconds(steps, arguments.repeats, device))
     report = {
         "benchmark": "step",

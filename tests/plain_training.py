@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from ted_ds.data.prepare import open_prepared
+from ted_ds.data.tokenizers import load_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -14,8 +16,6 @@ from ted_ds.batch import IGNORED
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.data.loader import TrainingRows
-from ted_ds.data.prepare import open_prepared
-from ted_ds.data.tokenizers import load_tokenizer
 from ted_ds.distill.filter_learner import FilterProbe
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.structure import find_structure
@@ -31,14 +31,10 @@ def rows_of(run: RunConfig) -> TrainingRows:
         sequence_length=run.data.sequence_length,
     )
     size = run.train.global_batch_size
-    return TrainingRows(
-        blocks, seed=run.seed, global_batch_size=size, micro_batch_size=size, rank=0, world_size=1
-    )
+    return TrainingRows(blocks, seed=run.seed, global_batch_size=size, micro_batch_size=size, rank=0, world_size=1)
 
 
-def optimizer_of(
-    parameters: list[nn.Parameter], run: RunConfig, rate: float, decay: float
-) -> torch.optim.AdamW:
+def optimizer_of(parameters: list[nn.Parameter], run: RunConfig, rate: float, decay: float) -> torch.optim.AdamW:
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -135,9 +131,7 @@ def _block(model: nn.Module, batch, index: int) -> torch.Tensor:
     """The raw output of one block, by a second forward with a hook of its own."""
     seen: list[torch.Tensor] = []
     block = find_structure(model).blocks[index]
-    handle = block.register_forward_hook(
-        lambda m, i, out: seen.append(out[0] if isinstance(out, tuple) else out)
-    )
+    handle = block.register_forward_hook(lambda m, i, out: seen.append(out[0] if isinstance(out, tuple) else out))
     model(batch.input_ids)
     handle.remove()
     return seen[0]
@@ -150,9 +144,7 @@ def _plan(run: RunConfig, side: str) -> FilterPlan:
     return FilterPlan(**{**plan, "blocks": tuple(plan["blocks"])})
 
 
-def _filters(
-    run: RunConfig, width_t: int, width_s: int
-) -> tuple[list[tuple[int, int]], nn.ModuleList, nn.ModuleList]:
+def _filters(run: RunConfig, width_t: int, width_s: int) -> tuple[list[tuple[int, int]], nn.ModuleList, nn.ModuleList]:
     """(pairs, teacher filters, student filters) as the run starts Stage II with."""
     if not run.loss.mse_alpha:
         return [], nn.ModuleList(), nn.ModuleList()

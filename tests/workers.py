@@ -49,9 +49,7 @@ class Workers:
         self._tasks = [context.Queue() for _ in range(size)]
         self._results = context.Queue()
         self._processes = [
-            context.Process(
-                target=_serve, args=(rank, size, port, self._tasks[rank], self._results), daemon=True
-            )
+            context.Process(target=_serve, args=(rank, size, port, self._tasks[rank], self._results), daemon=True)
             for rank in range(size)
         ]
         for process in self._processes:

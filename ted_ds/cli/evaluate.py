@@ -14,9 +14,7 @@ def main(argv: Sequence[str]) -> int:
     """Scores a causal LM in one process, prints JSON; returns the exit code."""
     parser = argparse.ArgumentParser("ted-ds evaluate", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("model", help="a Hugging Face folder or hub id")
-    parser.add_argument(
-        "--data", nargs="+", default=[], metavar="FILES", help="held-out text, JSONL or Parquet"
-    )
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILES", help="held-out text, JSONL or Parquet")
     parser.add_argument("--lambada", metavar="FILE", help="LAMBADA as JSONL with `text`")
     parser.add_argument("--tokenizer", help="where the model's folder has none")
     parser.add_argument("--sequence-length", type=int, default=1024, help="tokens a block (default 1024)")
@@ -58,9 +56,7 @@ def _perplexity(arguments: argparse.Namespace, model: Any, tokenizer: Any, world
 
     scorer = DistillationModel(model, nn.ModuleList(), LossWeights(0.0, 0.0), vocab_size=tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
-        blocks = prepare(
-            arguments.data, tokenizer, arguments.sequence_length, Path(folder) / "packed", drop_tail=False
-        )
+        blocks = prepare(arguments.data, tokenizer, arguments.sequence_length, Path(folder) / "packed", drop_tail=False)
         rows = EvaluationRows(blocks, batch_size=arguments.batch_size, rank=world.rank, world_size=world.size)
         scores = held_out_perplexity(scorer, rows, world)
     return {name.removeprefix("validation_"): value for name, value in scores.items()}

@@ -22,9 +22,7 @@ METHODS = ("ce", "kd", "lwd", "ted")
 def main(argv: Sequence[str]) -> int:
     """Runs it all, or what is missing of it, and ends with a table and a PNG; returns the exit code."""
     parser = argparse.ArgumentParser("ted-ds quickstart", description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--folder", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart"
-    )
+    parser.add_argument("--folder", type=Path, default=Path("runs/quickstart"), help="default: runs/quickstart")
     parser.add_argument("--ranks", type=int, default=2, help="processes (default 2)")
     arguments, overrides = parser.parse_known_args(argv)
     folder: Path = arguments.folder

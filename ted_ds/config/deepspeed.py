@@ -101,9 +101,7 @@ def find_deepspeed_file(path: Path) -> Path:
     for candidate in (path, SHIPPED / path):
         if candidate.is_file():
             return candidate
-    raise ConfigError(
-        f"the DeepSpeed file {path} is neither in {Path.cwd()} nor in {SHIPPED}: give an existing one"
-    )
+    raise ConfigError(f"the DeepSpeed file {path} is neither in {Path.cwd()} nor in {SHIPPED}: give an existing one")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -125,9 +123,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return config
 
 
-def _fill_batch_sizes(
-    path: Path, config: dict[str, Any], *, micro: int, accumulation: int, world_size: int
-) -> None:
+def _fill_batch_sizes(path: Path, config: dict[str, Any], *, micro: int, accumulation: int, world_size: int) -> None:
     batch = micro * accumulation * world_size
     solved = f"the recipe's batch sizes on {world_size} rank{'s' * (world_size > 1)}"
     _fill(path, config, "train_micro_batch_size_per_gpu", micro, "train.micro_batch_size")
@@ -138,9 +134,7 @@ def _fill_batch_sizes(
 def _fill_precision(path: Path, config: dict[str, Any], dtype: Dtype, origin: str) -> None:
     fp16 = config.pop("fp16", "auto")
     if isinstance(fp16, dict) and fp16.get("enabled") not in (None, False, "auto"):
-        raise ConfigError(
-            f"{path}: fp16.enabled is true, but ted_ds trains in float32 or bfloat16: remove fp16"
-        )
+        raise ConfigError(f"{path}: fp16.enabled is true, but ted_ds trains in float32 or bfloat16: remove fp16")
     _fill(path, config, "bf16", {"enabled": dtype == "bfloat16"}, f"{origin}: {dtype}")
 
 

@@ -98,9 +98,7 @@ def _apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> frozen
         try:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
-            raise ConfigError(
-                f"{COMMAND_LINE}: --{key}={text}: the value is not valid YAML: quote it"
-            ) from error
+            raise ConfigError(f"{COMMAND_LINE}: --{key}={text}: the value is not valid YAML: quote it") from error
         *parents, leaf = key.split(".")
         target = recipe
         for parent in parents:
@@ -166,11 +164,7 @@ def _key(location: tuple[int | str, ...], content: Any, *, missing: bool) -> tup
     """The user's key: pydantic's location without the names of a union's alternatives."""
     key: list[str] = []
     for i, part in enumerate(location):
-        if (
-            part in content
-            if isinstance(content, dict)
-            else isinstance(content, list) and isinstance(part, int)
-        ):
+        if part in content if isinstance(content, dict) else isinstance(content, list) and isinstance(part, int):
             content = content[part]
         elif not (missing and i == len(location) - 1):
             continue

@@ -59,13 +59,9 @@ class TeacherConfig(Section):
     """The frozen model that is distilled from."""
 
     model: str = Field(description="folder or hub id of a causal LM")
-    sharding: Sharding = Field(
-        default="zero3", description="zero3: one copy over all ranks; replicated: a copy a rank"
-    )
+    sharding: Sharding = Field(default="zero3", description="zero3: one copy over all ranks; replicated: a copy a rank")
     dtype: Dtype = "bfloat16"
-    deepspeed: Path = Field(
-        default=Path("ds_configs/teacher_zero3.json"), description="used by sharding zero3"
-    )
+    deepspeed: Path = Field(default=Path("ds_configs/teacher_zero3.json"), description="used by sharding zero3")
     trust_remote_code: bool = False
 
 
@@ -90,9 +86,7 @@ class InitConfig(Section):
             others = {n: v for n, v in self if n != "config" and v != type(self).model_fields[n].default}
             if others:
                 given = ", ".join(f"{name}: {value}" for name, value in others.items())
-                raise ValueError(
-                    f"`config` (a random start) and {given} (a cut of the teacher) exclude each other"
-                )
+                raise ValueError(f"`config` (a random start) and {given} (a cut of the teacher) exclude each other")
             if "model_type" not in self.config:
                 raise ValueError("`config` lacks `model_type`, e.g. {model_type: llama, hidden_size: 192}")
         if isinstance(self.blocks, tuple):
@@ -111,15 +105,11 @@ class StudentConfig(Section):
 
     model: str | None = Field(default=None, description="folder or hub id of a causal LM")
     init: InitConfig | None = None
-    dtype: Dtype = Field(
-        default="bfloat16", description="of forward and backward; the optimizer's copy is float32"
-    )
+    dtype: Dtype = Field(default="bfloat16", description="of forward and backward; the optimizer's copy is float32")
     activation_checkpointing: bool = Field(
         default=False, description="recompute blocks in backward: less memory, more time"
     )
-    dropout: Fraction | None = Field(
-        default=0.0, description="set on every dropout; null keeps the checkpoint's"
-    )
+    dropout: Fraction | None = Field(default=0.0, description="set on every dropout; null keeps the checkpoint's")
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
@@ -150,15 +140,9 @@ class FiltersConfig(Section):
 class LossConfig(Section):
     """loss = pred_loss + kl_alpha * kl_loss + mse_alpha * layer_loss."""
 
-    kl_alpha: LossWeight = Field(
-        default=None, validate_default=True, description="null: by method, see LOSS_WEIGHTS"
-    )
-    mse_alpha: LossWeight = Field(
-        default=None, validate_default=True, description="null: by method, see LOSS_WEIGHTS"
-    )
-    temperature: PositiveFloat = Field(
-        default=2.0, description="T of T^2 KL(softmax(z_t / T) || softmax(z_s / T))"
-    )
+    kl_alpha: LossWeight = Field(default=None, validate_default=True, description="null: by method, see LOSS_WEIGHTS")
+    mse_alpha: LossWeight = Field(default=None, validate_default=True, description="null: by method, see LOSS_WEIGHTS")
+    temperature: PositiveFloat = Field(default=2.0, description="T of T^2 KL(softmax(z_t / T) || softmax(z_s / T))")
     layer_loss: Literal["normalized_mse", "mse"] = Field(
         default="normalized_mse",
         description="MSE over the mean square of the teacher's side, or the paper's raw MSE",
@@ -186,9 +170,7 @@ class DataConfig(Section):
     text_column: str = Field(default="text", description="of JSONL, Parquet and hub data")
     tokenizer: str = Field(description="folder or hub id for AutoTokenizer, or a SentencePiece .model file")
     sequence_length: PositiveInt = Field(default=1024, description="tokens a row (S)")
-    prepared: Path | None = Field(
-        default=None, description="folder of the packed blocks; null: OUTPUT_DIR/data"
-    )
+    prepared: Path | None = Field(default=None, description="folder of the packed blocks; null: OUTPUT_DIR/data")
     processes: PositiveInt | None = Field(default=None, description="that tokenize; null: one a core")
     train_tokenizer: PositiveInt | None = Field(
         default=None,
@@ -200,19 +182,13 @@ class OptimizerConfig(Section):
     """AdamW and its schedule in Stage II."""
 
     learning_rate: PositiveFloat = Field(default=5e-4, description="peak rate")
-    weight_decay: NonNegativeFloat = Field(
-        default=0.1, description="of matrices; norms and biases do not decay"
-    )
+    weight_decay: NonNegativeFloat = Field(default=0.1, description="of matrices; norms and biases do not decay")
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     epsilon: PositiveFloat = 1e-8
     warmup_steps: NonNegativeInt = Field(default=100, description="optimizer steps of linear warm-up")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    final_ratio: float = Field(
-        default=0.1, ge=0, le=1, description="rate after the last step, as a share of the peak"
-    )
-    gradient_clipping: NonNegativeFloat = Field(
-        default=1.0, description="largest global gradient norm; 0: no clipping"
-    )
+    final_ratio: float = Field(default=0.1, ge=0, le=1, description="rate after the last step, as a share of the peak")
+    gradient_clipping: NonNegativeFloat = Field(default=1.0, description="largest global gradient norm; 0: no clipping")
 
 
 class TrainConfig(Section):
@@ -240,9 +216,7 @@ class RunConfig(Section):
     method: Method = "ted"
     output_dir: Path
     seed: NonNegativeInt = 0
-    deepspeed: Path = Field(
-        default=Path("ds_configs/zero3.json"), description="of the student's engine and Stage I's"
-    )
+    deepspeed: Path = Field(default=Path("ds_configs/zero3.json"), description="of the student's engine and Stage I's")
     teacher: TeacherConfig | None = None
     student: StudentConfig
     filters: FiltersConfig = FiltersConfig()
@@ -257,9 +231,7 @@ class RunConfig(Section):
         if self.teacher is not None:
             return self
         if self.method != "ce":
-            raise ValueError(
-                f"method: {self.method} needs a teacher: give teacher.model, or choose method: ce"
-            )
+            raise ValueError(f"method: {self.method} needs a teacher: give teacher.model, or choose method: ce")
         if self.student.init is not None and self.student.init.config is None:
             raise ValueError(
                 "student.init cuts the student out of a teacher: give teacher.model, "

@@ -86,7 +86,5 @@ class EvaluationRows:
             if row >= count:
                 targets[i] = IGNORED
             elif row == last:
-                targets[i, length - 1 :] = (
-                    IGNORED  # padding follows, which causal attention keeps out of sight
-                )
+                targets[i, length - 1 :] = IGNORED  # padding follows, which causal attention keeps out of sight
         return Batch(ids, targets)

@@ -91,9 +91,9 @@ class FilterLearner(nn.Module):
 
         def readout(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
             states = self._final_norm[0](states)
-            return linear_cross_entropy_kl(
-                states, self._head, targets, pred_scale=scale, vocab_size=self._vocab_size
-            )[0]
+            return linear_cross_entropy_kl(states, self._head, targets, pred_scale=scale, vocab_size=self._vocab_size)[
+                0
+            ]
 
         def learn(index: int, hidden: torch.Tensor) -> None:
             positions = self._positions(length, seen, step, index).to(hidden.device)

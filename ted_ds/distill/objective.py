@@ -42,9 +42,7 @@ class DistillationModel(nn.Module):
         part in CE or KL, so that padding a vocabulary changes nothing.
     """
 
-    def __init__(
-        self, student: nn.Module, filters: nn.ModuleList, weights: LossWeights, *, vocab_size: int
-    ) -> None:
+    def __init__(self, student: nn.Module, filters: nn.ModuleList, weights: LossWeights, *, vocab_size: int) -> None:
         super().__init__()
         self.student = student
         self.filters = filters
@@ -69,19 +67,13 @@ class DistillationModel(nn.Module):
         Raises ModelError where layer map and filters differ in number.
         """
         if len(layer_map) != len(self.filters):
-            raise ModelError(
-                f"{len(self.filters)} student filters do not fit a layer map of {len(layer_map)} pairs"
-            )
+            raise ModelError(f"{len(self.filters)} student filters do not fit a layer map of {len(layer_map)} pairs")
         self._teacher = teacher
         self._layer_scale = 1.0 if mean_squares is None else mean_squares.clamp_min(1e-12).reciprocal()
         self._collector.remove()
-        self._collector = HiddenStateCollector(
-            self.structure.blocks, teacher.module.structure.blocks, layer_map
-        )
+        self._collector = HiddenStateCollector(self.structure.blocks, teacher.module.structure.blocks, layer_map)
 
-    def forward(
-        self, *, batch: Batch, counts: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, *, batch: Batch, counts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """One micro-batch's share of the global batch's loss: (loss, terms).
 
         counts: [2] predicted targets and real tokens of the *global* batch (`Batch.counts`, summed); every
@@ -96,9 +88,7 @@ class DistillationModel(nn.Module):
 
         def squared_error(pair: int, hidden_s: torch.Tensor, hidden_t: torch.Tensor) -> torch.Tensor:
             assert self._teacher is not None
-            return self.filters[pair](
-                hidden_s, self._teacher.module.target(pair, hidden_t), batch.attention_mask
-            )
+            return self.filters[pair](hidden_s, self._teacher.module.target(pair, hidden_t), batch.attention_mask)
 
         with self._collector.teacher_pass(squared_error) as sums:
             logit_loss, pred_sum, kl_sum = self._logit_losses(batch, hidden, targets)
@@ -108,9 +98,7 @@ class DistillationModel(nn.Module):
         terms = torch.stack([loss, pred_sum / targets, kl_sum / targets, layer_loss])
         return loss, torch.cat([terms, layer_losses.to(terms)]).detach()
 
-    def _logit_losses(
-        self, batch: Batch, hidden: torch.Tensor, targets: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
+    def _logit_losses(self, batch: Batch, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The teacher's forward past the waiting student, then CE and KL: (weighted loss, CE sum, KL sum)."""
         result: list[tuple[torch.Tensor, ...]] = []
 

@@ -52,9 +52,7 @@ def load_causal_lm(
             name_or_path, config=config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model {name_or_path!r} could not be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise ModelError(f"model {name_or_path!r} could not be loaded: {str(error).splitlines()[0]}") from error
     finally:
         del sharding
 
@@ -87,9 +85,7 @@ def sharded_init(deepspeed_config: dict[str, Any] | None) -> AbstractContextMana
 def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
     """The parameters whole inside the context, on every rank; rank 0's changes are kept where `write`."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(
-        sharded, modifier_rank=0 if write else None, enabled=bool(sharded)
-    )
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None, enabled=bool(sharded))
 
 
 def whole_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -143,18 +139,14 @@ def resident_readout(model: nn.Module, device: torch.device) -> tuple[nn.Module,
         weight, bias = (None if p is None else _resident(p, device) for p in (head.weight, head.bias))
     norm.load_state_dict(state, assign=True)
     assert weight is not None
-    return norm.requires_grad_(False), Head(
-        weight, bias, softcap=structure.logit_softcap, scale=structure.logit_scale
-    )
+    return norm.requires_grad_(False), Head(weight, bias, softcap=structure.logit_softcap, scale=structure.logit_scale)
 
 
 def _load_config(name_or_path: str, trust_remote_code: bool) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(
-            f"model {name_or_path!r} could not be found: {str(error).splitlines()[0]}"
-        ) from error
+        raise ModelError(f"model {name_or_path!r} could not be found: {str(error).splitlines()[0]}") from error
 
 
 def _resident(parameter: nn.Parameter, device: torch.device) -> torch.Tensor:

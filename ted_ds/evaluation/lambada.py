@@ -52,7 +52,9 @@ def split_last_word(text: str) -> tuple[str, str]:
     text = text.rstrip()
     found = re.search(r"(?<=\S)\s+\S+$", text)
     if found is None:
-        raise DataError(f"LAMBADA needs a context and a last word, but this passage has fewer than two words: {text!r:.80}")
+        raise DataError(
+            f"LAMBADA needs a context and a last word, but this passage has fewer than two words: {text!r:.80}"
+        )
     return text[: found.start()], found.group()
 
 

@@ -1,213 +1,174 @@
-"""Which channels, heads and FFN units a narrower student keeps: roles by parameter name, scores by weight norm.
-
-Scores come from weights, not from activations: no forward of a teacher that may need many devices, no choice
-of data, the same answer every time, at the cost of one more read of the checkpoint. What is lost is what data
-would tell: a channel with large weights that typical inputs hardly excite is kept all the same.
-"""
+"""Which channels, heads and FFN units stay in a narrower student, and how tensors are cut along them."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 
-from ted_ds.errors import ModelError
+
+class Part(StrEnum):
+    """What the width of a model is made of. Heads are query heads; units are the FFN's."""
+
+    CHANNEL = "hidden_size"
+    HEAD = "num_heads"
+    KV_HEAD = "num_key_value_heads"
+    UNIT = "intermediate_size"
 
 
-class Role(Enum):
-    """What a dimension of a parameter counts; H heads, G key/value heads, d channels a head."""
-
-    FIXED = auto()  # vocabulary, positions, the channels of one head: never cut
-    HIDDEN = auto()  # D, the residual stream
-    FFN = auto()
-    QUERY = auto()  # [H, d]
-    KEY = auto()  # [G, d]
-    VALUE = auto()  # [G, d]
-    CONTEXT = auto()  # [H, d], what attention hands to its output projection
-    QKV_BY_PART = auto()  # [3, H, d]
-    QKV_BY_HEAD = auto()  # [H, 3, d]
-
-
-_EMBEDDINGS = ("wte", "wpe", "embed_in", "embed_tokens", "embed_positions", "lm_head")
-_NORMS = (
-    *("ln_1", "ln_2", "ln_f", "norm", "input_layernorm", "post_attention_layernorm", "final_layer_norm"),
-    *("self_attn_layer_norm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-)
-_HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-_LINEAR: dict[str, tuple[Role, Role]] = {
-    # GPT-NeoX
-    "attention.query_key_value": (Role.QKV_BY_HEAD, Role.HIDDEN),
-    "attention.dense": (Role.HIDDEN, Role.CONTEXT),
-    "mlp.dense_h_to_4h": (Role.FFN, Role.HIDDEN),
-    "mlp.dense_4h_to_h": (Role.HIDDEN, Role.FFN),
-    # OPT, Llama, Mistral, Qwen2, Qwen3, Gemma-2, Gemma-3
-    "self_attn.q_proj": (Role.QUERY, Role.HIDDEN),
-    "self_attn.k_proj": (Role.KEY, Role.HIDDEN),
-    "self_attn.v_proj": (Role.VALUE, Role.HIDDEN),
-    # OPT
-    "self_attn.out_proj": (Role.HIDDEN, Role.CONTEXT),
-    "fc1": (Role.FFN, Role.HIDDEN),
-    "fc2": (Role.HIDDEN, Role.FFN),
-    # Llama and its descendants
-    "self_attn.o_proj": (Role.HIDDEN, Role.CONTEXT),
-    "mlp.gate_proj": (Role.FFN, Role.HIDDEN),
-    "mlp.up_proj": (Role.FFN, Role.HIDDEN),
-    "mlp.down_proj": (Role.HIDDEN, Role.FFN),
-}
-# GPT-2's Conv1D holds the transpose of a Linear's weight: [in, out]
-_CONV1D: dict[str, tuple[Role, Role]] = {
-    "attn.c_attn": (Role.HIDDEN, Role.QKV_BY_PART),
-    "attn.c_proj": (Role.CONTEXT, Role.HIDDEN),
-    "mlp.c_fc": (Role.HIDDEN, Role.FFN),
-    "mlp.c_proj": (Role.FFN, Role.HIDDEN),
-}
-ROLES: dict[str, tuple[Role, ...]] = {
-    **{f"{name}.weight": (Role.FIXED, Role.HIDDEN) for name in _EMBEDDINGS},
-    **{f"{name}.{kind}": (Role.HIDDEN,) for name in _NORMS for kind in ("weight", "bias")},
-    **{f"{name}.weight": (Role.FIXED,) for name in _HEAD_NORMS},
-    **{f"{name}.weight": roles for name, roles in (_LINEAR | _CONV1D).items()},
-    **{f"{name}.bias": (roles[0],) for name, roles in _LINEAR.items()},
-    **{f"{name}.bias": (roles[1],) for name, roles in _CONV1D.items()},
-}
-"""Parameter name (inside its block; outside, the last two parts) -> the role of each dimension."""
+Sizes = Mapping[Part, int]
+"""How many of each part a model has (heads and units: in every block)."""
 
 
 @dataclass(frozen=True)
-class WidthSizes:
-    """The sizes of a model's blocks; head_dim is the same in teacher and student."""
+class Axis:
+    """One dimension of a tensor, seen as [outer, number of parts, inner, rest]; rest is 1 or the head width.
 
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    head_dim: int
-
-
-@dataclass(frozen=True)
-class KeptChannels:
-    """Indices into the teacher, rising, int64: of the residual stream, and by block of heads and FFN units."""
-
-    teacher: WidthSizes
-    hidden: torch.Tensor
-    heads: dict[int, torch.Tensor]
-    kv_heads: dict[int, torch.Tensor]
-    ffn: dict[int, torch.Tensor]
-
-    def cut(self, block: int | None, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """`weight` with the kept channels alone; block: the teacher's, None outside the blocks."""
-        for dim, role in enumerate(parameter_roles(name)):
-            if role is not Role.FIXED:
-                weight = weight.index_select(dim, self._indices(role, block))
-        return weight
-
-    def _indices(self, role: Role, block: int | None) -> torch.Tensor:
-        if role is Role.HIDDEN:
-            return self.hidden
-        assert block is not None, role
-        d, heads = self.teacher.head_dim, self.heads[block]
-        if role is Role.FFN:
-            return self.ffn[block]
-        if role is Role.QKV_BY_HEAD:
-            return _spread(heads, 3 * d)
-        if role is Role.QKV_BY_PART:
-            return torch.cat([_spread(heads + part * self.teacher.heads, d) for part in range(3)])
-        return _spread(heads if role in (Role.QUERY, Role.CONTEXT) else self.kv_heads[block], d)
-
-
-def parameter_roles(name: str) -> tuple[Role, ...]:
-    """The role of each dimension; ModelError for a parameter of an unknown name."""
-    if name not in ROLES:
-        raise ModelError(
-            f"parameter {name!r} of the teacher is not known, so its width cannot be cut: leave out "
-            "student.init.hidden_size, num_heads and intermediate_size (blocks can be cut all the same)"
-        )
-    return ROLES[name]
-
-
-@dataclass
-class ChannelScores:
-    """Weight norms, added up from one parameter at a time; float64 throughout.
-
-    Residual channel: sum of its squared weights over the matrices that read or write it, each matrix scaled
-    to unit Frobenius norm, so that none dominates. Head: |values|^2 |output projection|^2. FFN unit: the
-    product of the squared norms of its rows and column (gate, up, down). A product, since a head or unit
-    with one side zero adds nothing to the residual stream. Biases of values and FFN units count as a column.
+    outer 3: q, k and v one after another (GPT-2). inner 3: q, k and v within every head (GPT-NeoX).
+    scored: whether the part's weights here tell how much the part matters; of q, k, v only v.
     """
 
-    sizes: WidthSizes
-    hidden: torch.Tensor = field(init=False)
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
-    contexts: dict[int, torch.Tensor] = field(default_factory=dict)
-    ffn: dict[int, dict[str, torch.Tensor]] = field(default_factory=lambda: defaultdict(dict))
+    part: Part
+    outer: int = 1
+    inner: int = 1
+    scored: bool = True
 
-    def __post_init__(self) -> None:
-        self.hidden = torch.zeros(self.sizes.hidden, dtype=torch.float64)
 
-    def add(self, block: int | None, name: str, weight: torch.Tensor) -> None:
-        """Counts one parameter; memory: a float32 copy of it."""
-        squares = weight.to(torch.float32, copy=True).square_()
-        for dim, role in enumerate(parameter_roles(name)):
-            if role is Role.FIXED or (role is Role.HIDDEN and weight.ndim == 1):
+Axes = tuple[Axis | None, ...]
+"""An axis for each dimension of a tensor; None: not cut."""
+
+_D, _FFN = Axis(Part.CHANNEL), Axis(Part.UNIT)
+_Q, _K = Axis(Part.HEAD, scored=False), Axis(Part.KV_HEAD, scored=False)
+_V, _O = Axis(Part.KV_HEAD), Axis(Part.HEAD)
+_QKV_OUTER, _QKV_INNER = Axis(Part.HEAD, outer=3), Axis(Part.HEAD, inner=3)
+
+_EMBEDDINGS = ("wte", "wpe", "embed_in", "embed_tokens", "embed_positions", "lm_head", "embed_out")
+_NORMS = (
+    *("ln_1", "ln_2", "ln_f", "norm", "final_layer_norm", "self_attn_layer_norm", "input_layernorm"),
+    *("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+)
+_LINEARS = {  # module: (axis of the outputs, axis of the inputs); nn.Linear stores [out, in]
+    "self_attn.q_proj": (_Q, _D),
+    "self_attn.k_proj": (_K, _D),
+    "self_attn.v_proj": (_V, _D),
+    "self_attn.o_proj": (_D, _O),
+    "self_attn.out_proj": (_D, _O),
+    "mlp.gate_proj": (_FFN, _D),
+    "mlp.up_proj": (_FFN, _D),
+    "mlp.down_proj": (_D, _FFN),
+    "fc1": (_FFN, _D),
+    "fc2": (_D, _FFN),
+    "attention.query_key_value": (_QKV_INNER, _D),
+    "attention.dense": (_D, _O),
+    "mlp.dense_h_to_4h": (_FFN, _D),
+    "mlp.dense_4h_to_h": (_D, _FFN),
+    "attn.c_attn": (_QKV_OUTER, _D),
+    "attn.c_proj": (_D, _O),
+    "mlp.c_fc": (_FFN, _D),
+    "mlp.c_proj": (_D, _FFN),
+}
+_TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # GPT-2's Conv1D stores [in, out]
+
+AXES: dict[str, Axes] = {
+    **{f"{module}.weight": (None, _D) for module in _EMBEDDINGS},
+    **{f"{module}.{kind}": (_D,) for module in _NORMS for kind in ("weight", "bias")},
+    **{f"{module}.bias": (out,) for module, (out, _) in _LINEARS.items()},
+    **{
+        f"{module}.weight": (inner, out) if module.endswith(_TRANSPOSED) else (out, inner)
+        for module, (out, inner) in _LINEARS.items()
+    },
+}
+"""End of a parameter's name -> its axes, for GPT-2, GPT-NeoX, OPT, Llama, Mistral, Qwen2/3, Gemma-2/3."""
+
+
+def axes_of(name: str) -> Axes:
+    """The axes of a parameter; () where the table does not know it."""
+    pieces = name.split(".")
+    return AXES.get(".".join(pieces[-2:])) or AXES.get(".".join(pieces[-3:]), ())
+
+
+def cut(tensor: torch.Tensor, axes: Axes, kept: Mapping[Part, torch.Tensor], sizes: Sizes) -> torch.Tensor:
+    """`tensor` with the parts `kept` (rising indices) alone; parts that `kept` does not name stay whole."""
+    for dim, axis in enumerate(axes):
+        if axis is not None and axis.part in kept:
+            split = tensor.unflatten(dim, (axis.outer, sizes[axis.part], -1))
+            tensor = split.index_select(dim + 1, kept[axis.part]).flatten(dim, dim + 2)
+    return tensor
+
+
+class WeightScores:
+    """How much each part of a model matters, by weight norms alone, in one pass over the tensors.
+
+    Why not activations: they need a forward of a teacher that may not fit on one machine, and their result
+    depends on data, kernels and dtype. Weight norms cost one read of the file and are deterministic. What is
+    lost: a channel with small weights and large activations (Llama-like models have a few) ranks too low;
+    Stage II has to make up for it.
+
+    * residual channel: sum over all matrices that read or write it of its squared weights, each matrix
+      scaled to unit Frobenius norm so that none (the embedding, say) decides alone;
+    * head: |v|^2 |o|^2, the value and output weights of the head (a key-value head's v counts for each of
+      its query heads); q and k are left out: they only sharpen the attention;
+    * FFN unit: product of the squared norms of its up (and gate) row and its down column.
+    """
+
+    def __init__(self, sizes: Sizes) -> None:
+        self._sizes = sizes
+        self._channels = torch.zeros(sizes[Part.CHANNEL], dtype=torch.float64)
+        self._products: dict[tuple[int, Part], torch.Tensor] = defaultdict(lambda: torch.ones((), dtype=torch.float64))
+
+    def add(self, block: int | None, axes: Axes, matrix: torch.Tensor) -> None:
+        """Counts one matrix of block `block` (None: outside the blocks), whose axes are known."""
+        marginals = _squared_marginals(matrix)
+        total = marginals[0].sum().clamp_min(torch.finfo(torch.float64).tiny)
+        for axis, squares in zip(axes, marginals, strict=True):
+            if axis is None or not axis.scored:
                 continue
-            others = [d for d in range(weight.ndim) if d != dim]
-            energy = (squares.sum(others) if others else squares).double()
-            if role is Role.HIDDEN:
-                self.hidden += energy / energy.sum().clamp_min(1e-300)
-            elif block is not None:
-                self._add_units(block, name.rpartition(".")[0], role, energy)
+            if axis.part == Part.CHANNEL:
+                self._channels += squares / total
+            else:
+                # of q, k, v in one tensor the last is v
+                parts = squares.view(axis.outer, self._sizes[axis.part], axis.inner, -1)[-1, :, -1].sum(-1)
+                assert block is not None
+                self._products[block, axis.part] = self._products[block, axis.part] * parts
 
-    def _add_units(self, block: int, module: str, role: Role, energy: torch.Tensor) -> None:
-        heads, d = self.sizes.heads, self.sizes.head_dim
-        if role is Role.FFN:
-            _accumulate(self.ffn[block], module, energy)
-        elif role is Role.CONTEXT:
-            _accumulate(self.contexts, block, energy.view(heads, d).sum(1))
-        elif role is Role.VALUE:
-            _accumulate(self.values, block, energy.view(self.sizes.kv_heads, d).sum(1))
-        elif role is Role.QKV_BY_PART:
-            _accumulate(self.values, block, energy.view(3, heads, d)[2].sum(1))
-        elif role is Role.QKV_BY_HEAD:
-            _accumulate(self.values, block, energy.view(heads, 3, d)[:, 2].sum(1))
+    def channels(self, keep: int) -> torch.Tensor:
+        """The `keep` best residual channels, in their order; int64."""
+        return _best(self._channels, keep)
 
-    def best(self, student: WidthSizes) -> KeptChannels:
-        """The channels of largest score. Every kept kv head keeps equally many of its query heads."""
-        heads = {b: self._best_heads(b, student) for b in self.contexts}
-        grouped = self.sizes.kv_heads == student.kv_heads
-        all_kv = torch.arange(self.sizes.kv_heads)
-        return KeptChannels(
-            self.sizes,
-            largest(self.hidden, student.hidden),
-            heads,
-            {b: all_kv if grouped else kept for b, kept in heads.items()},
-            {b: largest(_product(parts), student.ffn) for b, parts in self.ffn.items()},
-        )
+    def units(self, block: int, keep: int) -> torch.Tensor:
+        """The `keep` best FFN units of a block, in their order."""
+        return _best(self._products[block, Part.UNIT], keep)
 
-    def _best_heads(self, block: int, student: WidthSizes) -> torch.Tensor:
-        kv_heads = self.sizes.kv_heads
-        per_group = self.sizes.heads // kv_heads
-        score = self.contexts[block] * self.values[block].repeat_interleave(per_group)
-        if student.kv_heads != kv_heads:
-            return largest(score, student.heads)
-        keep = student.heads // kv_heads
-        return torch.cat([g * per_group + largest(part, keep) for g, part in enumerate(score.split(per_group))])
+    def heads(self, block: int, keep: int, keep_kv: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best query heads of a block and their key-value heads, in their order.
+
+        Where all key-value heads stay, the same number of query heads stays in each one's group; else whole
+        groups stay.
+        """
+        kv = self._sizes[Part.KV_HEAD]
+        group = self._sizes[Part.HEAD] // kv
+        values = self._products[block, Part.KV_HEAD].expand(kv)
+        scores = self._products[block, Part.HEAD].view(kv, group) * values[:, None]
+        if keep_kv == kv:
+            best = [_best(row, keep // kv) + i * group for i, row in enumerate(scores)]
+            return torch.cat(best), torch.arange(kv)
+        groups = _best(scores.sum(1), keep_kv)
+        return (groups[:, None] * group + torch.arange(group)).flatten(), groups
 
 
-def largest(score: torch.Tensor, keep: int) -> torch.Tensor:
-    """Indices of the `keep` largest scores, rising; of equal ones the first."""
-    return score.argsort(descending=True, stable=True)[:keep].sort().values
+def _best(scores: torch.Tensor, keep: int) -> torch.Tensor:
+    """Stable, so that ties (and hence students) are the same everywhere."""
+    return scores.argsort(descending=True, stable=True)[:keep].sort().values
 
 
-def _spread(units: torch.Tensor, channels: int) -> torch.Tensor:
-    """The channels of units that have `channels` consecutive ones each."""
-    return (units[:, None] * channels + torch.arange(channels)).flatten()
-
-
-def _accumulate(sums: dict[Any, torch.Tensor], key: int | str, energy: torch.Tensor) -> None:
-    sums[key] = sums[key] + energy if key in sums else energy
-
-
-def _product(parts: dict[str, torch.Tensor]) -> torch.Tensor:
-    return torch.stack(list(parts.values())).prod(0)
+def _squared_marginals(matrix: torch.Tensor, rows: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of squares of every row and of every column, float64; `rows` at a time, to hold no float64 copy."""
+    by_row, by_column = [], torch.zeros(matrix.shape[1], dtype=torch.float64)
+    for chunk in matrix.split(rows):
+        squares = chunk.double().square()
+        by_row.append(squares.sum(1))
+        by_column += squares.sum(0)
+    return torch.cat(by_row), by_column

@@ -32,9 +32,7 @@ class Filter(nn.Module):
     from its teacher shares its basis, and a random start would throw that away.
     """
 
-    def __init__(
-        self, width: int, output_dim: int, *, nonlinear: bool = False, activation: str = "gelu"
-    ) -> None:
+    def __init__(self, width: int, output_dim: int, *, nonlinear: bool = False, activation: str = "gelu") -> None:
         super().__init__()
         self.width, self.output_dim, self.nonlinear = width, output_dim, nonlinear
         self.weight, self.bias = fresh_linear(width, output_dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from ted_ds.errors import ModelError
 
@@ -34,7 +35,7 @@ def _checked(spec: Sequence[Sequence[int]], num_student: int, num_teacher: int) 
                 f"filters.layer_map pair [{s}, {t}] (student block, teacher block) lies outside the models: the "
                 f"student has blocks 0 to {num_student - 1}, the teacher 0 to {num_teacher - 1}"
             )
-    for (s, t), (s_next, t_next) in zip(pairs, pairs[1:], strict=False):
+    for (s, t), (s_next, t_next) in pairwise(pairs):
         if not (s < s_next and t < t_next):
             raise ModelError(
                 f"filters.layer_map pairs [{s}, {t}] and [{s_next}, {t_next}] repeat a block or cross: "
@@ -59,7 +60,7 @@ def keep_blocks(policy: str | Sequence[int], keep: int | None, total: int) -> tu
             return tuple(range(total - keep, total))
         return tuple(round(k * (total - 1) / (keep - 1)) for k in range(keep))
     kept = tuple(policy)
-    if any(not 0 <= b < total for b in kept) or any(a >= b for a, b in zip(kept, kept[1:], strict=False)):
+    if any(not 0 <= b < total for b in kept) or any(a >= b for a, b in pairwise(kept)):
         raise ModelError(
             f"student.init.blocks {list(kept)} must rise and lie within the teacher's blocks 0 to {total - 1}"
         )

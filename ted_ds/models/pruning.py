@@ -1,35 +1,31 @@
-"""Stage 0: the student's initial weights, cut out of the teacher's checkpoint or made at random.
-
-From file to file: one tensor of the teacher at a time, and never more than one output file's worth in memory.
-"""
+"""Stage 0: the initial student, cut out of the teacher's files or made at random."""
 
 from __future__ import annotations
 
 import copy
-import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
-from transformers.utils import cached_file
 
-from ted_ds.config.schema import InitConfig
 from ted_ds.errors import ModelError
-from ted_ds.models.channels import ChannelScores, KeptChannels, WidthSizes
+from ted_ds.models.channels import Part, Sizes, WeightScores, axes_of, cut
 from ted_ds.models.layer_map import keep_blocks
-from ted_ds.models.structure import ModelStructure, find_structure
+from ted_ds.models.structure import find_structure
+from ted_ds.models.weight_files import WeightReader, WeightWriter, copy_companions
 
-SHARD_BYTES = 5_000_000_000
-"""An output file is closed once it holds this much; so much host memory is needed, plus one tensor."""
+if TYPE_CHECKING:
+    from ted_ds.config.schema import InitConfig
 
-_FFN_NAMES = ("intermediate_size", "ffn_dim", "n_inner")
-_TIED_WIDTH = ("gpt2", "gpt_neox", "opt")  # families whose hidden_size must be num_heads * head_dim
-_PER_BLOCK = ("layer_types", "mlp_layer_types", "no_rope_layers")  # lists of a config with an entry a block
+Kept = Mapping[int | None, Mapping[Part, torch.Tensor]]
+"""Teacher block (None: outside the blocks) -> the parts that stay there."""
+
+_FFN_FIELDS = ("intermediate_size", "n_inner", "ffn_dim")
+_OTHER_SPELLINGS = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX, in files
 
 
 def init_student(
@@ -41,294 +37,254 @@ def init_student(
     tokenizer_vocab_size: int | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Writes the student's initial weights as a Hugging Face folder, renamed into place when it is whole.
+    """Writes the initial student as a Hugging Face folder, renamed into place when it is whole.
 
-    teacher: folder or hub id with safetensors weights; not used by `init.config` (a random start by `seed`,
-    float32). A cut keeps the teacher's dtype; width is cut by weight norms, see `ted_ds.models.channels`.
-    tokenizer_vocab_size: V of a random start whose config gives none, and the least it may give.
-    Raises ModelError for a teacher that cannot be read or cut, sizes that do not fit it, or a bad config.
+    With `init.config`: a random start under `seed`, of `tokenizer_vocab_size` rows where the config names
+    no vocab_size. Else blocks and parts of `teacher` (folder or hub id), everything else copied, dtype kept.
+    The teacher is read one tensor at a time, twice where its width is cut (see `WeightScores` for what
+    stays), and at most one output shard of 5 GB is held. The head width always stays the teacher's; so do
+    Gemma's scales, whose embeddings thus enter a narrower student smaller by sqrt(D_s / D_t).
+
+    Raises ModelError where the request does not fit the teacher or its weights cannot be cut.
     """
     if output_dir.exists():
-        raise ModelError(f"{output_dir} exists already: delete it to make the initial student anew")
+        raise ModelError(f"the student's folder {output_dir} exists already: delete it, or choose another")
     temporary = output_dir.with_name(output_dir.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     if init.config is not None:
-        _random_student(init.config, temporary, seed, tokenizer_vocab_size, trust_remote_code)
+        _write_random(init.config, temporary, seed, tokenizer_vocab_size, trust_remote_code)
     elif teacher is not None:
-        _cut_student(teacher, init, temporary, trust_remote_code)
+        _write_cut(_plan(teacher, init, trust_remote_code), teacher, temporary)
     else:
-        raise ModelError("student.init cuts the student out of a teacher, and there is none: give teacher.model")
+        raise ModelError("student.init cuts the student out of a teacher: give teacher.model")
     temporary.rename(output_dir)
 
 
-class Checkpoint:
-    """The tensors of a model's safetensors files, read one at a time, by the model's own parameter names."""
-
-    def __init__(self, name_or_path: str, base_prefix: str) -> None:
-        self.name_or_path = name_or_path
-        self._prefix = f"{base_prefix}."
-        self._file_of = _tensor_files(name_or_path)
-
-    def __contains__(self, name: str) -> bool:
-        return self._key(name) is not None
-
-    def read(self, name: str) -> torch.Tensor:
-        """The tensor in its dtype, on the CPU; ModelError where no file has it."""
-        key = self._key(name)
-        if key is None:
-            raise ModelError(f"the checkpoint {self.name_or_path} has no tensor {name!r}, which its config asks for")
-        with safe_open(self._file_of[key], framework="pt") as tensors:
-            return tensors.get_tensor(key)
-
-    def _key(self, name: str) -> str | None:
-        # checkpoints saved from the bare backbone lack its prefix, others were saved with one too many
-        keys = (name, name.removeprefix(self._prefix), self._prefix + name)
-        return next((key for key in keys if key in self._file_of), None)
-
-
-def _tensor_files(name_or_path: str) -> dict[str, Path]:
-    """Tensor name -> the file that holds it."""
-    if single := _find(name_or_path, "model.safetensors"):
-        with safe_open(single, framework="pt") as tensors:
-            return dict.fromkeys(tensors.keys(), single)
-    if index := _find(name_or_path, "model.safetensors.index.json"):
-        weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = {file: _find(name_or_path, file) for file in sorted(set(weight_map.values()))}
-        if missing := [file for file, path in files.items() if path is None]:
-            raise ModelError(f"{name_or_path} lacks {missing[0]}, which its index names: download it again")
-        return {name: path for name, file in weight_map.items() if (path := files[file])}
-    for pickled in ("pytorch_model.bin", "pytorch_model.bin.index.json"):
-        if _find(name_or_path, pickled):
-            raise ModelError(
-                f"{name_or_path} has only pickled weights ({pickled}), Stage 0 reads safetensors: convert it by "
-                f"AutoModelForCausalLM.from_pretrained({name_or_path!r}, dtype='auto').save_pretrained(FOLDER)"
-            )
-    raise ModelError(f"{name_or_path} has no model.safetensors: is it a model's folder or hub id?")
-
-
-def _find(name_or_path: str, file: str) -> Path | None:
-    """A model's file: in its folder, or downloaded into the hub's cache; None where there is none."""
+def _write_random(
+    config: dict[str, Any], folder: Path, seed: int, vocab_size: int | None, trust_remote_code: bool
+) -> None:
+    fields = {"vocab_size": vocab_size} if vocab_size is not None else {}
     try:
-        found = cached_file(name_or_path, file)
-    except OSError:
-        return None
-    return Path(found) if found else None
+        model_config = AutoConfig.for_model(**(fields | config))
+    except ValueError as error:
+        message = str(error).splitlines()[0][:200]
+        raise ModelError(f"student.init.config is not a config of transformers: {message}") from error
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+    find_structure(model)
+    model.save_pretrained(folder)
 
 
-def _cut_student(teacher: str, init: InitConfig, folder: Path, trust_remote_code: bool) -> None:
-    config = _teacher_config(teacher, trust_remote_code)
-    structure = _on_meta(config, trust_remote_code)
-    checkpoint = Checkpoint(teacher, structure.model.base_model_prefix)
-    blocks = keep_blocks(init.blocks, init.num_blocks, structure.num_blocks)
-    sizes = width_sizes(config)
-    student_sizes = _requested_sizes(sizes, init, config)
-    names = _Names(structure, blocks, checkpoint)
-    student_config = _student_config(config, structure.num_blocks, blocks, sizes, student_sizes)
-    if names.untied:
-        student_config.tie_word_embeddings = False
-    student = _on_meta(student_config, trust_remote_code)
-    kept = _score(checkpoint, names, sizes, student_sizes) if student_sizes != sizes else None
-    folder.mkdir(parents=True)
-    _write(_cut_tensors(checkpoint, names, kept, student), folder)
-    student_config.architectures = [type(student.model).__name__]
-    student_config.save_pretrained(folder)
-    if generation := _find(teacher, "generation_config.json"):
-        shutil.copyfile(generation, folder / "generation_config.json")
+@dataclass(frozen=True)
+class _Plan:
+    """Teacher and student without weights: `names` maps the student's tensors to the teacher's."""
+
+    config: PreTrainedConfig
+    shapes: Mapping[str, torch.Size]
+    names: Mapping[str, tuple[int | None, str]]
+    blocks: tuple[int, ...]
+    prefix: str
+    tied: frozenset[str]
+    teacher_sizes: Sizes
+    sizes: Sizes
 
 
-def _teacher_config(teacher: str, trust_remote_code: bool) -> PreTrainedConfig:
+def _plan(teacher: str, init: InitConfig, trust_remote_code: bool) -> _Plan:
     try:
-        return AutoConfig.from_pretrained(teacher, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(teacher, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"teacher {teacher!r} could not be found: {str(error).splitlines()[0]}") from error
-
-
-def _on_meta(config: PreTrainedConfig, trust_remote_code: bool) -> ModelStructure:
-    with torch.device("meta"):
-        return find_structure(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-
-
-class _Names:
-    """The tensors to write: the teacher's name and block, the name inside the block, the student's name."""
-
-    def __init__(self, structure: ModelStructure, blocks: tuple[int, ...], checkpoint: Checkpoint) -> None:
-        self._path = f"{structure.blocks_path}."
-        self._new_block = {old: new for new, old in enumerate(blocks)}
-        tied: dict[str, str] = structure.model.all_tied_weights_keys
-        # transformers does not tie what the config calls tied where the file has two different tensors
-        self.untied = {
-            target
-            for target, source in tied.items()
-            if target in checkpoint
-            and source in checkpoint
-            and not torch.equal(checkpoint.read(target), checkpoint.read(source))
-        }
-        # a tied tensor is written once, whichever of its names the teacher's file has
-        self._stored_as = {
-            source: target for target, source in tied.items() if source not in checkpoint and target in checkpoint
-        }
-        skipped = tied.keys() - self.untied
-        self._all = [name for name in structure.model.state_dict() if name not in skipped]
-
-    def __iter__(self) -> Iterator[tuple[str, int | None, str, str]]:
-        for name in self._all:
-            stored = self._stored_as.get(name, name)
-            if not name.startswith(self._path):
-                yield stored, None, ".".join(name.split(".")[-2:]), name
-                continue
-            index, _, local = name.removeprefix(self._path).partition(".")
-            if int(index) in self._new_block:
-                yield stored, int(index), local, f"{self._path}{self._new_block[int(index)]}.{local}"
-
-
-def width_sizes(config: PreTrainedConfig) -> WidthSizes:
-    """The sizes of a config's blocks, whatever the family calls them."""
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    ffn = next((size for name in _FFN_NAMES if (size := getattr(config, name, None))), 4 * hidden)
-    return WidthSizes(
-        hidden=hidden,
-        heads=heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        ffn=ffn,
-        head_dim=getattr(config, "head_dim", None) or hidden // heads,
+        raise ModelError(f"teacher {teacher!r} was not found: {str(error).splitlines()[0]}") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(f"teacher {teacher} is quantized: Stage 0 cuts plain weights, give the original")
+    whole = _on_meta(config, trust_remote_code)
+    structure = find_structure(whole)
+    blocks = keep_blocks(init.blocks, init.num_blocks, structure.num_blocks)
+    teacher_sizes = _sizes_of(config)
+    sizes = _requested(init, config, teacher_sizes)
+    student_config = _student_config(config, blocks, structure.num_blocks, sizes, teacher_sizes)
+    student = _on_meta(student_config, trust_remote_code)
+    student_config.architectures = [type(student).__name__]
+    tensors = student.state_dict(keep_vars=True)
+    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    return _Plan(
+        config=student_config,
+        shapes={name: tensor.shape for name, tensor in tensors.items()},
+        names={name: _in_teacher(name, structure.blocks_path, blocks) for name in tensors},
+        blocks=blocks,
+        prefix=whole.base_model_prefix,
+        tied=frozenset(name for name, tensor in tensors.items() if first[id(tensor)] != name),
+        teacher_sizes=teacher_sizes,
+        sizes=sizes,
     )
 
 
-def _requested_sizes(teacher: WidthSizes, init: InitConfig, config: PreTrainedConfig) -> WidthSizes:
-    for name, size in (
-        ("hidden_size", teacher.hidden),
-        ("num_heads", teacher.heads),
-        ("intermediate_size", teacher.ffn),
-    ):
-        wanted = getattr(init, name)
-        if wanted is not None and wanted > size:
-            raise ModelError(f"student.init.{name} is {wanted}, the teacher has {size}: a cut cannot add channels")
-    hidden = init.hidden_size or teacher.hidden
-    heads = init.num_heads or teacher.heads
-    if config.model_type in _TIED_WIDTH:
-        heads = _heads_of_tied_width(teacher, init, hidden, config.model_type)
-    kv_heads = heads if teacher.kv_heads == teacher.heads else teacher.kv_heads
-    if heads % kv_heads:
-        raise ModelError(
-            f"student.init.num_heads is {heads}, which is no multiple of the teacher's {kv_heads} key/value heads: "
-            f"every one keeps equally many of its {teacher.heads // kv_heads} query heads"
-        )
-    return WidthSizes(hidden, heads, kv_heads, init.intermediate_size or teacher.ffn, teacher.head_dim)
+def _on_meta(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
-def _heads_of_tied_width(teacher: WidthSizes, init: InitConfig, hidden: int, model_type: str) -> int:
-    heads = init.num_heads or hidden // teacher.head_dim
-    if heads * teacher.head_dim != hidden:
+def _in_teacher(name: str, path: str, blocks: tuple[int, ...]) -> tuple[int | None, str]:
+    """The teacher's block and name of a tensor of the student."""
+    if not name.startswith(f"{path}."):
+        return None, name
+    number, _, rest = name.removeprefix(f"{path}.").partition(".")
+    return blocks[int(number)], f"{path}.{blocks[int(number)]}.{rest}"
+
+
+def _sizes_of(config: PreTrainedConfig) -> Sizes:
+    """The sizes that the config names; families differ in what they have."""
+    heads = getattr(config, "num_attention_heads", None)
+    units = next((getattr(config, field) for field in _FFN_FIELDS if hasattr(config, field)), None)
+    if units is None and hasattr(config, "n_inner"):
+        units = 4 * config.hidden_size  # GPT-2's default
+    sizes = {
+        Part.CHANNEL: getattr(config, "hidden_size", None),
+        Part.HEAD: heads,
+        Part.KV_HEAD: getattr(config, "num_key_value_heads", None) or heads,
+        Part.UNIT: units,
+    }
+    return {part: size for part, size in sizes.items() if isinstance(size, int)}
+
+
+def _requested(init: InitConfig, config: PreTrainedConfig, teacher: Sizes) -> Sizes:
+    asked = {
+        Part.CHANNEL: init.hidden_size,
+        Part.HEAD: init.num_heads,
+        Part.UNIT: init.intermediate_size,
+    }
+    given = {part: size for part, size in asked.items() if size is not None}
+    if not given:
+        return teacher
+    for part, size in given.items():
+        if part not in teacher:
+            raise ModelError(f"student.init.{part}: the teacher's config ({config.model_type}) names no such size")
+        if size > teacher[part]:
+            raise ModelError(f"student.init.{part} is {size}, the teacher has {teacher[part]}: it can only shrink")
+    if missing := [part for part in Part if part not in teacher]:
+        raise ModelError(f"the width of a {config.model_type} cannot be cut: its config names no {missing[0]}")
+    if not _free_head_width(config):
+        given = _with_fitting_heads(given, teacher)
+    sizes = {**teacher, **given}
+    return {**sizes, Part.KV_HEAD: _kv_heads(sizes[Part.HEAD], teacher)}
+
+
+def _free_head_width(config: PreTrainedConfig) -> bool:
+    """True for Llama-like families, where heads * head width need not be the model's width."""
+    return hasattr(config, "num_key_value_heads")
+
+
+def _with_fitting_heads(given: dict[Part, int], teacher: Sizes) -> dict[Part, int]:
+    """GPT-2, GPT-NeoX and OPT have hidden_size = heads * head width: derives the heads, or checks them."""
+    head_dim = teacher[Part.CHANNEL] // teacher[Part.HEAD]
+    width = given.get(Part.CHANNEL, teacher[Part.CHANNEL])
+    heads = given.get(Part.HEAD, width // head_dim)
+    if width != heads * head_dim:
         raise ModelError(
-            f"hidden_size {hidden} of the student is not num_heads {heads} * head size {teacher.head_dim} "
-            f"= {heads * teacher.head_dim}, as {model_type} needs it: set student.init.hidden_size to "
-            f"{heads * teacher.head_dim}, or change num_heads"
+            f"student.init.hidden_size ({width}) must be num_heads ({heads}) * the teacher's head width "
+            f"({head_dim}) = {heads * head_dim} in this family"
         )
-    return heads
+    return {**given, Part.HEAD: heads}
+
+
+def _kv_heads(heads: int, teacher: Sizes) -> int:
+    kv = teacher[Part.KV_HEAD]
+    group = teacher[Part.HEAD] // kv
+    if heads % kv == 0:
+        return kv
+    if heads % group == 0:
+        return heads // group
+    raise ModelError(
+        f"student.init.num_heads is {heads}; the teacher's {teacher[Part.HEAD]} heads share {kv} key-value heads: "
+        f"choose a multiple of {kv} (fewer heads a group) or of {group} (fewer groups)"
+    )
 
 
 def _student_config(
-    teacher: PreTrainedConfig, num_blocks: int, blocks: tuple[int, ...], sizes: WidthSizes, student: WidthSizes
+    config: PreTrainedConfig, blocks: tuple[int, ...], total: int, sizes: Sizes, teacher: Sizes
 ) -> PreTrainedConfig:
-    config = copy.deepcopy(teacher)
-    for name in _PER_BLOCK:
-        entries = getattr(config, name, None)
-        if isinstance(entries, list) and len(entries) == num_blocks:
-            setattr(config, name, [entries[b] for b in blocks])
-    if (window := getattr(config, "max_window_layers", None)) is not None:
-        config.max_window_layers = sum(b < window for b in blocks)
+    """A copy with the student's sizes; what a config says block by block is cut like the blocks."""
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False) and blocks != tuple(range(len(blocks))):
+        raise ModelError(
+            f"the teacher scales attention by block number (scale_attn_by_inverse_layer_idx): blocks {list(blocks)} "
+            "would change their scale; use student.init.blocks: first"
+        )
+    config = copy.deepcopy(config)
     config.num_hidden_layers = len(blocks)
-    if student == sizes:
-        return config
-    config.hidden_size = student.hidden
-    config.num_attention_heads = student.heads
-    setattr(config, next(name for name in _FFN_NAMES if hasattr(config, name)), student.ffn)
-    if hasattr(config, "num_key_value_heads"):
-        config.num_key_value_heads = student.kv_heads
-    if hasattr(config, "word_embed_proj_dim"):
-        config.word_embed_proj_dim = student.hidden
-    if config.model_type not in _TIED_WIDTH:
-        config.head_dim = student.head_dim
+    for field, value in list(vars(config).items()):
+        if "layer" in field and isinstance(value, list | tuple) and len(value) == total:
+            setattr(config, field, [value[b] for b in blocks])
+    if isinstance(window := getattr(config, "max_window_layers", None), int):
+        config.max_window_layers = sum(b < window for b in blocks)
+    if sizes != teacher:
+        _set_width(config, sizes, teacher)
     return config
 
 
-def _score(checkpoint: Checkpoint, names: _Names, sizes: WidthSizes, student_sizes: WidthSizes) -> KeptChannels:
-    scores = ChannelScores(sizes)
-    for stored, block, local, _ in names:
-        scores.add(block, local, checkpoint.read(stored))
-    return scores.best(student_sizes)
+def _set_width(config: PreTrainedConfig, sizes: Sizes, teacher: Sizes) -> None:
+    if _free_head_width(config):
+        own = getattr(config, "head_dim", None)
+        config.head_dim = own or teacher[Part.CHANNEL] // teacher[Part.HEAD]
+        config.num_key_value_heads = sizes[Part.KV_HEAD]
+    if hasattr(config, "word_embed_proj_dim"):
+        config.word_embed_proj_dim = sizes[Part.CHANNEL]
+    config.hidden_size = sizes[Part.CHANNEL]
+    config.num_attention_heads = sizes[Part.HEAD]
+    setattr(config, next(f for f in _FFN_FIELDS if hasattr(config, f)), sizes[Part.UNIT])
 
 
-def _cut_tensors(
-    checkpoint: Checkpoint, names: _Names, kept: KeptChannels | None, student: ModelStructure
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The student's tensors by name, checked against the shapes that its config asks for."""
-    shapes = {name: tuple(t.shape) for name, t in student.model.state_dict().items()}
-    for stored, block, local, name in names:
-        tensor = checkpoint.read(stored)
-        if kept is not None:
-            tensor = kept.cut(block, local, tensor)
-        if tuple(tensor.shape) != shapes.get(name):
+def _write_cut(plan: _Plan, teacher: str, folder: Path) -> None:
+    reader, writer = WeightReader(teacher), WeightWriter(folder)
+    spelled = dict(_spelled(plan, reader, teacher))
+    kept = _kept(plan, reader, spelled)
+    for name, (ours, theirs) in spelled.items():
+        block, _ = plan.names[name]
+        tensor = cut(reader.read(theirs), axes_of(name), kept.get(block, {}), plan.teacher_sizes)
+        if tensor.shape != plan.shapes[name]:
             raise ModelError(
-                f"the teacher's {stored!r} gives {tuple(tensor.shape)}, the student's config asks for "
-                f"{shapes.get(name)}: Stage 0 does not know this family well enough to cut it"
+                f"parameter {theirs} of teacher {teacher} cannot be cut: it would be {tuple(tensor.shape)}, the "
+                f"student's config wants {tuple(plan.shapes[name])}; cut blocks alone, or give student.init.config"
             )
-        yield name, tensor.contiguous()
+        writer.add(ours, tensor)
+    writer.close()
+    plan.config.save_pretrained(folder)
+    copy_companions(teacher, folder)
 
 
-def _write(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Writes model.safetensors, or files of about SHARD_BYTES with an index, one in memory at a time."""
-    files: list[list[str]] = []
-    shard: dict[str, torch.Tensor] = {}
-    total = held = 0
+def _spelled(plan: _Plan, reader: WeightReader, teacher: str) -> Iterator[tuple[str, tuple[str, str]]]:
+    """(student's tensor, (its name in the student's file, its source's name in the teacher's file)).
 
-    def close() -> None:
-        save_file(shard, folder / f"part-{len(files)}", metadata={"format": "pt"})
-        files.append(list(shard))
-        shard.clear()
-
-    for name, tensor in tensors:
-        if shard and held + tensor.nbytes > SHARD_BYTES:
-            close()
-            held = 0
-        shard[name] = tensor
-        held += tensor.nbytes
-        total += tensor.nbytes
-    close()
-    _name_files(files, total, folder)
+    Files spell names with or without the backbone's prefix; the student's file follows the teacher's.
+    """
+    for name, (_, source) in plan.names.items():
+        spellings = zip(_spellings(name, plan.prefix), _spellings(source, plan.prefix), strict=True)
+        found = next(((ours, theirs) for ours, theirs in spellings if theirs in reader), None)
+        if found is not None and name not in plan.tied:
+            yield name, found
+        elif found is None and name not in plan.tied:
+            raise ModelError(
+                f"the weights of teacher {teacher} lack {source}: save it anew by transformers' save_pretrained"
+            )
 
 
-def _name_files(files: list[list[str]], total: int, folder: Path) -> None:
-    """Gives the parts the names that transformers looks for, which hold the number of parts."""
-    if len(files) == 1:
-        (folder / "part-0").rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for part, names in enumerate(files):
-        file = f"model-{part + 1:05d}-of-{len(files):05d}.safetensors"
-        (folder / f"part-{part}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+def _spellings(name: str, prefix: str) -> tuple[str, str, str, str]:
+    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", _OTHER_SPELLINGS.get(name, name)
 
 
-def _random_student(
-    given: dict[str, Any], folder: Path, seed: int, tokenizer_vocab_size: int | None, trust_remote_code: bool
-) -> None:
-    vocabulary = {} if tokenizer_vocab_size is None else {"vocab_size": tokenizer_vocab_size}
-    if tokenizer_vocab_size and given.get("vocab_size", tokenizer_vocab_size) < tokenizer_vocab_size:
-        raise ModelError(
-            f"student.init.config.vocab_size is {given['vocab_size']}, data.tokenizer has {tokenizer_vocab_size} "
-            "ids: leave vocab_size out, or raise it"
-        )
-    try:
-        config = AutoConfig.for_model(**(vocabulary | given))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
-    # whatever transformers raises here (its own types among it), it raises about the recipe's values
-    except Exception as error:
-        message = str(error).strip() or type(error).__name__
-        raise ModelError(f"student.init.config {given} is refused by transformers: {message}") from error
-    find_structure(model)
-    model.save_pretrained(folder)
+def _kept(plan: _Plan, reader: WeightReader, spelled: Mapping[str, tuple[str, str]]) -> Kept:
+    """The parts that stay, by block; empty where the width is not cut."""
+    sizes, teacher = plan.sizes, plan.teacher_sizes
+    if sizes == teacher:
+        return {}
+    scores = WeightScores(teacher)
+    for name, (_, theirs) in spelled.items():
+        if len(axes := axes_of(name)) == 2:
+            scores.add(plan.names[name][0], axes, reader.read(theirs))
+    channels = {Part.CHANNEL: scores.channels(sizes[Part.CHANNEL])}
+    kept: dict[int | None, dict[Part, torch.Tensor]] = {None: channels}
+    for block in plan.blocks:
+        heads, kv_heads = scores.heads(block, sizes[Part.HEAD], sizes[Part.KV_HEAD])
+        units = scores.units(block, sizes[Part.UNIT])
+        kept[block] = channels | {Part.HEAD: heads, Part.KV_HEAD: kv_heads, Part.UNIT: units}
+    return kept

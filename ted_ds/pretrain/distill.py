@@ -47,9 +47,7 @@ def distill(
     if run.loss.kl_alpha or plan is not None:
         assert run.teacher is not None
         path = run.teacher.model
-        teacher = load_frozen(
-            run, world, path, data.tokenizer, role="teacher", filters=filters.get("teacher")
-        )
+        teacher = load_frozen(run, world, path, data.tokenizer, role="teacher", filters=filters.get("teacher"))
         layer_map = plan.layer_map if plan else ()
         normalized = plan is not None and run.loss.layer_loss == "normalized_mse"
         squares = _mean_squares(run, world, data, teacher, layer_map) if normalized else None
@@ -149,9 +147,7 @@ def _summarise(run: RunConfig, peak_gib: float) -> dict[str, Any]:
     lines = read_metrics(run.output_dir)
     first, last = lines[0], lines[-1]
     steps = [line["step"] for line in lines]
-    spent = [
-        line.get("step_ms", 0.0) * (b - a) for line, a, b in zip(lines[1:], steps, steps[1:], strict=False)
-    ]
+    spent = [line.get("step_ms", 0.0) * (b - a) for line, a, b in zip(lines[1:], steps, steps[1:], strict=False)]
     held_out = ("validation_loss", "validation_perplexity")
     summary = {
         "method": run.method,

@@ -51,9 +51,7 @@ def plan_pairs(run: RunConfig, student_path: str) -> PairPlan | None:
     layer_map = resolve_layer_map(run.filters.layer_map, student.num_blocks, teacher.num_blocks)
     blocks_s, blocks_t = (tuple(pair[side] for pair in layer_map) for side in (0, 1))
     if run.method == "lwd":
-        return PairPlan(
-            layer_map, None, FilterPlan(blocks_s, student.width, teacher.width, run.filters.nonlinear)
-        )
+        return PairPlan(layer_map, None, FilterPlan(blocks_s, student.width, teacher.width, run.filters.nonlinear))
     output_dim = run.filters.output_dim or teacher.width
     return PairPlan(
         layer_map,
@@ -62,9 +60,7 @@ def plan_pairs(run: RunConfig, student_path: str) -> PairPlan | None:
     )
 
 
-def learn_filters(
-    run: RunConfig, world: World, data: RunData, plan: PairPlan, student_path: str
-) -> dict[str, Path]:
+def learn_filters(run: RunConfig, world: World, data: RunData, plan: PairPlan, student_path: str) -> dict[str, Path]:
     """Stage I of both sides, as far as it is not done; returns their folders (lwd learns none); a collective.
 
     Raises CheckpointError where a folder holds filters of another plan.
@@ -95,9 +91,7 @@ def _structure(path: str, section: TeacherConfig | StudentConfig) -> ModelStruct
     return meta_structure(path, trust_remote_code=section.trust_remote_code)
 
 
-def _learn(
-    run: RunConfig, world: World, data: RunData, frozen: FrozenModel, plan: FilterPlan, folder: Path
-) -> None:
+def _learn(run: RunConfig, world: World, data: RunData, frozen: FrozenModel, plan: FilterPlan, folder: Path) -> None:
     settings, steps = run.filters, run.filters.steps
     config = trained_config(run, world, learning_rate=settings.learning_rate, weight_decay=0.0)
     seed_everything(run.seed)

@@ -11,8 +11,8 @@ from torch import nn
 from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer, same_vocabulary
-from ted_ds.distributed import World, logger
 from ted_ds.distill.frozen import FrozenLM, FrozenModel
+from ted_ds.distributed import World, logger
 from ted_ds.engine.frozen import host_frozen
 from ted_ds.engine.loading import DTYPES, is_sharded, load_causal_lm, load_tensors, sharded_init
 from ted_ds.errors import CheckpointError, DataError, ModelError
@@ -67,9 +67,7 @@ def check_vocabulary(role: str, name_or_path: str, model: nn.Module, tokenizer: 
         )
 
 
-def trained_config(
-    run: RunConfig, world: World, *, learning_rate: float, weight_decay: float
-) -> dict[str, Any]:
+def trained_config(run: RunConfig, world: World, *, learning_rate: float, weight_decay: float) -> dict[str, Any]:
     """The DeepSpeed configuration of what a run trains: the student, or Stage I's filters."""
     return trained_engine_config(
         run,
@@ -105,9 +103,7 @@ def load_frozen(
     return host_frozen(FrozenLM(model, bank), world.device, config)
 
 
-def load_filters(
-    folder: Path, deepspeed_config: dict[str, Any] | None, dtype: str, world: World
-) -> nn.ModuleList:
+def load_filters(folder: Path, deepspeed_config: dict[str, Any] | None, dtype: str, world: World) -> nn.ModuleList:
     """Stage I's filters from their folder, born sharded where the configuration shards; a collective."""
     plan = read_plan(folder)
     bank = new_filters(plan, deepspeed_config, dtype)
@@ -129,6 +125,4 @@ def read_plan(folder: Path) -> FilterPlan:
         card = json.loads((folder / "filters.json").read_text(encoding="utf-8"))
         return FilterPlan(**{**card["plan"], "blocks": tuple(card["plan"]["blocks"])})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder} holds no whole filters ({error}); delete it to learn them anew"
-        ) from error
+        raise CheckpointError(f"{folder} holds no whole filters ({error}); delete it to learn them anew") from error

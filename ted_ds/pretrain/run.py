@@ -68,11 +68,7 @@ def _settled(config: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for section, value in config.items():
         if section not in MAY_CHANGE:
-            flat |= (
-                {f"{section}.{k}": v for k, v in value.items()}
-                if isinstance(value, dict)
-                else {section: value}
-            )
+            flat |= {f"{section}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {section: value}
     free = (
         "train.steps",
         "train.evaluate_every",

@@ -33,16 +33,12 @@ class Recorder:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-        self._bar = tqdm(
-            total=steps, initial=start_step, desc=title, unit="step", dynamic_ncols=True, smoothing=0.1
-        )
+        self._bar = tqdm(total=steps, initial=start_step, desc=title, unit="step", dynamic_ncols=True, smoothing=0.1)
 
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self._enabled:
             self._metrics.close()
             self._bar.close()
@@ -76,6 +72,4 @@ def _lines(path: Path) -> list[str]:
     """The whole lines of a log; the torn last one of a killed run is not one."""
     if not path.exists():
         return []
-    return [
-        line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
-    ]
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

@@ -46,8 +46,7 @@ def summary_table(folders: Sequence[Path]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
     return "\n".join(
         "  ".join(
-            cell.rjust(w) if i > 1 else cell.ljust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     )
@@ -63,9 +62,7 @@ def plot_curves(folders: Sequence[Path], path: Path) -> None:
         for folder in folders:
             points = [(line["step"], line[name]) for line in read_metrics(folder) if line.get(name)]
             if points:
-                axes.plot(
-                    *zip(*points, strict=True), marker="." if name == panels[0] else None, label=folder.name
-                )
+                axes.plot(*zip(*points, strict=True), marker="." if name == panels[0] else None, label=folder.name)
         axes.set(title=name, xlabel="step", yscale="log" if name == panels[0] else "linear")
         axes.grid(alpha=0.3)
         if axes.lines:

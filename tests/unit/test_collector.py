@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.tiny_models import tiny_model
 from ted_ds.distill.collector import HiddenStateCollector
 from ted_ds.engine.loading import checkpoint_activations
 from ted_ds.errors import ModelError
 from ted_ds.models.structure import find_structure
+from tests.tiny_models import tiny_model
 
 
 def two_models(teacher_blocks: int, student_blocks: int = 2):

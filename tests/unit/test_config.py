@@ -93,9 +93,7 @@ def test_an_override_makes_an_absent_or_null_section(write):
         assert run.teacher is not None and run.teacher.model == "x"
 
 
-@pytest.mark.parametrize(
-    ("method", "weights"), [("ce", (0, 0)), ("kd", (1, 0)), ("lwd", (1, 10)), ("ted", (1, 10))]
-)
+@pytest.mark.parametrize(("method", "weights"), [("ce", (0, 0)), ("kd", (1, 0)), ("lwd", (1, 10)), ("ted", (1, 10))])
 def test_loss_weights_follow_the_method(write, method, weights):
     run = load_config(write(recipe(method=method)))
     assert (run.loss.kl_alpha, run.loss.mse_alpha) == weights
@@ -112,8 +110,7 @@ def test_given_loss_weights_stay_and_zero_is_allowed(write):
     [
         (
             {"method": "kd", "loss": {"mse_alpha": 5}},
-            "method: kd has no such term, but loss.mse_alpha is 5: "
-            "remove loss.mse_alpha, or choose method: lwd or ted",
+            "method: kd has no such term, but loss.mse_alpha is 5: remove loss.mse_alpha, or choose method: lwd or ted",
         ),
         (
             {"method": "ce", "loss": {"kl_alpha": 0.5}},
@@ -129,8 +126,7 @@ def test_given_loss_weights_stay_and_zero_is_allowed(write):
         ({"student": {"model": "x", "init": {}}}, "student.init must be given, both are"),
         (
             {"student": {"init": {"config": {"model_type": "llama"}, "num_blocks": 6}}},
-            "student.init: `config` (a random start) and num_blocks: 6 (a cut of the teacher) "
-            "exclude each other",
+            "student.init: `config` (a random start) and num_blocks: 6 (a cut of the teacher) exclude each other",
         ),
         ({"student": {"init": {"config": {}}}}, "`config` lacks `model_type`"),
         (
@@ -177,8 +173,7 @@ def test_every_fault_is_listed_and_overrides_are_named_as_the_source(write):
     lines = fault(path, "--method=tedd", "--optimiser.betas=[0.9, 0.9]").splitlines()
     assert lines == [
         "the command line: method: 'tedd' is not allowed: should be 'ce', 'kd', 'lwd' or 'ted'",
-        f"{path}: train.steps: 'many' is not allowed: "
-        "should be a valid integer, unable to parse string as an integer",
+        f"{path}: train.steps: 'many' is not allowed: should be a valid integer, unable to parse string as an integer",
         "the command line: optimiser: unknown key; did you mean optimizer?",
     ]
 
@@ -199,10 +194,7 @@ def test_a_file_that_is_no_recipe(write, text, expected):
 
 
 def test_a_missing_recipe(tmp_path):
-    assert (
-        fault(tmp_path / "r.yaml")
-        == f"{tmp_path}/r.yaml: the recipe cannot be read: No such file or directory"
-    )
+    assert fault(tmp_path / "r.yaml") == f"{tmp_path}/r.yaml: the recipe cannot be read: No such file or directory"
 
 
 @pytest.mark.parametrize(

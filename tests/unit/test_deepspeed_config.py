@@ -207,7 +207,5 @@ def test_shipped_files_are_found_from_anywhere_and_own_ones_come_first(tmp_path,
     (tmp_path / "ds_configs").mkdir()
     (tmp_path / name).write_text("{}")
     assert find_deepspeed_file(name) == name
-    with pytest.raises(
-        ConfigError, match=r"ds_configs/nope.json is neither in .* nor in .*: give an existing one"
-    ):
+    with pytest.raises(ConfigError, match=r"ds_configs/nope.json is neither in .* nor in .*: give an existing one"):
         find_deepspeed_file(Path("ds_configs/nope.json"))

@@ -47,15 +47,11 @@ def test_config_imports_errors_alone():
         modules = set(imported(path))
         own = {m for m in modules if m.startswith("ted_ds.")}
         assert all(m.startswith(("ted_ds.config", "ted_ds.errors")) for m in own), (path, own)
-        assert not {m.split(".")[0] for m in modules} & {"torch", "transformers", "deepspeed", "datasets"}, (
-            path
-        )
+        assert not {m.split(".")[0] for m in modules} & {"torch", "transformers", "deepspeed", "datasets"}, path
 
 
 def test_deepspeed_is_imported_where_it_is_hosted():
-    strangers = [
-        f for f in importers("deepspeed") if not within(f, "distributed.py", "engine/", "checkpoint/")
-    ]
+    strangers = [f for f in importers("deepspeed") if not within(f, "distributed.py", "engine/", "checkpoint/")]
     assert not strangers
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from ted_ds.errors import ModelError
@@ -61,7 +63,7 @@ def test_keep_blocks(policy: str, keep: int | None, total: int, kept: tuple[int,
 def test_uniform_never_repeats_a_block(total: int) -> None:
     for keep in range(2, total + 1):
         kept = keep_blocks("uniform", keep, total)
-        gaps = [b - a for a, b in zip(kept, kept[1:], strict=False)]
+        gaps = [b - a for a, b in pairwise(kept)]
         assert kept[0] == 0 and kept[-1] == total - 1 and len(kept) == keep
         assert min(gaps) >= 1 and max(gaps) - min(gaps) <= 1
 

@@ -8,8 +8,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.project import relative
-from tests.tiny_models import FAMILIES, tiny_model
 from ted_ds.batch import IGNORED, Batch
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.distill.frozen import FrozenLM, FrozenModel, filtered_square_sums
@@ -19,6 +17,8 @@ from ted_ds.errors import ModelError
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.structure import find_structure
 from ted_ds.ops import logit_loss
+from tests.project import relative
+from tests.tiny_models import FAMILIES, tiny_model
 
 PAIRS = ((0, 1), (1, 3))
 VOCAB = 97
@@ -252,9 +252,7 @@ def test_a_token_fraction_is_unbiased() -> None:
     def loss(fraction: float, step: int) -> float:
         torch.manual_seed(0)
         filters = FilterPlan((0,), 16, 16).build()
-        learner = FilterLearner(
-            filters, frozen, (0,), norm, head, vocab_size=VOCAB, token_fraction=fraction, seed=1
-        )
+        learner = FilterLearner(filters, frozen, (0,), norm, head, vocab_size=VOCAB, token_fraction=fraction, seed=1)
         return float(learner(batch=batch, counts=batch.counts(), step=step)[1][0])
 
     drawn = torch.tensor([loss(1 / 3, step) for step in range(400)])

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, OPTConfig
 
-from tests.tiny_models import FAMILIES, tiny_config, tiny_model
 from ted_ds.errors import ModelError
 from ted_ds.models.structure import block_output, find_structure, set_dropout
+from tests.tiny_models import FAMILIES, tiny_config, tiny_model
 
 SCALED: list[tuple[str, dict[str, Any]]] = [
     ("gemma2", {"final_logit_softcapping": 2.0}),
