@@ -7,8 +7,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from ted_ds.data.prepare import open_prepared
-from ted_ds.data.tokenizers import load_tokenizer
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -16,6 +14,7 @@ from ted_ds.batch import IGNORED
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.data.loader import TrainingRows
+from ted_ds.data.prepare import PackedBlocks
 from ted_ds.distill.filter_learner import FilterProbe
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.structure import find_structure
@@ -24,12 +23,7 @@ from ted_ds.train.schedule import learning_rate_schedule
 
 def rows_of(run: RunConfig) -> TrainingRows:
     """The run's rows, a whole global batch a micro-batch, on one rank."""
-    tokenizer = load_tokenizer(run.data.tokenizer)
-    blocks = open_prepared(
-        run.prepared_folder / "train",
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        sequence_length=run.data.sequence_length,
-    )
+    blocks = PackedBlocks(run.prepared_folder / "train")
     size = run.train.global_batch_size
     return TrainingRows(blocks, seed=run.seed, global_batch_size=size, micro_batch_size=size, rank=0, world_size=1)
 

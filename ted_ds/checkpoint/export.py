@@ -5,14 +5,14 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.distributed import World
 from ted_ds.engine.loading import whole_tensors
 
 
-def export_student(student: nn.Module, tokenizer: Tokenizer, folder: Path, world: World) -> None:
+def export_student(student: PreTrainedModel, tokenizer: Tokenizer, folder: Path, world: World) -> None:
     """Writes `student` (a Hugging Face model, sharded or not) with its tokenizer; a collective.
 
     Weights are gathered one at a time; rank 0's host memory holds one copy of the student. The folder is

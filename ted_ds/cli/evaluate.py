@@ -34,7 +34,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from ted_ds.evaluation.lambada import lambada, read_lambada
 
     world = init_world()
-    model = load_causal_lm(arguments.model, dtype=arguments.dtype).to(world.device).eval()
+    model: Any = load_causal_lm(arguments.model, dtype=arguments.dtype)
+    model.to(world.device).eval()
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
     results: dict[str, Any] = {"model": arguments.model}
     if arguments.data:

@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> int:
         run = load_config(arguments.config, overrides)
         data, folder = run.data, run.prepared_folder
     else:
-        data = load_section(DataConfig, "data", overrides)
+        data = load_section(DataConfig, overrides)
         if data.prepared is None:
             raise ConfigError("ted-ds prepare without --config needs --data.prepared=FOLDER to write to")
         folder = data.prepared

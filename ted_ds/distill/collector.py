@@ -70,8 +70,8 @@ class HiddenStateCollector:
 
     def __init__(
         self,
-        student_blocks: Sequence[nn.Module],
-        teacher_blocks: Sequence[nn.Module],
+        student_blocks: Sequence[nn.Module] | nn.ModuleList,
+        teacher_blocks: Sequence[nn.Module] | nn.ModuleList,
         layer_map: LayerMap,
     ) -> None:
         self.layer_map = layer_map

@@ -8,6 +8,7 @@ many there are; a single backward then hands the K sets of gradients to the engi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ class FilterProbe(nn.Module):
             states = self.filter.states(hidden.to(own[0].dtype), *own)
             return readout(functional.linear(states, *up) if up else states, targets)
 
-        return eager_gradients(compute, *self._parameters.values())
+        return eager_gradients(compute, *self.parameters(recurse=False))
 
 
 class FilterLearner(nn.Module):
@@ -63,7 +64,7 @@ class FilterLearner(nn.Module):
 
     def __init__(
         self,
-        filters: Iterable[Filter],
+        filters: Iterable[Any],
         frozen: FrozenModel,
         blocks: tuple[int, ...],
         final_norm: nn.Module,
@@ -106,6 +107,11 @@ class FilterLearner(nn.Module):
         each = torch.stack([losses[k] for k in range(len(self.probes))])
         loss = each.mean()
         return loss, torch.cat([loss.detach()[None], each.detach()])
+
+    def filters(self) -> nn.ModuleList:
+        """The K filters, without their disposable heads."""
+        probes: Any = self.probes
+        return nn.ModuleList(probe.filter for probe in probes)
 
     def _positions(self, length: int, seen: int, step: int, index: int) -> torch.Tensor:
         """The positions that filter `index` sees at `step`: the same in every row, whatever rank holds it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class FrozenLM(nn.Module):
     its use, and with ZeRO-3 each weight is whole only when its turn comes.
     """
 
-    def __init__(self, model: nn.Module, filters: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, model: nn.Module, filters: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         self.model = model
         self.filters = nn.ModuleList(filters)
@@ -50,7 +50,8 @@ class FrozenLM(nn.Module):
     @property
     def target_width(self) -> int:
         """F, the width of what `target` returns."""
-        return self.filters[0].output_dim if len(self.filters) else self.structure.width
+        first: Any = next(iter(self.filters), None)
+        return self.structure.width if first is None else first.output_dim
 
     def target(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
         """f_t[pair](hidden), [B, S, F]; the hidden state itself where the model has no filters (lwd)."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ted_ds.batch import Batch
 from ted_ds.distill.collector import HiddenStateCollector
@@ -42,9 +44,11 @@ class DistillationModel(nn.Module):
         part in CE or KL, so that padding a vocabulary changes nothing.
     """
 
-    def __init__(self, student: nn.Module, filters: nn.ModuleList, weights: LossWeights, *, vocab_size: int) -> None:
+    def __init__(
+        self, student: PreTrainedModel, filters: nn.ModuleList, weights: LossWeights, *, vocab_size: int
+    ) -> None:
         super().__init__()
-        self.student = student
+        self.student: PreTrainedModel = student
         self.filters = filters
         self.weights = weights
         self.vocab_size = vocab_size
@@ -132,7 +136,8 @@ class DistillationModel(nn.Module):
         if not sums:
             return torch.zeros(0, device=tokens.device)
         stacked = torch.stack([sums[k] for k in range(len(sums))])
-        return stacked / (tokens * self.filters[0].output_dim) * self._layer_scale
+        first: Any = self.filters[0]
+        return stacked / (tokens * first.output_dim) * self._layer_scale
 
     def _score(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         def nll_sum(hidden: torch.Tensor, head: Head) -> torch.Tensor:

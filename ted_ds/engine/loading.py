@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
 from ted_ds.errors import CheckpointError, ModelError
@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def is_sharded(deepspeed_config: dict[str, Any] | None) -> bool:
     """True where this DeepSpeed configuration shards parameters (ZeRO-3)."""
-    return bool(deepspeed_config) and deepspeed_config["zero_optimization"]["stage"] == 3
+    return deepspeed_config is not None and deepspeed_config["zero_optimization"]["stage"] == 3
 
 
 def load_causal_lm(
@@ -35,7 +35,7 @@ def load_causal_lm(
     deepspeed_config: dict[str, Any] | None = None,
     dropout: float | None = None,
     trust_remote_code: bool = False,
-) -> nn.Module:
+) -> PreTrainedModel:
     """A Hugging Face causal LM; under ZeRO-3 (by `deepspeed_config`) each weight is cut as it is read.
 
     Only rank 0 reads the weights then (memory-mapped), and only its page cache ever sees a whole model.
@@ -57,7 +57,7 @@ def load_causal_lm(
         del sharding
 
 
-def checkpoint_activations(model: nn.Module) -> None:
+def checkpoint_activations(model: PreTrainedModel) -> None:
     """Recomputes a Hugging Face model's blocks in backward, non-reentrantly.
 
     Reentrant checkpointing would run the blocks without gradients, and the layer loss would lose its own.
@@ -149,6 +149,6 @@ def _load_config(name_or_path: str, trust_remote_code: bool) -> PreTrainedConfig
         raise ModelError(f"model {name_or_path!r} could not be found: {str(error).splitlines()[0]}") from error
 
 
-def _resident(parameter: nn.Parameter, device: torch.device) -> torch.Tensor:
+def _resident(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:
     whole = parameter.detach().to(device)
     return whole.clone() if hasattr(parameter, "ds_id") else whole

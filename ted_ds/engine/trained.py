@@ -18,12 +18,13 @@ def build_trained_engine(
     schedule: step -> multiplier of the learning rate. Matrices decay, vectors (norms, biases) do not.
     The optimizer itself is DeepSpeed's choice (fused on CUDA, CPUAdam when offloaded).
     """
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in module.parameters():
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
             (matrices if len(shape) > 1 else vectors).append(parameter)
-    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     engine, *_ = deepspeed.initialize(
         model=module,
         model_parameters=[group for group in groups if group["params"]],

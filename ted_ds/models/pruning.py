@@ -7,19 +7,17 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
+from ted_ds.config.schema import InitConfig
 from ted_ds.errors import ModelError
 from ted_ds.models.channels import Part, Sizes, WeightScores, axes_of, cut
 from ted_ds.models.layer_map import keep_blocks
 from ted_ds.models.structure import find_structure
 from ted_ds.models.weight_files import WeightReader, WeightWriter, copy_companions
-
-if TYPE_CHECKING:
-    from ted_ds.config.schema import InitConfig
 
 Kept = Mapping[int | None, Mapping[Part, torch.Tensor]]
 """Teacher block (None: outside the blocks) -> the parts that stay there."""

@@ -39,7 +39,7 @@ class ModelStructure:
         return len(self.blocks)
 
 
-def find_structure(model: nn.Module) -> ModelStructure:
+def find_structure(model: Any) -> ModelStructure:
     """The structure of a Hugging Face causal LM, on any device, sharded or not.
 
     Sizes are read from modules and config, never from tensors: ZeRO-3 leaves those empty.

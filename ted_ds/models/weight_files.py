@@ -107,7 +107,7 @@ class WeightWriter:
         if count == 1:
             self._part(0).rename(self._folder / SINGLE)
             return
-        file_of = {}
+        file_of: dict[str, str] = {}
         for i, names in enumerate(self._written):
             file = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
             self._part(i).rename(self._folder / file)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ted_ds.config.schema import DataConfig, RunConfig
 from ted_ds.data.loader import EvaluationRows, TrainingRows
-from ted_ds.data.prepare import PackedBlocks, ensure_prepared, open_prepared
-from ted_ds.data.sources import iter_documents
+from ted_ds.data.prepare import PackedBlocks, ensure_prepared
+from ted_ds.data.sources import iter_pieces
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
 from ted_ds.distributed import World
 
@@ -47,8 +47,8 @@ class RunData:
 def prepare_data(data: DataConfig, folder: Path) -> dict[str, PackedBlocks]:
     """Trains the tokenizer and packs the splits into `folder`, as far as that is not done; on one rank."""
     if data.train_tokenizer is not None and not Path(data.tokenizer).exists():
-        documents = iter_documents(data.train, text_column=data.text_column)
-        train_sentencepiece(documents, data.train_tokenizer, Path(data.tokenizer))
+        texts = (piece.text for piece in iter_pieces(data.train, text_column=data.text_column))
+        train_sentencepiece(texts, data.train_tokenizer, Path(data.tokenizer))
     tokenizer = load_tokenizer(data.tokenizer)
     return {
         split: ensure_prepared(
@@ -76,12 +76,5 @@ def open_data(run: RunConfig, world: World) -> RunData:
         prepare_data(data, folder)
 
     world.on_main(prepare)
-    tokenizer = load_tokenizer(data.tokenizer)
-    blocks = {
-        split: open_prepared(
-            folder / split, tokenizer_fingerprint=tokenizer.fingerprint, sequence_length=data.sequence_length
-        )
-        for split in SPLITS
-        if getattr(data, split)
-    }
-    return RunData(tokenizer, blocks["train"], blocks.get("validation"))
+    blocks = {split: PackedBlocks(folder / split) for split in SPLITS if getattr(data, split)}
+    return RunData(load_tokenizer(data.tokenizer), blocks["train"], blocks.get("validation"))

@@ -7,8 +7,6 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import nn
-
 from ted_ds.checkpoint.store import write_atomically
 from ted_ds.config.schema import RunConfig, StudentConfig, TeacherConfig
 from ted_ds.distill.filter_learner import FilterLearner
@@ -134,8 +132,7 @@ def _learn(run: RunConfig, world: World, data: RunData, frozen: FrozenModel, pla
             log_every=run.logging.every,
             step_inputs=lambda step: {"step": step},
         )
-    filters = nn.ModuleList(probe.filter for probe in learner.probes)
-    save_tensors(filters, temporary / "filters.safetensors", is_main=world.is_main)
+    save_tensors(learner.filters(), temporary / "filters.safetensors", is_main=world.is_main)
     if world.is_main:
         card = {"plan": asdict(plan), "steps": steps, "losses": record["layer_losses"]}
         write_atomically(temporary / "filters.json", json.dumps(card, indent=2) + "\n")

@@ -10,7 +10,7 @@ from torch import nn
 
 from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
 from ted_ds.config.schema import RunConfig
-from ted_ds.data.tokenizers import Tokenizer, load_tokenizer, same_vocabulary
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenLM, FrozenModel
 from ted_ds.distributed import World, logger
 from ted_ds.engine.frozen import host_frozen
@@ -60,7 +60,7 @@ def check_vocabulary(role: str, name_or_path: str, model: nn.Module, tokenizer: 
         own = load_tokenizer(name_or_path)
     except DataError:
         return
-    if not same_vocabulary(own, tokenizer):
+    if not own.agrees_with(tokenizer):
         raise ModelError(
             f"the {role} {name_or_path} was trained with another tokenizer than data.tokenizer: ids would mean "
             "different pieces, and a KL between them nothing; use models of one tokenizer"

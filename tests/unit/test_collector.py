@@ -81,15 +81,15 @@ def test_reentrant_checkpointing_is_refused() -> None:
 
 
 def test_a_block_that_did_not_run_is_named() -> None:
-    teacher, student, ids = two_models(2)
+    teacher, student, _ids = two_models(2)
     collector = HiddenStateCollector(student.blocks, teacher.blocks, ((0, 0), (1, 1)))
-    with pytest.raises(ModelError, match=r"student blocks \[0, 1\] of the layer map did not run"):
-        with collector.student_pass():
-            pass
+    message = r"student blocks \[0, 1\] of the layer map did not run"
+    with pytest.raises(ModelError, match=message), collector.student_pass():
+        pass
 
 
 def test_removed_hooks_watch_nothing() -> None:
-    teacher, student, ids = two_models(2)
+    teacher, student, _ids = two_models(2)
     before = [len(block._forward_hooks) for block in (*student.blocks, *teacher.blocks)]
     collector = HiddenStateCollector(student.blocks, teacher.blocks, ((0, 0),))
     collector.remove()

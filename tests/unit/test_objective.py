@@ -155,7 +155,7 @@ def copy_common(source: nn.Module, target: nn.Module) -> None:
 def test_micro_batches_add_up_to_the_global_batch() -> None:
     batch = a_batch(rows=4)
     model, _ = build(LossWeights(1.0, 2.0))
-    whole, terms = run(model, batch)
+    _, terms = run(model, batch)
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     parts = [Batch(batch.input_ids[i : i + 1], batch.targets[i : i + 1]) for i in range(4)]

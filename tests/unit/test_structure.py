@@ -72,7 +72,7 @@ def test_dropout_is_set_in_every_family() -> None:
 def test_project_out_is_refused() -> None:
     config = tiny_config("opt", word_embed_proj_dim=8)
     assert isinstance(config, OPTConfig)
-    with torch.device("meta"), pytest.raises(ModelError, match="OPTForCausalLM projects.*project_out"):
+    with torch.device("meta"), pytest.raises(ModelError, match=r"OPTForCausalLM projects.*project_out"):
         find_structure(AutoModelForCausalLM.from_config(config))
 
 
@@ -83,11 +83,11 @@ def test_missing_parts_are_named() -> None:
         find_structure(tiny_model("llama").base_model)
     model = tiny_model("llama")
     model.set_output_embeddings(nn.Identity())
-    with pytest.raises(ModelError, match="no linear LM head .*Identity"):
+    with pytest.raises(ModelError, match=r"no linear LM head .*Identity"):
         find_structure(model)
     model = tiny_model("llama")
     model.model.norm = nn.Identity()
-    with pytest.raises(ModelError, match="final norm was not found.*there is none"):
+    with pytest.raises(ModelError, match=r"final norm was not found.*there is none"):
         find_structure(model)
     model.model.norm, model.model.norm2 = nn.LayerNorm(16), nn.LayerNorm(16)
     with pytest.raises(ModelError, match="there is norm, norm2"):

@@ -1,0 +1,213 @@
+"""Tokenizers: what AutoTokenizer loads, a bare SentencePiece model, and one trained on the corpus."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import sentencepiece
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Core
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
+
+from ted_ds.errors import DataError
+
+SPIECE = "tokenizer.model"
+_FOLDER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", SPIECE, "spiece.model")
+_UNIGRAM, _BPE = 1, 2
+_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
+
+PROBES = (
+    "Two  words,\n\tthen\r\n   an indented line; 12345.678 and \u00e9\u00df\u6f22\u5b57 \U0001f600 e\u0301 \ufb01.",
+    " leading, trailing ",
+    "def f(x):\n    return {'a': x ** 2}  # \u2192\n\n\n",
+    "\u2581 already there, \x00 nothing, \u3000 wide\u00a0space",
+)
+"""Texts by which a converted SentencePiece model must agree with sentencepiece itself."""
+
+
+class Tokenizer:
+    """A tokenizer of transformers with what distillation needs of it.
+
+    vocab_size: ids run from 0 to vocab_size - 1, added tokens included. eos_id: the end-of-document token.
+    prefix: ids that the tokenizer itself puts before every text (Llama's BOS; none for GPT-2).
+    fingerprint: hash of everything that decides which ids a text becomes.
+    Raises DataError where there is no end-of-document token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        self._tokenizer = tokenizer
+        self.name = name
+        if tokenizer.eos_token_id is None:
+            raise DataError(
+                f"tokenizer {name} has no end-of-document token: set eos_token in its tokenizer_config.json"
+            )
+        self.eos_id: int = tokenizer.eos_token_id
+        self._vocabulary: dict[str, int] = tokenizer.get_vocab()
+        self.vocab_size = max(self._vocabulary.values()) + 1
+        around = tokenizer("")["input_ids"]
+        self.prefix: list[int] = [i for i in around if i != self.eos_id]
+        core = getattr(tokenizer, "backend_tokenizer", None)
+        rules = core.to_str() if core is not None else type(tokenizer).__name__ + json.dumps(self._vocabulary)
+        self.fingerprint = hashlib.sha256(f"{rules}{self.prefix}{self.eos_id}".encode()).hexdigest()
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of each text, after `prefix` and without an end-of-document token."""
+        encoded = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [self.prefix + ids for ids in encoded] if self.prefix else encoded
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of `ids`, special tokens included."""
+        return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def agrees_with(self, other: Tokenizer) -> bool:
+        """Whether both give pieces the same ids; either may have more *added* tokens (padding, chat marks)."""
+        for one, two in ((self, other), (other, self)):
+            added = one._tokenizer.get_added_vocab()
+            for piece, number in one._vocabulary.items():
+                if two._vocabulary.get(piece, number if piece in added else None) != number:
+                    return False
+        return True
+
+    def save(self, folder: Path) -> None:
+        """Writes the files from which AutoTokenizer loads it."""
+        self._tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(name_or_path: str) -> Tokenizer:
+    """The tokenizer of a folder or hub id, or of a bare SentencePiece `.model` file.
+
+    Raises DataError where there is none, or where it cannot be loaded.
+    """
+    path = Path(name_or_path)
+    if path.is_file():
+        return Tokenizer(_from_sentencepiece(path), name_or_path)
+    if path.is_dir():
+        there = [name for name in _FOLDER_FILES if (path / name).exists()]
+        if not there:
+            raise DataError(f"{name_or_path} holds no tokenizer ({', '.join(_FOLDER_FILES)}): give one that does")
+        if there == [SPIECE]:
+            return Tokenizer(_from_sentencepiece(path / SPIECE), name_or_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except Exception as error:  # transformers raises whatever the missing or broken file led to
+        raise DataError(f"tokenizer {name_or_path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    return Tokenizer(tokenizer, name_or_path)
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Trains a SentencePiece BPE model on `texts` and writes `folder`, renamed into place when whole.
+
+    Lossless: no normalisation, bytes for what is rare, line breaks and tabs are pieces of their own, digits
+    are single. Of a corpus of more than 2 million lines, that many at random are seen.
+    Raises DataError where the corpus is too small for `vocab_size` pieces.
+    """
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    sentencepiece.set_random_generator_seed(0)
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in texts for line in text.splitlines() if line),
+            model_prefix=str(temporary / "tokenizer"),
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            user_defined_symbols=["\n", "\t"],
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            max_sentence_length=1 << 20,
+            input_sentence_size=2_000_000,
+            shuffle_input_sentence=True,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise DataError(
+            f"no tokenizer of {vocab_size} pieces from this corpus: {str(error).splitlines()[-1]}"
+        ) from error
+    (temporary / "tokenizer.vocab").unlink()
+    Tokenizer(_from_sentencepiece(temporary / SPIECE), str(folder)).save(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
+    """The SentencePiece model as a fast tokenizer with the same ids, which is checked by `PROBES`.
+
+    No BOS is added, as by sentencepiece itself.
+    """
+    model: Any = import_protobuf().ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+        original = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except Exception as error:  # protobuf and sentencepiece each raise their own
+        raise DataError(f"{path} is no SentencePiece model: {str(error).splitlines()[0]}") from error
+    core = _core(model, path)
+    special = {
+        f"{name}_token": model.pieces[number].piece
+        for name, number in (("unk", original.unk_id()), ("bos", original.bos_id()), ("eos", original.eos_id()))
+        if number >= 0
+    }
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, **special)
+    for text in PROBES:
+        ours, theirs = fast(text, add_special_tokens=False)["input_ids"], original.encode(text)
+        if ours != theirs:
+            raise DataError(
+                f"the SentencePiece model {path} has rules that a fast tokenizer cannot repeat (it splits {text!r} "
+                "otherwise): give the Hugging Face folder of its model"
+            )
+    return fast
+
+
+def _core(model: Any, path: Path) -> Core:
+    trainer, rules = model.trainer_spec, model.normalizer_spec
+    pieces = [(piece.piece, piece.score) for piece in model.pieces]
+    if trainer.model_type == _UNIGRAM:
+        core = Core(models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
+    elif trainer.model_type == _BPE:
+        vocabulary = {piece: number for number, (piece, _) in enumerate(pieces)}
+        unmerged = {p.piece for p in model.pieces if p.type in (_CONTROL, _USER_DEFINED, _BYTE)}
+        merges = generate_merges(vocabulary, pieces, unmerged)
+        core = Core(
+            models.BPE(
+                vocabulary, merges, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback
+            )
+        )
+    else:
+        raise DataError(f"{path} is a SentencePiece model by words or characters: give a unigram or BPE one")
+    core.add_tokens(
+        [
+            AddedToken(p.piece, normalized=False, special=p.type == _CONTROL)
+            for p in model.pieces
+            if p.type in (_CONTROL, _USER_DEFINED)
+        ]
+    )
+    steps: list[Any] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if rules.add_dummy_prefix:
+        steps.append(normalizers.Prepend("\u2581"))
+    core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
+    if not any("\u2581" in piece.lstrip("\u2581") for piece, _ in pieces):
+        # no piece runs over the beginning of a word, so words can be merged, and cached, by themselves
+        core.pre_tokenizer = pre_tokenizers.Split(Regex("\u2581+[^\u2581]*|[^\u2581]+"), "isolated")
+    strip = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return core
