@@ -20,7 +20,7 @@ def workers() -> Iterator[Callable[[int], Workers]]:
     groups: dict[int, Workers] = {}
 
     def group(size: int) -> Workers:
-        if size not in groups:
+        if size not in groups or not groups[size].alive:
             groups[size] = Workers(size)
         return groups[size]
 

@@ -5,23 +5,80 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from ted_ds.config.load import load_config
+from ted_ds.config.schema import RunConfig
 from ted_ds.distributed import World
+from ted_ds.engine.loading import gathered
+from ted_ds.errors import TedError
+from ted_ds.pretrain.data import RunData, open_data
+from ted_ds.pretrain.distill import build_distillation_engine
+from ted_ds.pretrain.filters import learn_filters, plan_pairs
+from ted_ds.pretrain.models import ensure_student
+from ted_ds.pretrain.run import pretrain
+from ted_ds.train.step import global_counts
 
 
 def pretrain_recipe(world: World, path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any] | None:
     """Runs a recipe in this rank's process group."""
-    from ted_ds.config.load import load_config
-    from ted_ds.pretrain.run import pretrain
-
     return pretrain(load_config(path, list(overrides)), world)
 
 
 def pretrain_error(world: World, path: Path, overrides: tuple[str, ...] = ()) -> str:
     """The message of the TedError that a recipe ends with on this rank."""
-    from ted_ds.errors import TedError
-
     try:
         pretrain_recipe(world, path, overrides)
     except TedError as error:
         return str(error)
     raise AssertionError("the recipe ran without an error")
+
+
+def first_gradients(world: World, path: Path, overrides: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """Stage II's gradients of the first global batch, whole, of a recipe whose Stage I is done or is run now."""
+    run, data, engine = built(world, path, overrides)
+    counts = global_counts(batches := data.training_rows(run, world).micro_batches(0), world)
+    for i, batch in enumerate(batches):
+        loss, _ = engine(batch=batch, counts=counts)
+        engine.backward(loss * world.size, scale_wrt_gas=False)
+        if i < len(batches) - 1:
+            engine.step()
+    gradients = {name: safe_get_full_grad(p).clone() for name, p in engine.module.named_parameters()}
+    engine.destroy()
+    return gradients if world.is_main else {}
+
+
+def restored_logits(world: World, path: Path, ids: torch.Tensor) -> torch.Tensor:
+    """A finished run's logits from its engine, restored from the last checkpoint."""
+    run, _, engine = built(world, path)
+    folder = run.output_dir / "checkpoints"
+    engine.load_checkpoint(str(folder), tag=(folder / "latest").read_text())
+    engine.eval()
+    with torch.no_grad(), gathered(list(engine.module.student.parameters())):
+        logits = engine.module.student(ids).logits
+    engine.destroy()
+    return logits
+
+
+def built(world: World, path: Path, overrides: tuple[str, ...] = ()) -> tuple[RunConfig, RunData, Any]:
+    """A recipe's Stage II engine before its first step."""
+    run = load_config(path, list(overrides))
+    data = open_data(run, world)
+    student = ensure_student(run, data.tokenizer, world)
+    plan = plan_pairs(run, student)
+    filters = learn_filters(run, world, data, plan, student) if plan else {}
+    return run, data, build_distillation_engine(run, world, data, plan, filters, student)
+
+
+def full_disk(world: World, path: Path, overrides: tuple[str, ...]) -> str:
+    """The error of a recipe while rank 0's disk is full: nothing that torch writes fits on it."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if world.is_main:
+            patch.setattr(torch, "save", refuse)
+        return pretrain_error(world, path, overrides)

@@ -16,8 +16,9 @@ from ted_ds.config.schema import RunConfig
 from ted_ds.data.loader import TrainingRows
 from ted_ds.data.prepare import PackedBlocks
 from ted_ds.distill.filter_learner import FilterProbe
-from ted_ds.models.filters import FilterPlan
+from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.structure import find_structure
+from ted_ds.pretrain.filters import plan_pairs
 from ted_ds.train.schedule import learning_rate_schedule
 
 
@@ -41,7 +42,7 @@ def plain_stage2(recipe: Path, *, steps: int) -> tuple[list[dict[str, float]], d
     run = load_config(recipe, [])
     teacher = AutoModelForCausalLM.from_pretrained(run.teacher.model).eval()
     student = AutoModelForCausalLM.from_pretrained(run.output_dir / "initial_student")
-    pairs, filters_t, filters_s = _filters(run, find_structure(teacher).width, find_structure(student).width)
+    pairs, filters_t, filters_s = _filters(run)
     rows = rows_of(run)
     parameters = [*student.parameters(), *filters_s.parameters()]
     rate = run.optimizer
@@ -59,7 +60,9 @@ def plain_stage2(recipe: Path, *, steps: int) -> tuple[list[dict[str, float]], d
         with torch.no_grad():
             out_t = teacher(batch.input_ids, output_hidden_states=True)
             states_t = [f(_block(teacher, batch, j)) for f, (_, j) in zip(filters_t, pairs, strict=True)]
-        squares = squares or [float(state.double().square().mean()) for state in states_t]
+        if not squares:
+            raw = run.loss.layer_loss == "mse"
+            squares = [1.0 if raw else float(state.double().square().mean()) for state in states_t]
         out_s = student(batch.input_ids)
         states_s = [f(_block(student, batch, i)) for f, (i, _) in zip(filters_s, pairs, strict=True)]
         mask = batch.targets != IGNORED
@@ -84,8 +87,8 @@ def plain_stage2(recipe: Path, *, steps: int) -> tuple[list[dict[str, float]], d
         for group in optimizer.param_groups:
             group["lr"] = rate.learning_rate * schedule(step)
         optimizer.step()
-        terms = {"loss": loss, "pred_loss": pred, "kl_loss": kl, "layer_loss": layer}
-        losses.append({name: float(value) for name, value in terms.items()})
+        terms = {"loss": loss, "pred_loss": pred, "kl_loss": kl if run.loss.kl_alpha else 0 * kl, "layer_loss": layer}
+        losses.append({name: float(value.detach()) for name, value in terms.items()})
     return losses, gradients
 
 
@@ -95,7 +98,8 @@ def plain_stage1(recipe: Path, side: str, *, steps: int) -> list[float]:
     path = run.teacher.model if side == "teacher" else run.output_dir / "initial_student"
     model = AutoModelForCausalLM.from_pretrained(path).eval().requires_grad_(False)
     structure = find_structure(model)
-    plan = _plan(run, side)
+    pairs = plan_pairs(run, str(run.output_dir / "initial_student"))
+    plan = pairs.teacher if side == "teacher" else pairs.student
     torch.manual_seed(run.seed)
     probes = nn.ModuleList(FilterProbe(f) for f in plan.build())
     schedule = learning_rate_schedule("linear", warmup_steps=steps // 10, total_steps=steps, final_ratio=0.0)
@@ -117,7 +121,7 @@ def plain_stage1(recipe: Path, side: str, *, steps: int) -> list[float]:
         for group in optimizer.param_groups:
             group["lr"] = run.filters.learning_rate * schedule(step)
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
@@ -131,21 +135,16 @@ def _block(model: nn.Module, batch, index: int) -> torch.Tensor:
     return seen[0]
 
 
-def _plan(run: RunConfig, side: str) -> FilterPlan:
-    import json
-
-    plan = json.loads((run.output_dir / f"{side}_filters" / "filters.json").read_text())["plan"]
-    return FilterPlan(**{**plan, "blocks": tuple(plan["blocks"])})
-
-
-def _filters(run: RunConfig, width_t: int, width_s: int) -> tuple[list[tuple[int, int]], nn.ModuleList, nn.ModuleList]:
+def _filters(run: RunConfig) -> tuple[LayerMap, nn.ModuleList, nn.ModuleList]:
     """(pairs, teacher filters, student filters) as the run starts Stage II with."""
-    if not run.loss.mse_alpha:
-        return [], nn.ModuleList(), nn.ModuleList()
-    sides = []
-    for side in ("teacher", "student"):
-        bank = _plan(run, side).build()
+    plan = plan_pairs(run, str(run.output_dir / "initial_student"))
+    if plan is None:
+        return (), nn.ModuleList(), nn.ModuleList()
+    torch.manual_seed(run.seed)
+    student = plan.student.build()
+    if plan.teacher is None:
+        return plan.layer_map, nn.ModuleList(nn.Identity() for _ in plan.layer_map), student
+    teacher = plan.teacher.build().requires_grad_(False)
+    for side, bank in (("teacher", teacher), ("student", student)):
         bank.load_state_dict(load_file(run.output_dir / f"{side}_filters" / "filters.safetensors"))
-        sides.append(bank)
-    pairs = list(zip(_plan(run, "student").blocks, _plan(run, "teacher").blocks, strict=True))
-    return pairs, sides[0].requires_grad_(False), sides[1]
+    return plan.layer_map, teacher, student

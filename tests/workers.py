@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from typing import Any
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 240
+AFTER_FAILURE_S = 15
+"""How long the other ranks may take once one has failed: they may wait for it in a collective."""
 
 
 def _serve(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
@@ -38,7 +41,8 @@ def _serve(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
 class Workers:
     """`size` ranks; `run(call, *args)` gives `[call(world, *args) of rank 0, 1, ...]`.
 
-    `call` is a module-level function. A rank that raises fails the test with its own traceback.
+    `call` is a module-level function. A rank that raises fails the test with its own traceback; ranks that
+    hang are killed, and `alive` is False from then on.
     """
 
     def __init__(self, size: int) -> None:
@@ -54,16 +58,25 @@ class Workers:
         ]
         for process in self._processes:
             process.start()
+        self.alive = True
 
     def run(self, call: Callable[..., Any], *args: Any) -> list[Any]:
         for tasks in self._tasks:
             tasks.put((call, args))
         answers: dict[int, Any] = {}
-        for _ in self._processes:
-            rank, value, trace = self._results.get(timeout=TIMEOUT_S)
-            if trace is not None:
-                raise AssertionError(f"rank {rank}:\n{trace}")
-            answers[rank] = value
+        failures: list[str] = []
+        try:
+            for _ in self._processes:
+                rank, value, trace = self._results.get(timeout=AFTER_FAILURE_S if failures else TIMEOUT_S)
+                if trace is not None:
+                    failures.append(f"rank {rank}:\n{trace}")
+                answers[rank] = value
+        except queue.Empty:
+            failures.append(f"only ranks {sorted(answers)} came back")
+            self.alive = False
+            for process in self._processes:
+                process.kill()
+        assert not failures, "\n".join(failures)
         return [answers[rank] for rank in sorted(answers)]
 
     def close(self) -> None:

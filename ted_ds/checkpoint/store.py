@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ted_ds.distributed import World
 from ted_ds.errors import CheckpointError
@@ -17,30 +21,36 @@ CARD = "ted_ds.json"
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint says of itself: steps done, ranks that wrote it, fingerprint of the trained module."""
+    """What a checkpoint says of itself: steps done, ranks that wrote it, fingerprint of the trained module.
+
+    files: name -> bytes of everything that belongs to it, filled in when it is saved.
+    """
 
     step: int
     world_size: int
     model: str
+    files: Mapping[str, int] = field(default_factory=dict)
 
 
 def save_checkpoint(engine: Any, folder: Path, card: Card, world: World, *, keep: int) -> None:
     """Writes the engine's whole state; `latest` names it once every rank has written; a collective.
 
-    A write that fails, on a full disk say, raises and leaves `latest` at the last good checkpoint.
     keep: how many checkpoints stay.
+    Raises CheckpointError, on every rank, where any rank could not write (a full disk, say); `latest` then
+    still names the last good checkpoint.
     """
     tag = f"step-{card.step:08d}"
-    try:
+    with _write_errors(engine) as errors:
         engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-    except (OSError, RuntimeError) as error:
+    if not world.min(torch.tensor(0 if errors else 1)):
+        reason = errors[0] if errors else "on another rank"
         raise CheckpointError(
-            f"checkpoint {folder / tag} could not be written ({error}); `latest` still names the one before it: "
+            f"checkpoint {folder / tag} could not be written ({reason}); `latest` still names the one before it: "
             "make room and start again"
-        ) from error
-    world.barrier()
+        )
     if world.is_main:
-        write_atomically(folder / tag / CARD, json.dumps(asdict(card)))
+        card = replace(card, files=_sizes(folder / tag))
+        write_atomically(folder / tag / CARD, json.dumps(asdict(card), indent=2))
         write_atomically(folder / "latest", tag)
         for old in sorted(folder.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
@@ -55,12 +65,7 @@ def load_checkpoint(engine: Any, folder: Path, *, model: str, world: World) -> i
     if not (folder / "latest").exists():
         return 0
     path = folder / (folder / "latest").read_text(encoding="utf-8").strip()
-    try:
-        card = Card(**json.loads((path / CARD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"checkpoint {path} is torn ({error}); name an older one in {folder / 'latest'}"
-        ) from error
+    card = world.on_main(lambda: _read_card(path))
     if card.model != model:
         raise CheckpointError(
             f"checkpoint {path} is of another model or other filters (fingerprint {card.model}, this run's {model}); "
@@ -80,6 +85,53 @@ def load_checkpoint(engine: Any, folder: Path, *, model: str, world: World) -> i
     if loaded is None:
         raise CheckpointError(f"checkpoint {path} is torn; name an older one in {folder / 'latest'}")
     return card.step
+
+
+def _read_card(path: Path) -> Card:
+    """The checkpoint's card, its files there and of the size they were; else CheckpointError."""
+    remedy = f"name an older one in {path.parent / 'latest'}, or delete that file to start over"
+    try:
+        card = Card(**json.loads((path / CARD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise CheckpointError(f"checkpoint {path} is torn ({error}): {remedy}") from error
+    there = _sizes(path)
+    for name, size in card.files.items():
+        if there.get(name) != size:
+            raise CheckpointError(
+                f"checkpoint {path} is torn: {name} has {there.get(name, 0)} of {size} bytes: {remedy}"
+            )
+    return card
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    return {
+        str(file.relative_to(folder)): file.stat().st_size
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.name != CARD
+    }
+
+
+@contextmanager
+def _write_errors(engine: Any) -> Iterator[list[Exception]]:
+    """Collects what goes wrong as DeepSpeed writes, in place of raising it.
+
+    DeepSpeed's ranks meet while saving: one that leaves by an exception would keep the others waiting.
+    """
+    errors: list[Exception] = []
+    writer = engine.checkpoint_engine
+    write = writer.save
+
+    def guarded(*args: Any, **kwargs: Any) -> None:
+        try:
+            write(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            errors.append(error)
+
+    writer.save = guarded
+    try:
+        yield errors
+    finally:
+        del writer.save
 
 
 def write_atomically(path: Path, text: str) -> None:

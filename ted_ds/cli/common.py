@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
@@ -20,6 +23,14 @@ def recipe_from(argv: Sequence[str], program: str) -> RunConfig:
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # launchers add it
     arguments, overrides = parser.parse_known_args(argv)
     return load_config(arguments.config, overrides)
+
+
+def printed(work: Callable[[], dict[str, Any] | None]) -> None:
+    """Prints the result of `work`, if there is one, as JSON, alone on stdout: what libraries print goes to stderr."""
+    with redirect_stdout(sys.stderr):
+        result = work()
+    if result is not None:
+        print(json.dumps(result, indent=2))
 
 
 def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from ted_ds.cli.common import printed
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(argv)
     if not arguments.data and not arguments.lambada:
         parser.error("nothing to evaluate: give --data FILES, --lambada FILE, or both")
-    print(json.dumps(_evaluate(arguments), indent=2))
+    printed(lambda: _evaluate(arguments))
     return 0
 
 

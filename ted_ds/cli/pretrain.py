@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from typing import Any
 
-from ted_ds.cli.common import guarded, recipe_from
+from ted_ds.cli.common import guarded, printed, recipe_from
+from ted_ds.config.schema import RunConfig
 
 
 def main(argv: Sequence[str], until: str | None = None) -> int:
@@ -15,13 +16,15 @@ def main(argv: Sequence[str], until: str | None = None) -> int:
 
 def _run(argv: Sequence[str], until: str | None) -> int:
     run = recipe_from(argv, "pretrain")
+    printed(lambda: _pretrain(run, until))
+    return 0
 
+
+def _pretrain(run: RunConfig, until: str | None) -> dict[str, Any] | None:
     from ted_ds.distributed import init_world, shut_down
     from ted_ds.pretrain.run import pretrain
 
     world = init_world()
     summary = pretrain(run, world, until=until)
-    if world.is_main and summary:
-        print(json.dumps(summary, indent=2))
     shut_down()
-    return 0
+    return summary if world.is_main else None

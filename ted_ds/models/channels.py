@@ -140,7 +140,7 @@ class WeightScores:
 
     def units(self, block: int, keep: int) -> torch.Tensor:
         """The `keep` best FFN units of a block, in their order."""
-        return _best(self._products[block, Part.UNIT], keep)
+        return _best(self._products[block, Part.UNIT].expand(self._sizes[Part.UNIT]), keep)
 
     def heads(self, block: int, keep: int, keep_kv: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The best query heads of a block and their key-value heads, in their order.
@@ -151,7 +151,7 @@ class WeightScores:
         kv = self._sizes[Part.KV_HEAD]
         group = self._sizes[Part.HEAD] // kv
         values = self._products[block, Part.KV_HEAD].expand(kv)
-        scores = self._products[block, Part.HEAD].view(kv, group) * values[:, None]
+        scores = self._products[block, Part.HEAD].expand(kv * group).view(kv, group) * values[:, None]
         if keep_kv == kv:
             best = [_best(row, keep // kv) + i * group for i, row in enumerate(scores)]
             return torch.cat(best), torch.arange(kv)

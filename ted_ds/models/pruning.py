@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from ted_ds.config.schema import InitConfig
@@ -65,14 +66,17 @@ def _write_random(
     fields = {"vocab_size": vocab_size} if vocab_size is not None else {}
     try:
         model_config = AutoConfig.for_model(**(fields | config))
-    except ValueError as error:
-        message = str(error).splitlines()[0][:200]
-        raise ModelError(f"student.init.config is not a config of transformers: {message}") from error
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+    except (ValueError, StrictDataclassError) as error:
+        raise ModelError(f"student.init.config is not a causal LM of transformers: {_in_a_line(error)}") from error
     find_structure(model)
     model.save_pretrained(folder)
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,13 @@ def _plan(teacher: str, init: InitConfig, trust_remote_code: bool) -> _Plan:
     teacher_sizes = _sizes_of(config)
     sizes = _requested(init, config, teacher_sizes)
     student_config = _student_config(config, blocks, structure.num_blocks, sizes, teacher_sizes)
+    try:
+        if hasattr(student_config, "validate"):  # Llama and Gemma want hidden_size to be a multiple of num_heads
+            student_config.validate()
+    except StrictDataclassError as error:
+        raise ModelError(
+            f"a {config.model_type} of the sizes in student.init cannot be: {_in_a_line(error)}"
+        ) from error
     student = _on_meta(student_config, trust_remote_code)
     student_config.architectures = [type(student).__name__]
     tensors = student.state_dict(keep_vars=True)

@@ -43,21 +43,35 @@ def distill(
     plan: the layer loss's pairs, None without one. filters: Stage I's folders, empty where there are none.
     Leaves student/, checkpoints/, metrics.jsonl and summary.json in the run's folder.
     """
-    module, engine = _build_student(run, world, data, student_path, plan, filters.get("student"))
-    if run.loss.kl_alpha or plan is not None:
-        assert run.teacher is not None
-        path = run.teacher.model
-        teacher = load_frozen(run, world, path, data.tokenizer, role="teacher", filters=filters.get("teacher"))
-        layer_map = plan.layer_map if plan else ()
-        normalized = plan is not None and run.loss.layer_loss == "normalized_mse"
-        squares = _mean_squares(run, world, data, teacher, layer_map) if normalized else None
-        module.attach_teacher(teacher, layer_map, squares)
-    _train(run, world, data, engine, _fingerprint(module))
-    export_student(module.student, data.tokenizer, run.output_dir / "student", world)
+    engine = build_distillation_engine(run, world, data, plan, filters, student_path)
+    _train(run, world, data, engine, _fingerprint(engine.module))
+    export_student(engine.module.student, data.tokenizer, run.output_dir / "student", world)
     peak_gib = _peak_memory(world)
     summary = world.on_main(lambda: _summarise(run, peak_gib))
     engine.destroy()
     return summary
+
+
+def build_distillation_engine(
+    run: RunConfig,
+    world: World,
+    data: RunData,
+    plan: PairPlan | None,
+    filters: dict[str, Path],
+    student_path: str,
+) -> Any:
+    """A DeepSpeed engine on a `DistillationModel` that is joined with its hosted teacher; arguments as `distill`'s."""
+    module, engine = _build_student(run, world, data, student_path, plan, filters.get("student"))
+    if run.loss.kl_alpha or plan is not None:
+        assert run.teacher is not None
+        teacher = load_frozen(
+            run, world, run.teacher.model, data.tokenizer, role="teacher", filters=filters.get("teacher")
+        )
+        layer_map = plan.layer_map if plan else ()
+        normalized = plan is not None and run.loss.layer_loss == "normalized_mse"
+        squares = _mean_squares(run, world, data, teacher, layer_map) if normalized else None
+        module.attach_teacher(teacher, layer_map, squares)
+    return engine
 
 
 def _build_student(

@@ -31,7 +31,7 @@ class FiniteGuard:
         finite = torch.isfinite(terms[: len(self._names)])
         self._first = torch.where(finite, self._first, self._first.clamp_max(step))
 
-    def check(self, world: World, grad_norm: float, step: int) -> None:
+    def check(self, world: World, grad_norm: float | None, step: int) -> None:
         """Raises TrainingError, on every rank alike, where something was not finite; a collective and a sync."""
         first = world.min(self._first).tolist()
         bad = [(at, name) for at, name in zip(first, self._names, strict=True) if at != NEVER]
@@ -42,7 +42,7 @@ class FiniteGuard:
                 f"{names} not finite at step {at}; the last checkpoint is intact: lower optimizer.learning_rate or "
                 "the loss's alphas, or lengthen optimizer.warmup_steps, and start again"
             )
-        if not math.isfinite(grad_norm):
+        if grad_norm is not None and not math.isfinite(grad_norm):
             raise TrainingError(
                 f"the gradient norm is {grad_norm} at step {step} while the losses are finite; the last checkpoint "
                 "is intact: lower optimizer.learning_rate, or use float32, and start again"
@@ -82,7 +82,7 @@ def run_steps(
         due = [call for every, call in callbacks if _due(done, every, steps)]
         if not due and not _due(done, log_every, steps):
             continue
-        grad_norm = float(engine.get_global_grad_norm())
+        grad_norm = _grad_norm(engine)
         values = world.sum(terms).tolist()
         guard.check(world, grad_norm, done)
         seconds = (time.perf_counter() - since) / (done - last)
@@ -102,6 +102,12 @@ def run_steps(
         recorder.log(record)
         since, last = time.perf_counter(), done
     return record
+
+
+def _grad_norm(engine: Any) -> float | None:
+    """The last step's global gradient norm before clipping; None under ZeRO-0 in float32, where DeepSpeed has none."""
+    norm = engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
 
 
 def _due(done: int, every: int, steps: int) -> bool:

@@ -89,4 +89,4 @@ def test_every_public_name_has_its_home():
     code = "import ted_ds; [getattr(ted_ds, name) for name in ted_ds.__all__]; print(ted_ds.__version__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "0.1.0"
+    assert done.stdout.splitlines()[-1] == "0.1.0"  # DeepSpeed may speak before

@@ -1,0 +1,233 @@
+"""A whole run: what it leaves behind, that it goes on where it was, and how it ends on bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ted_ds.telemetry.recorder import read_metrics
+from tests.jobs import full_disk, pretrain_error, pretrain_recipe, restored_logits
+from tests.project import VOCAB, make_project, write_recipe
+from tests.tiny_models import tiny_model
+from tests.workers import Workers
+
+Group = Callable[[int], Workers]
+LOSSES = ("step", "tokens", "loss", "pred_loss", "kl_loss", "layer_loss", "layer_losses", "lr", "validation_loss")
+
+LOAD_ALONE = """
+import sys, torch
+sys.modules["ted_ds"] = None  # importing it fails from here on
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
+torch.save(model(torch.load(sys.argv[2], weights_only=True)).logits.detach(), sys.argv[3])
+"""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_project(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def finished(project: Path, workers: Group) -> Path:
+    """The recipe of a finished run of 10 steps on 2 ranks, saved at 5 and 10."""
+    path = write_recipe(project, "finished", optimizer__schedule="constant")
+    workers(2).run(pretrain_recipe, path)
+    return path
+
+
+def losses_of(folder: Path) -> list[dict[str, object]]:
+    return [{name: line[name] for name in LOSSES if name in line} for line in read_metrics(folder)]
+
+
+def copied(project: Path, name: str, **changes: object) -> Path:
+    """A copy of the finished run under another name, and its recipe."""
+    path = write_recipe(project, name, optimizer__schedule="constant", **changes)
+    shutil.copytree(project / "finished", project / name)
+    return path
+
+
+def test_the_folder_holds_what_is_promised(project: Path, finished: Path) -> None:
+    folder = project / "finished"
+    assert (folder / "checkpoints/latest").read_text() == "step-00000010"
+    assert sorted(p.name for p in (folder / "checkpoints").glob("step-*")) == ["step-00000005", "step-00000010"]
+    assert {p.name for p in (folder / "teacher_filters").iterdir()} >= {"filters.safetensors", "filters.json"}
+    summary = json.loads((folder / "summary.json").read_text())
+    last = read_metrics(folder)[-1]
+    assert summary["steps"] == last["step"] == 10 and summary["tokens"] == last["tokens"] == 10 * 4 * 12
+    assert summary["validation_perplexity"] == last["validation_perplexity"] < summary["initial_validation_perplexity"]
+    assert {"grad_norm", "step_ms", "tokens_per_second", "mfu", "peak_memory_gib"} <= last.keys()
+    assert "environment" in (folder / "config.yaml").read_text()
+    assert not list(folder.rglob("*.tmp"))
+
+
+def test_the_exported_student_is_plain_and_equal(project: Path, finished: Path, workers: Group, tmp_path: Path) -> None:
+    ids = torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
+    torch.save(ids, tmp_path / "ids.pt")
+    student = project / "finished/student"
+    command = [sys.executable, "-c", LOAD_ALONE, str(student), str(tmp_path / "ids.pt"), str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True, capture_output=True)
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert torch.equal(logits, workers(2).run(restored_logits, finished, ids)[0])
+    assert len(AutoTokenizer.from_pretrained(student)) == VOCAB
+    assert "filter" not in " ".join(AutoModelForCausalLM.from_pretrained(student).state_dict())
+
+
+def test_a_complete_run_is_left_alone(project: Path, finished: Path, workers: Group) -> None:
+    folder = project / "finished"
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != "config.yaml"}
+    assert workers(2).run(pretrain_recipe, finished)[0] == json.loads((folder / "summary.json").read_text())
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_an_interrupted_run_continues_as_if_it_had_not_been(project: Path, finished: Path, workers: Group) -> None:
+    path, folder = copied(project, "interrupted"), project / "interrupted"
+    shutil.rmtree(folder / "student")
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "checkpoints/step-00000010")
+    (folder / "checkpoints/latest").write_text("step-00000005")
+    with (folder / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 11, "torn')
+    workers(2).run(pretrain_recipe, path)
+    assert losses_of(folder) == losses_of(project / "finished")
+
+
+def test_more_steps_go_on_from_the_last(project: Path, workers: Group, finished: Path) -> None:
+    path = write_recipe(project, "longer", optimizer__schedule="constant", train__steps=4)
+    workers(2).run(pretrain_recipe, path)
+    workers(2).run(pretrain_recipe, path, ("--train.steps=10",))
+    ours, whole = ({x["step"]: x["loss"] for x in losses_of(project / n)[1:]} for n in ("longer", "finished"))
+    assert ours == whole
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_held_out_perplexity_counts_every_token_once(project: Path, finished: Path, workers: Group, ranks: int) -> None:
+    path = write_recipe(project, f"evaluated-{ranks}", method="ce", train__steps=1)
+    workers(ranks).run(pretrain_recipe, path)
+    found = read_metrics(project / f"evaluated-{ranks}")[-1]
+    tokenizer = AutoTokenizer.from_pretrained(project / "tokenizer")
+    stream = tokenizer((project / "validation.txt").read_text())["input_ids"] + [tokenizer.eos_token_id]
+    model = AutoModelForCausalLM.from_pretrained(project / f"evaluated-{ranks}/student")
+    nll = 0.0
+    for start in range(0, len(stream), 12):
+        row = torch.tensor([stream[start : start + 12]])
+        with torch.no_grad():
+            scores = model(row).logits[0].double().log_softmax(-1)
+        for position, target in enumerate(stream[start + 1 : start + 13]):
+            nll -= float(scores[position, target])
+    assert found["validation_loss"] == pytest.approx(nll / (len(stream) - 1), rel=1e-5)
+
+
+BAD = {
+    "a layer map outside the student": (
+        {"filters__layer_map": [[2, 3]]},
+        "filters.layer_map pair [2, 3]",
+    ),
+    "batch sizes that do not divide": ({"train__global_batch_size": 3}, "train.global_batch_size (3)"),
+    "a missing data file": ({"data__train": ["nothing.txt"]}, "'nothing.txt' matches no file"),
+    "a missing teacher": ({"teacher__model": "no/where"}, "no/where"),
+    "a loss that is not finite": (
+        {"optimizer__learning_rate": 1e30, "optimizer__warmup_steps": 0, "optimizer__gradient_clipping": 0.0},
+        "not finite at step 2; the last checkpoint is intact",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_with_one_sentence_on_every_rank(project: Path, workers: Group, case: str) -> None:
+    changes, expected = BAD[case]
+    path = write_recipe(project, "bad-" + "-".join(case.split()), **changes)
+    for message in workers(2).run(pretrain_error, path):
+        assert expected in message and "\n" not in message
+
+
+def test_models_and_tokenizer_must_fit(tmp_path: Path, workers: Group) -> None:
+    project = make_project(tmp_path)
+    tiny_model("llama", blocks=4, vocab=50).save_pretrained(project / "teacher")
+    (message, _) = workers(2).run(pretrain_error, write_recipe(project, "small"))
+    assert "has 50 vocabulary rows, data.tokenizer has 61 ids" in message
+    tiny_model("llama", blocks=4, vocab=64).save_pretrained(project / "teacher")
+    other = json.loads((project / "tokenizer/tokenizer.json").read_text())
+    words = list(other["model"]["vocab"])
+    other["model"]["vocab"] = {w: i for i, w in enumerate([*words[:2], *reversed(words[2:])])}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(project / "tokenizer" / name, project / "teacher" / name)
+    (project / "teacher/tokenizer.json").write_text(json.dumps(other))
+    (message, _) = workers(2).run(pretrain_error, write_recipe(project, "other"))
+    assert "was trained with another tokenizer than data.tokenizer" in message
+
+
+def test_a_padded_teacher_is_aligned(tmp_path: Path, workers: Group) -> None:
+    project = make_project(tmp_path)
+    teacher = tiny_model("llama", blocks=4, vocab=VOCAB)
+    results = []
+    for name, rows in (("plain", VOCAB), ("padded", VOCAB + 3)):
+        teacher.resize_token_embeddings(rows, mean_resizing=False)
+        teacher.save_pretrained(project / "teacher")
+        student = project / "plain/initial_student"
+        cut = {} if name == "plain" else {"student__init": None, "student__model": str(student)}
+        short = {"method": "kd", "train__steps": 2, "data__prepared": str(project / "data")}
+        workers(2).run(pretrain_recipe, write_recipe(project, name, **short, **cut))
+        results.append([line["kl_loss"] for line in read_metrics(project / name)[1:]])
+    assert results[0] == pytest.approx(results[1], rel=1e-6)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(project: Path, finished: Path, workers: Group) -> None:
+    path = copied(project, "full")
+    for message in workers(2).run(full_disk, path, ("--train.steps=20",)):
+        assert "could not be written" in message and "step-00000015" in message
+    assert (project / "full/checkpoints/latest").read_text() == "step-00000010"
+    workers(2).run(pretrain_recipe, path, ("--train.steps=12",))
+    assert read_metrics(project / "full")[-1]["step"] == 12
+
+
+def test_wrong_checkpoints_are_named(project: Path, finished: Path, workers: Group) -> None:
+    path, folder = copied(project, "torn"), project / "torn"
+    longer = ("--train.steps=12",)
+    (message,) = workers(1).run(pretrain_error, path, longer)
+    assert "was written by 2 ranks, this run has 1" in message
+    states = next((folder / "checkpoints/step-00000010").glob("*_optim_states.pt"))
+    states.write_bytes(states.read_bytes()[:1000])
+    for message in workers(2).run(pretrain_error, path, longer):
+        assert "step-00000010 is torn: " in message and "_optim_states.pt has 1000 of" in message
+    states.unlink()
+    assert "has 0 of" in workers(2).run(pretrain_error, path, longer)[0]
+    card = folder / "checkpoints/step-00000010/ted_ds.json"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "model": "0" * 16, "files": {}}))
+    assert "is of another model" in workers(2).run(pretrain_error, path, longer)[0]
+    card.unlink()
+    assert "is torn" in workers(2).run(pretrain_error, path, longer)[0]
+
+
+def test_one_folder_is_one_run(project: Path, finished: Path, workers: Group) -> None:
+    (message, _) = workers(2).run(pretrain_error, finished, ("--seed=1",))
+    assert "holds a run with seed: 0, this recipe says 1: give another output_dir" in message
+
+
+def test_filters_of_another_shape_are_refused(project: Path, finished: Path, workers: Group) -> None:
+    path, folder = copied(project, "reshaped"), project / "reshaped"
+    shutil.rmtree(folder / "student")
+    card = json.loads((folder / "teacher_filters/filters.json").read_text())
+    card["plan"]["output_dim"] = 7
+    (folder / "teacher_filters/filters.json").write_text(json.dumps(card))
+    (message, _) = workers(2).run(pretrain_error, path)
+    assert "holds filters of another layer map or shape" in message
+    (folder / "teacher_filters/filters.json").write_text("{")
+    assert "holds no whole filters" in workers(2).run(pretrain_error, path)[0]
+
+
+def test_a_run_on_other_data_is_refused(project: Path, workers: Group) -> None:
+    prepared = str(project / "shared")
+    short = {"method": "ce", "train__steps": 1, "data__prepared": prepared}
+    workers(2).run(pretrain_recipe, write_recipe(project, "first", **short))
+    path = write_recipe(project, "second", **short, data__sequence_length=8)
+    (message, _) = workers(2).run(pretrain_error, path)
+    assert "was prepared with other data.sequence_length: 12, now 8" in message
