@@ -89,6 +89,10 @@ def init_world() -> World:
     accelerator.set_device(local_rank)
     deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
     device = torch.device(accelerator.current_device_name())
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        # the ranks of a node share its cores; every one of them would start a thread a core
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     _quiet(rank)
     return World(rank, local_rank, size, device)

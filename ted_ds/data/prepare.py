@@ -217,12 +217,12 @@ class _Packer:
         """One piece's ids, which begin with the tokenizer's prefix whether or not a document does."""
         ids = ids if piece.starts else ids[self._prefix :]
         self._push(np.array([*ids, self._eos] if piece.ends else ids, dtype=np.int32))
+        self.tokens += len(ids) + piece.ends
         self.documents += piece.ends
 
     def close(self, *, drop_tail: bool) -> int:
         """Writes what is left; returns how many tokens of the last row are not padding."""
         rest = self._held_tokens % self._length
-        self.tokens += self._held_tokens
         if rest and not drop_tail:
             self._hold(np.full(self._length - rest, self._eos, dtype=np.int32))
         self._write(self._held_tokens // self._length)
@@ -233,7 +233,6 @@ class _Packer:
     def _push(self, ids: np.ndarray) -> None:
         self._hold(ids)
         while self._held_tokens >= self._rows_a_batch * self._length:
-            self.tokens += self._rows_a_batch * self._length
             self._write(self._rows_a_batch)
 
     def _hold(self, ids: np.ndarray) -> None:

@@ -6,7 +6,7 @@ import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from io import TextIOWrapper
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -82,10 +82,8 @@ def _file_pieces(path: Path, text_column: str) -> Iterator[Piece]:
 
 def _line_pieces(path: Path, json_column: str | None) -> Iterator[Piece]:
     """Pieces of a text file or, where `json_column` is given, of JSON lines."""
-    with path.open("rb") as raw:
-        name = infer_compression(path.name)
-        plain: Any = compr[name](raw, mode="rb") if name else raw
-        decoded = TextIOWrapper(plain, encoding="utf-8-sig", newline="")
+    name = infer_compression(path.name)
+    with path.open("rb") as raw, BufferedReader(compr[name](raw, mode="rb")) if name else raw as plain:
         position = 0
 
         def read() -> float:
@@ -93,18 +91,17 @@ def _line_pieces(path: Path, json_column: str | None) -> Iterator[Piece]:
             before, position = position, raw.tell()
             return position - before
 
-        lines = _numbered(decoded, path)
+        lines = _numbered(plain, path)
         yield from _text(lines, read) if json_column is None else _json(lines, path, json_column, read)
 
 
-def _numbered(file: TextIOWrapper, path: Path) -> Iterator[tuple[int, str]]:
-    """(1-based number, line with its end) of each line."""
-    number = 0
-    try:
-        for number, line in enumerate(file, 1):
-            yield number, line
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after line {number}: not UTF-8 ({error.reason}): convert the file") from error
+def _numbered(file: BufferedReader, path: Path) -> Iterator[tuple[int, str]]:
+    """(1-based number, line with its end) of each line; a byte order mark is dropped."""
+    for number, line in enumerate(file, 1):
+        try:
+            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}): convert the file") from error
 
 
 def _text(lines: Iterator[tuple[int, str]], read: Callable[[], float]) -> Iterator[Piece]:
@@ -163,17 +160,26 @@ def _hub_pieces(entry: HubDataset, column: str) -> Iterator[Piece]:
     try:
         rows = load_dataset(entry.hub, entry.name, split=entry.split, streaming=entry.streaming)
     except Exception as error:  # network, hub, builder and file errors have no common base
-        raise DataError(f"{where} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{where} cannot be loaded: {_first_line(error)}") from error
     names = rows.column_names
     if names is not None and column not in names:
         _no_column(where, column, names)
     found = False
-    for number, row in enumerate(rows, 1):
-        for piece in _whole(row[column], f"{where}, row {number}", column, 0.0):
-            found = True
-            yield piece
+    try:
+        for number, row in enumerate(rows, 1):
+            for piece in _whole(row[column], f"{where}, row {number}", column, 0.0):
+                found = True
+                yield piece
+    except DataError:
+        raise
+    except Exception as error:  # a streamed file is parsed, and perhaps found broken, only here
+        raise DataError(f"{where} cannot be read: {_first_line(error)}") from error
     if not found:
         raise DataError(f"{where} has no text: choose another split, or set data.text_column")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _no_column(where: str, column: str, there: Sequence[str]) -> NoReturn:

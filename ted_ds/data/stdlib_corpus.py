@@ -9,7 +9,7 @@ import sysconfig
 from pathlib import Path
 from typing import TextIO
 
-HELD_OUT_SHARE = 0.05
+HELD_OUT_SHARE = 0.02
 LARGEST_CHARACTERS = 60_000
 """Longer modules (tables of codecs, generated lexers) are cut here, so that none of them weighs too much."""
 

@@ -20,13 +20,15 @@ from ted_ds.errors import DataError
 SPIECE = "tokenizer.model"
 _FOLDER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", SPIECE, "spiece.model")
 _UNIGRAM, _BPE = 1, 2
-_CONTROL, _USER_DEFINED, _BYTE = 3, 4, 6
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 
 PROBES = (
     "Two  words,\n\tthen\r\n   an indented line; 12345.678 and \u00e9\u00df\u6f22\u5b57 \U0001f600 e\u0301 \ufb01.",
     " leading, trailing ",
     "def f(x):\n    return {'a': x ** 2}  # \u2192\n\n\n",
     "\u2581 already there, \x00 nothing, \u3000 wide\u00a0space",
+    "\n\u3000 ends by other spaces\u00a0\n",
+    "a mark of spaces ends it \u2581",
 )
 """Texts by which a converted SentencePiece model must agree with sentencepiece itself."""
 
@@ -54,7 +56,8 @@ class Tokenizer:
         self.prefix: list[int] = [i for i in around if i != self.eos_id]
         core = getattr(tokenizer, "backend_tokenizer", None)
         rules = core.to_str() if core is not None else type(tokenizer).__name__ + json.dumps(self._vocabulary)
-        self.fingerprint = hashlib.sha256(f"{rules}{self.prefix}{self.eos_id}".encode()).hexdigest()
+        split = getattr(tokenizer, "split_special_tokens", False)
+        self.fingerprint = hashlib.sha256(f"{rules}{self.prefix}{self.eos_id}{split}".encode()).hexdigest()
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, after `prefix` and without an end-of-document token."""
@@ -147,7 +150,9 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
 def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
     """The SentencePiece model as a fast tokenizer with the same ids, which is checked by `PROBES`.
 
-    No BOS is added, as by sentencepiece itself.
+    No BOS is added, as by sentencepiece itself. Two rarities differ, as in the tokenizers of transformers: of
+    models that normalise (NFKC), combining marks after compatibility characters and single Hangul jamo; of
+    unigram models that do not know "<", names of control pieces that a text spells out.
     """
     model: Any = import_protobuf().ModelProto()
     try:
@@ -161,8 +166,11 @@ def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
         for name, number in (("unk", original.unk_id()), ("bos", original.bos_id()), ("eos", original.eos_id()))
         if number >= 0
     }
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, **special)
-    for text in PROBES:
+    # as by sentencepiece, a document that spells out "</s>" does not end there
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, split_special_tokens=True, **special)
+    # sentencepiece tends to spaces around a user-defined symbol as it does within a text
+    around = [f" {p.piece}a{p.piece}  b" for p in model.pieces if p.type == _USER_DEFINED]
+    for text in (*PROBES, *around):
         ours, theirs = fast(text, add_special_tokens=False)["input_ids"], original.encode(text)
         if ours != theirs:
             raise DataError(
@@ -176,10 +184,13 @@ def _core(model: Any, path: Path) -> Core:
     trainer, rules = model.trainer_spec, model.normalizer_spec
     pieces = [(piece.piece, piece.score) for piece in model.pieces]
     if trainer.model_type == _UNIGRAM:
-        core = Core(models.Unigram(pieces, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
+        # no text becomes these, not even one that spells them out: its other paths are likelier
+        never = 10 * min(score for _, score in pieces) - 1000
+        scores = [(p.piece, never if p.type in (_UNKNOWN, _CONTROL, _UNUSED, _BYTE) else p.score) for p in model.pieces]
+        core = Core(models.Unigram(scores, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
     elif trainer.model_type == _BPE:
         vocabulary = {piece: number for number, (piece, _) in enumerate(pieces)}
-        unmerged = {p.piece for p in model.pieces if p.type in (_CONTROL, _USER_DEFINED, _BYTE)}
+        unmerged = {p.piece for p in model.pieces if p.type in (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)}
         merges = generate_merges(vocabulary, pieces, unmerged)
         core = Core(
             models.BPE(
@@ -199,7 +210,7 @@ def _core(model: Any, path: Path) -> Core:
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+        steps += [normalizers.Replace(Regex(r"\A +|[ \u2581]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if rules.add_dummy_prefix:
         steps.append(normalizers.Prepend("\u2581"))
     core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])

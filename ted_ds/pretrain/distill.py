@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -160,14 +161,14 @@ def _summarise(run: RunConfig, peak_gib: float) -> dict[str, Any]:
     """summary.json, from metrics.jsonl alone, so that a resumed run sums up all of its sessions."""
     lines = read_metrics(run.output_dir)
     first, last = lines[0], lines[-1]
-    steps = [line["step"] for line in lines]
-    spent = [line.get("step_ms", 0.0) * (b - a) for line, a, b in zip(lines[1:], steps, steps[1:], strict=False)]
+    stage1 = sum(_training_seconds(read_metrics(run.output_dir / f"{side}_filters")) for side in ("teacher", "student"))
     held_out = ("validation_loss", "validation_perplexity")
     summary = {
         "method": run.method,
         "steps": last["step"],
         "tokens": last["tokens"],
-        "wall_seconds": sum(spent) / 1000,
+        "wall_seconds": stage1 + _training_seconds(lines),
+        "stage1_seconds": stage1,
         "peak_memory_gib": peak_gib,
         **{f"final_{name}": last[name] for name in TERMS},
         **{f"initial_{name}": first[name] for name in held_out if name in first},
@@ -175,6 +176,12 @@ def _summarise(run: RunConfig, peak_gib: float) -> dict[str, Any]:
     }
     write_atomically(run.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def _training_seconds(lines: list[dict[str, Any]]) -> float:
+    """Seconds spent in steps: without evaluation, saving and starting up."""
+    steps = [0, *(line["step"] for line in lines)]
+    return sum(line.get("step_ms", 0.0) * (b - a) for line, (a, b) in zip(lines, pairwise(steps), strict=True)) / 1000
 
 
 def _peak_memory(world: World) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from ted_ds.errors import DataError
 from ted_ds.telemetry.recorder import read_metrics
 
-COLUMNS = ("run", "method", "steps", "tokens", "perplexity", "loss", "seconds", "peak GiB")
+COLUMNS = ("run", "method", "steps", "tokens", "perplexity", "seconds", "peak GiB")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -23,33 +23,31 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def summary_table(folders: Sequence[Path]) -> str:
-    """One line a run, plus one for the initial student wherever runs started from the same perplexity."""
+    """One line a run, and one for the initial student above the first run that started from it."""
+    summaries = [read_summary(folder) for folder in folders]
+    # a `ce` run has an initial student of interest only where other methods started from the same one
+    shared = {_perplexity(s, "initial_") for s in summaries if s["method"] != "ce"} - {"-"}
     rows: list[tuple[str, ...]] = [COLUMNS]
-    initial: set[str] = set()
-    for folder in folders:
-        summary = read_summary(folder)
-        if "initial_validation_perplexity" in summary and summary["method"] != "ce":
-            initial.add(f"{summary['initial_validation_perplexity']:.2f}")
-        rows.append(
-            (
-                folder.name,
-                summary["method"],
-                str(summary["steps"]),
-                f"{summary['tokens']:,}",
-                f"{summary['validation_perplexity']:.2f}" if "validation_perplexity" in summary else "-",
-                f"{summary['final_loss']:.3f}",
-                f"{summary['wall_seconds']:.0f}",
-                f"{summary['peak_memory_gib']:.2f}",
-            )
-        )
-    rows[1:1] = [("initial student", "-", "0", "0", value, "-", "-", "-") for value in sorted(initial)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    for folder, summary in zip(folders, summaries, strict=True):
+        initial = _perplexity(summary, "initial_")
+        if initial in shared:
+            shared.remove(initial)
+            rows.append(("initial student", "-", "0", "0", initial, "-", "-"))
+        counts = (str(summary["steps"]), f"{summary['tokens']:,}", _perplexity(summary, ""))
+        costs = (f"{summary['wall_seconds']:.0f}", f"{summary['peak_memory_gib']:.2f}")
+        rows.append((folder.name, summary["method"], *counts, *costs))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(
             cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     )
+
+
+def _perplexity(summary: dict[str, Any], prefix: str) -> str:
+    value = summary.get(f"{prefix}validation_perplexity")
+    return "-" if value is None else f"{value:.2f}"
 
 
 def plot_curves(folders: Sequence[Path], path: Path) -> None:

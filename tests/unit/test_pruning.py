@@ -78,7 +78,6 @@ def _assert_same(found: Tensors, expected: Tensors) -> None:
 def test_depth(family: str, init: dict[str, Any], blocks: tuple[int, ...], tmp_path: Path) -> None:
     teacher = tiny_model(family, blocks=4)
     student = _student(_save(teacher, tmp_path / "t"), tmp_path / "s", **init)
-    assert student.config.num_hidden_layers == len(blocks)
     _assert_same(student.state_dict(), _of_blocks(teacher.state_dict(), blocks))
     if len(blocks) == 4:
         assert torch.equal(student(IDS).logits, teacher(IDS).logits)
@@ -103,8 +102,8 @@ def test_embeddings_stay_tied_or_untied_and_bfloat16(family: str, tied: bool, tm
     teacher: Any = tiny_model(family, tie_word_embeddings=tied).bfloat16()
     student = _student(_save(teacher, tmp_path / "t"), tmp_path / "s", num_blocks=1, intermediate_size=8)
     head, embedding = student.get_output_embeddings().weight, student.get_input_embeddings().weight
-    assert (head is embedding) is tied and torch.equal(head, teacher.get_output_embeddings().weight)
-    assert torch.equal(embedding, teacher.get_input_embeddings().weight)
+    assert (head is embedding) is tied and torch.equal(embedding, teacher.get_input_embeddings().weight)
+    assert torch.equal(head, teacher.get_output_embeddings().weight)
     tensors = load_file(tmp_path / "s" / SINGLE)
     assert tied is not any(name.startswith(("lm_head", "embed_out")) for name in tensors)
     assert {tensor.dtype for tensor in tensors.values()} == {student.dtype} == {torch.bfloat16}
@@ -184,27 +183,31 @@ def test_grouped_heads(family: str, silent: list[int], kv: list[int], tmp_path: 
 
 
 def test_scores() -> None:
-    scores = WeightScores({Part.CHANNEL: 4, Part.HEAD: 4, Part.KV_HEAD: 2, Part.UNIT: 3})
-    matrix = torch.ones(5000, 4)
-    matrix[4999, 2] = 1000  # beyond the first chunk of rows
+    scores = WeightScores({Part.CHANNEL: 4, Part.HEAD: 4, Part.KV_HEAD: 2, Part.UNIT: 5000})
+    matrix = torch.ones(5000, 4)  # read in two chunks of rows
+    matrix[0, 2], matrix[4999, 1] = 1000, 900
     scores.add(None, axes_of("embed_tokens.weight"), matrix)
-    assert scores.channels(1).tolist() == [2]
+    assert scores.channels(2).tolist() == [1, 2] and scores.channels(1).tolist() == [2]
     for factor in (1e-3, 1e-4):  # each matrix counts alike, however small
-        scores.add(0, axes_of("mlp.down_proj.weight"), factor * torch.tensor([[0.0] * 3, [1, 2, 3], [0] * 3, [0] * 3]))
-    assert scores.channels(2).tolist() == [1, 2] and scores.channels(1).tolist() == [1]
-    assert scores.units(0, 2).tolist() == [1, 2] and scores.units(1, 2).tolist() == [0, 1]
+        scores.add(0, axes_of("mlp.up_proj.weight"), factor * matrix.flip(1))
+    best = scores.channels(1), scores.units(0, 2), scores.units(1, 2)
+    assert [t.tolist() for t in best] == [[1], [0, 4999], [0, 1]]
     scores.add(0, axes_of("self_attn.q_proj.weight"), torch.diag(torch.tensor([1e6, 1, 1, 1])))  # does not count
     scores.add(0, axes_of("self_attn.v_proj.weight"), torch.tensor([[1.0] * 4, [2.0] * 4]))
     scores.add(0, axes_of("self_attn.o_proj.weight"), torch.diag(torch.tensor([2.0, 3, 1.9, 1])))
     assert [t.tolist() for t in scores.heads(0, 2, 2)] == [[1, 2], [0, 1]]
     assert [t.tolist() for t in scores.heads(0, 2, 1)] == [[2, 3], [1]]
+    qkv = torch.tensor([[[9.0] * 4, [1.0] * 4], [[9.0] * 4, [1.0] * 4], [[1.0] * 4, [2.0] * 4]])  # v alone counts
+    scores = WeightScores({Part.CHANNEL: 4, Part.HEAD: 2, Part.KV_HEAD: 2})
+    scores.add(0, axes_of("attn.c_attn.weight"), qkv.flatten(0, 1).T)
+    scores.add(1, axes_of("attention.query_key_value.weight"), qkv.transpose(0, 1).flatten(0, 1))
+    assert [scores.heads(block, 1, 1)[0].tolist() for block in (0, 1)] == [[1], [1]]
 
 
 def test_random_start_follows_its_seed_alone(tmp_path: Path) -> None:
     weights = []
     for i, seed in enumerate((1, 1, 2)):
-        torch.manual_seed(i)
-        before = torch.get_rng_state()
+        before = torch.manual_seed(i).get_state()
         init_student(None, InitConfig(config=RANDOM), tmp_path / str(i), seed=seed, tokenizer_vocab_size=23)
         assert torch.equal(torch.get_rng_state(), before)
         weights.append(load_file(tmp_path / str(i) / SINGLE))
@@ -271,17 +274,14 @@ def test_shards_in_and_out(family: str, tmp_path: Path, monkeypatch: pytest.Monk
     source = _save(teacher, tmp_path / "t", max_shard_size="8KB")
     (tmp_path / "t" / "tokenizer.json").write_text("{}")
     (tmp_path / "s.tmp" / "of-an-interrupted-run").mkdir(parents=True)
-    student = _student(source, tmp_path / "s")
-    _assert_same(student.state_dict(), teacher.state_dict())
-    index = json.loads((tmp_path / "s" / INDEX).read_text())
-    shards = set(index["weight_map"].values())
+    _assert_same(_student(source, tmp_path / "s").state_dict(), teacher.state_dict())
+    shards = set((index := json.loads((tmp_path / "s" / INDEX).read_text()))["weight_map"].values())
     assert len(shards) > 3 and index["metadata"]["total_size"] == sum(p.nbytes for p in teacher.parameters())
-    others = {INDEX, "config.json", "generation_config.json", "tokenizer.json"}
-    assert {path.name for path in (tmp_path / "s").iterdir()} == shards | others
+    others = {path.name for path in (tmp_path / "s").iterdir()} - shards
+    assert others == {INDEX, "config.json", "generation_config.json", "tokenizer.json"}
     theirs, ours = WeightReader(source), WeightReader(str(tmp_path / "s"))
     assert all(torch.equal(ours.read(name), theirs.read(name)) for name in index["weight_map"])
-    for shard in shards:
-        assert sum(tensor.nbytes for tensor in load_file(tmp_path / "s" / shard).values()) <= 9000
+    assert all(sum(t.nbytes for t in load_file(tmp_path / "s" / shard).values()) <= 9000 for shard in shards)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "llama"])

@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from tokenizers import Tokenizer as Core
+from tokenizers import decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from ted_ds.data.tokenizers import PROBES, Tokenizer, load_tokenizer, train_sentencepiece
+from ted_ds.errors import DataError
+from tests.project import make_project
+
+CORPUS = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))[:8]]
+AWKWARD = [
+    *PROBES,
+    "",
+    " ",
+    "\n",
+    "   \n\t  x",
+    "\r\n lone \r\x0b\x0c\u2028 ends of lines\u00a0",
+    "rare: \U0001f9ff \u0e01\u0e33 \u05d0 \ue000 \ufeff \u200b \uff71\uff9e \u2460\u2163\u2026",
+    "names <unk> <s> </s> <pad> <0x0A> spelled out",
+    "0123456789 x" * 5,
+    "= " * 50 + "_" * 77,
+]
+
+
+def awkward() -> list[str]:
+    """AWKWARD, and random strings of what trips tokenizers up."""
+    parts = [" ", "  ", "\n", "\t", "\r\n", "a", "self", "return", "\u00e9", "\u6f22", "\x00", "\u3000", "\u00a0"]
+    parts += ["12", "__", "==", "\U0001f600", "\u200b", "\u2160", "<s>", "</s>", "<0x0A>", "ab", "ba"]
+    draw = random.Random(0)
+    return AWKWARD + ["".join(draw.choices(parts, k=draw.randint(1, 12))) for _ in range(500)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained") / "tokenizer"
+    train_sentencepiece(CORPUS, 500, folder)
+    return folder
+
+
+def word_level(
+    *, eos: str | None = "<eos>", added: tuple[str, ...] = (), words: str = "one two three", bos: bool = False
+) -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<eos>", "<unk>", "<bos>", *words.split()])}
+    core = Core(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.decoder = decoders.Fuse()
+    core.add_tokens(list(added))
+    if bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<bos> $A <eos>", special_tokens=[("<bos>", 2), ("<eos>", 0)]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, unk_token="<unk>")
+
+
+def bare_model(folder: Path, **changes: Any) -> Path:
+    """A SentencePiece model of sentencepiece's own defaults but for `changes`."""
+    lines = (line for text in CORPUS for line in text.splitlines())
+    options = {"vocab_size": 400, "minloglevel": 2, "num_threads": 1} | changes
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=lines, model_prefix=str(folder / "m"), **options)
+    return folder / "m.model"
+
+
+@pytest.mark.parametrize("name", [".", "tokenizer.model"])
+def test_a_trained_tokenizer_gives_sentencepiece_s_ids_and_loses_nothing(trained: Path, name: str) -> None:
+    tokenizer = load_tokenizer(str(trained / name))
+    original = sentencepiece.SentencePieceProcessor(model_file=str(trained / "tokenizer.model"))
+    texts = awkward()
+    ids = tokenizer.encode_batch(texts)
+    assert ids == original.encode(texts)
+    # "\u2581" is how sentencepiece writes a space
+    assert [tokenizer.decode(i) for i in ids] == [text.replace("\u2581", " ") for text in texts]
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.prefix) == (500, original.eos_id(), [])
+    assert all(original.unk_id() not in i for i in ids)
+    assert tokenizer.decode([*ids[0], 2]) == texts[0] + "</s>"
+
+
+def test_training_is_lossless_for_digits_and_line_breaks_and_writes_only_the_tokenizer(trained: Path) -> None:
+    assert {path.name for path in trained.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "tokenizer.model"}
+    assert not trained.with_name("tokenizer.tmp").exists()
+    tokenizer = load_tokenizer(str(trained))
+    for text in ("2026", "\n\n\t", "\t\n"):
+        assert len(tokenizer.encode_batch([text])[0]) == len(text)
+
+
+@pytest.mark.parametrize(
+    ("changes", "loads"),
+    [
+        ({}, True),
+        ({"normalization_rule_name": "identity"}, True),
+        ({"normalization_rule_name": "nfkc"}, None),
+        ({"byte_fallback": True}, True),
+        ({"add_dummy_prefix": False}, True),
+        ({"remove_extra_whitespaces": False}, None),
+        ({"user_defined_symbols": ["<x>", "self"]}, None),
+        ({"model_type": "bpe"}, True),
+        ({"model_type": "bpe", "byte_fallback": True, "split_by_whitespace": False}, None),
+        ({"treat_whitespace_as_suffix": True}, False),
+        ({"model_type": "char", "vocab_size": 80}, False),
+    ],
+    ids=str,
+)
+def test_a_bare_model_gives_sentencepiece_s_ids_or_an_error(
+    tmp_path: Path, changes: dict[str, Any], loads: bool | None
+) -> None:
+    path = bare_model(tmp_path, **changes)
+    try:
+        tokenizer = load_tokenizer(str(path))
+    except DataError as error:
+        assert not loads
+        assert str(path) in str(error) and ("cannot repeat" in str(error) or "words or characters" in str(error))
+        return
+    assert loads is not False
+    texts = awkward()
+    for text, ours in zip(texts, tokenizer.encode_batch(texts), strict=True):
+        assert ours == sentencepiece.SentencePieceProcessor(model_file=str(path)).encode(text), repr(text)
+
+
+def test_the_tokenizer_s_own_beginning_is_the_prefix_of_every_text() -> None:
+    tokenizer = Tokenizer(word_level(bos=True), "t")
+    assert tokenizer.prefix == [2] and tokenizer.eos_id == 0
+    assert tokenizer.encode_batch(["one two", "", "three"]) == [[2, 3, 4], [2], [2, 5]]
+    plain = Tokenizer(word_level(), "t")
+    assert plain.prefix == [] and plain.encode_batch(["one two", ""]) == [[3, 4], []]
+    assert plain.fingerprint != tokenizer.fingerprint
+    assert tokenizer.agrees_with(plain)
+
+
+def test_vocab_size_counts_added_tokens_and_decoding_shows_special_ones() -> None:
+    tokenizer = Tokenizer(word_level(added=("<a>", "<b>")), "t")
+    assert tokenizer.vocab_size == 8
+    assert tokenizer.decode([3, 7, 0]).replace(" ", "") == "one<b><eos>"
+
+
+@pytest.mark.parametrize(
+    ("make", "same"),
+    [
+        (lambda: word_level(), True),
+        (lambda: word_level(added=("<pad>", "<chat>")), True),
+        (lambda: word_level(words="one two three four"), False),
+        (lambda: word_level(words="one three two"), False),
+        (lambda: word_level(words="one two"), False),
+        (lambda: word_level(words="one two threes"), False),
+    ],
+)
+def test_agreement(make: Callable[[], PreTrainedTokenizerFast], same: bool) -> None:
+    one, two = Tokenizer(word_level(), "one"), Tokenizer(make(), "two")
+    assert one.agrees_with(two) is two.agrees_with(one) is same
+
+
+def test_the_same_added_token_with_another_id_disagrees() -> None:
+    one, two = (Tokenizer(word_level(added=added), "t") for added in (("<a>", "<b>"), ("<b>", "<a>")))
+    assert not one.agrees_with(two)
+
+
+def test_the_fingerprint_follows_the_vocabulary_and_stays_after_saving(trained: Path, tmp_path: Path) -> None:
+    make_project(tmp_path)
+    others = [word_level(), word_level(words="one two four"), word_level(added=("<a>",)), word_level(eos="<unk>")]
+    tokenizers = [Tokenizer(other, "t") for other in others]
+    tokenizers += [load_tokenizer(str(path)) for path in (trained, tmp_path / "tokenizer")]
+    assert len({tokenizer.fingerprint for tokenizer in tokenizers}) == len(tokenizers)
+    for i, tokenizer in enumerate(tokenizers):
+        tokenizer.encode_batch(["one two", "three"])
+        tokenizer.save(tmp_path / f"saved{i}")
+        again = load_tokenizer(str(tmp_path / f"saved{i}"))
+        assert again.fingerprint == tokenizer.fingerprint
+        assert again.encode_batch(awkward()) == tokenizer.encode_batch(awkward())
+    assert load_tokenizer(str(trained / "tokenizer.model")).fingerprint == tokenizers[4].fingerprint
+
+
+def test_errors_name_the_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="tokenizer named has no end-of-document token: set eos_token"):
+        Tokenizer(word_level(eos=None), "named")
+    with pytest.raises(DataError, match=rf"{tmp_path} holds no tokenizer \(tokenizer\.json, "):
+        load_tokenizer(str(tmp_path))
+    for data in (b"no model", b""):
+        (tmp_path / "x.model").write_bytes(data)
+        with pytest.raises(DataError, match=r"x\.model is no SentencePiece model: ."):
+            load_tokenizer(str(tmp_path / "x.model"))
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match=rf"tokenizer '{tmp_path}' cannot be loaded: ."):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("texts", [["too little"], ["\n \n"], []])
+def test_a_corpus_too_small_for_the_vocabulary(tmp_path: Path, texts: list[str]) -> None:
+    with pytest.raises(DataError, match=r"^no tokenizer of 900 pieces from this corpus: ."):
+        train_sentencepiece(texts, 900, tmp_path / "tokenizer")
+    assert not (tmp_path / "tokenizer").exists()
