@@ -18,19 +18,21 @@ from ted_ds.pretrain.data import RunData, open_data
 from ted_ds.pretrain.distill import build_distillation_engine
 from ted_ds.pretrain.filters import learn_filters, plan_pairs
 from ted_ds.pretrain.models import ensure_student
-from ted_ds.pretrain.run import pretrain
+from ted_ds.pretrain.run import Goal, pretrain
 from ted_ds.train.step import global_counts
 
 
-def pretrain_recipe(world: World, path: Path, overrides: tuple[str, ...] = ()) -> dict[str, Any] | None:
+def pretrain_recipe(
+    world: World, path: Path, overrides: tuple[str, ...] = (), goal: Goal = "distilled"
+) -> dict[str, Any] | None:
     """Runs a recipe in this rank's process group."""
-    return pretrain(load_config(path, list(overrides)), world)
+    return pretrain(load_config(path, list(overrides)), world, goal)
 
 
-def pretrain_error(world: World, path: Path, overrides: tuple[str, ...] = ()) -> str:
+def pretrain_error(world: World, path: Path, overrides: tuple[str, ...] = (), goal: Goal = "distilled") -> str:
     """The message of the TedError that a recipe ends with on this rank."""
     try:
-        pretrain_recipe(world, path, overrides)
+        pretrain_recipe(world, path, overrides, goal)
     except TedError as error:
         return str(error)
     raise AssertionError("the recipe ran without an error")

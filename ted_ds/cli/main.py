@@ -14,11 +14,12 @@ COMMANDS = {
     "init-student": "Stage 0: cut the initial student from the teacher",
     "learn-filters": "Stage I: learn the teacher's and the student's filters",
     "distill": "all stages to the distilled student, as launchers/pretrain.sh does",
+    "export": "the last checkpoint's student as a Hugging Face folder, of a run that is not over",
     "evaluate": "perplexity and LAMBADA of a Hugging Face folder",
     "report": "table and curves of finished runs",
     "quickstart": "the whole pipeline on an embedded corpus",
 }
-STAGES = {"init-student": "student", "learn-filters": "filters", "distill": None}
+GOALS = {"init-student": "student", "learn-filters": "filters", "distill": "distilled", "export": "export"}
 
 
 def main() -> None:
@@ -36,8 +37,8 @@ def main() -> None:
 
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
-    if name in STAGES:
-        return partial(import_module("ted_ds.cli.pretrain").main, until=STAGES[name])
+    if name in GOALS:
+        return partial(import_module("ted_ds.cli.pretrain").main, goal=GOALS[name])
     return import_module(f"ted_ds.cli.{name}").main
 
 

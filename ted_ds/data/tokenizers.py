@@ -99,7 +99,8 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except Exception as error:  # transformers raises whatever the missing or broken file led to
-        raise DataError(f"tokenizer {name_or_path!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        reason = " ".join(str(error).split())[:300]
+        raise DataError(f"tokenizer {name_or_path!r} cannot be loaded: {reason}") from error
     return Tokenizer(tokenizer, name_or_path)
 
 

@@ -19,6 +19,7 @@ from ted_ds.distill.objective import TERMS, DistillationModel, LossWeights
 from ted_ds.distributed import World, logger, seed_everything
 from ted_ds.engine.loading import checkpoint_activations, load_causal_lm
 from ted_ds.engine.trained import build_trained_engine
+from ted_ds.errors import CheckpointError
 from ted_ds.evaluation.perplexity import held_out_perplexity
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.pretrain.data import RunData
@@ -51,6 +52,23 @@ def distill(
     summary = world.on_main(lambda: _summarise(run, peak_gib))
     engine.destroy()
     return summary
+
+
+def export_checkpoint(
+    run: RunConfig, world: World, data: RunData, plan: PairPlan | None, filters: dict[str, Path], student_path: str
+) -> dict[str, Any]:
+    """Exports the student of the last checkpoint of a run that is not over; a collective. The teacher is not loaded.
+
+    Returns {"steps", "student"}. Raises CheckpointError where there is no checkpoint, or it does not fit.
+    """
+    module, engine = _build_student(run, world, data, student_path, plan, filters.get("student"))
+    steps = load_checkpoint(engine, run.output_dir / "checkpoints", model=_fingerprint(module), world=world)
+    if not steps:
+        raise CheckpointError(f"{run.output_dir} has no checkpoint to export: run it past train.save_every steps")
+    folder = run.output_dir / "student"
+    export_student(module.student, data.tokenizer, folder, world)
+    engine.destroy()
+    return {"steps": steps, "student": str(folder)}
 
 
 def build_distillation_engine(

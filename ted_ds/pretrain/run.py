@@ -6,7 +6,7 @@ import json
 import subprocess
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 
@@ -15,7 +15,7 @@ from ted_ds.config.schema import RunConfig
 from ted_ds.distributed import World, logger
 from ted_ds.errors import ConfigError
 from ted_ds.pretrain.data import open_data
-from ted_ds.pretrain.distill import distill
+from ted_ds.pretrain.distill import distill, export_checkpoint
 from ted_ds.pretrain.filters import learn_filters, plan_pairs
 from ted_ds.pretrain.models import ensure_student
 
@@ -23,27 +23,32 @@ MAY_CHANGE = ("output_dir", "deepspeed", "logging", "environment")
 """Parts of a recipe that another start on the same folder may change; train and data: see `_settled`."""
 
 
-def pretrain(run: RunConfig, world: World, until: str | None = None) -> dict[str, Any] | None:
-    """Runs a recipe on its output folder, continuing what is there; returns summary.json; a collective.
+Goal = Literal["student", "filters", "distilled", "export"]
+"""Stage 0 done; Stage I done; all done; the last checkpoint exported, whether or not all is done."""
 
-    until: stop after Stage 0 ("student") or Stage I ("filters"), and return None.
+
+def pretrain(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[str, Any] | None:
+    """Runs a recipe on its output folder as far as `goal`, continuing what is there; a collective.
+
+    Returns summary.json where all is done, None after Stage 0 and I, the steps and folder of an export.
 
     Raises a TedError, on every rank, where recipe, data or models are wrong.
     """
     world.on_main(lambda: _claim(run))
     summary = world.on_main(lambda: _finished(run))
-    if summary is not None:
+    if summary is not None and goal != "export":
         logger.info("%s is complete (%d steps); nothing to do", run.output_dir, summary["steps"])
         return summary
     data = open_data(run, world)
     student = ensure_student(run, data.tokenizer, world)
-    if until == "student":
+    if goal == "student":
         return None
     plan = plan_pairs(run, student)
     filters = learn_filters(run, world, data, plan, student) if plan else {}
-    if until == "filters":
+    if goal == "filters":
         return None
-    return distill(run, world, data, plan, filters, student)
+    finish = export_checkpoint if goal == "export" else distill
+    return finish(run, world, data, plan, filters, student)
 
 
 def _claim(run: RunConfig) -> None:

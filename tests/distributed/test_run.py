@@ -100,6 +100,17 @@ def test_an_interrupted_run_continues_as_if_it_had_not_been(project: Path, finis
     assert losses_of(folder) == losses_of(project / "finished")
 
 
+def test_a_run_that_is_not_over_can_be_exported(project: Path, finished: Path, workers: Group) -> None:
+    path, folder = copied(project, "exported"), project / "exported"
+    shutil.rmtree(folder / "student")
+    (folder / "checkpoints/latest").write_text("step-00000005")
+    assert workers(2).run(pretrain_recipe, path, (), "export")[0] == {"steps": 5, "student": str(folder / "student")}
+    halfway, end = (AutoModelForCausalLM.from_pretrained(project / n / "student") for n in ("exported", "finished"))
+    assert not torch.equal(halfway.lm_head.weight, end.lm_head.weight)
+    (folder / "checkpoints/latest").unlink()
+    assert "has no checkpoint to export" in workers(2).run(pretrain_error, path, (), "export")[0]
+
+
 def test_more_steps_go_on_from_the_last(project: Path, workers: Group, finished: Path) -> None:
     path = write_recipe(project, "longer", optimizer__schedule="constant", train__steps=4)
     workers(2).run(pretrain_recipe, path)

@@ -152,33 +152,32 @@ def test_other_data_than_was_prepared_is_refused(
         ensure_prepared(**asked, drop_tail=True, processes=1)
 
 
+TORN = "holds no whole prepared data"
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (MANIFEST, lambda data: None, "holds no whole prepared data"),
-        (MANIFEST, lambda data: data[:50], "holds no whole prepared data"),
-        (MANIFEST, lambda data: b"{}", "holds no whole prepared data"),
-        (MANIFEST, lambda data: data.replace(b'"tokens"', b'"token"'), "holds no whole prepared data"),
-        (BLOCKS, lambda data: None, "holds no whole prepared data"),
-        (BLOCKS, lambda data: b"", "holds no whole prepared data"),
-        (BLOCKS, lambda data: data[: len(data) // 2], "holds no whole prepared data"),
+        (MANIFEST, lambda data: data[:50], TORN),
+        (MANIFEST, lambda data: b"{}", TORN),
+        (MANIFEST, lambda data: data.replace(b'"tokens"', b'"token"'), TORN),
+        (BLOCKS, lambda data: b"", TORN),
+        (BLOCKS, lambda data: data[: len(data) // 2], TORN),
         (MANIFEST, lambda data: data.replace(b'"rows": ', b'"rows": 1'), f": {BLOCKS} and {MANIFEST} differ in rows"),
     ],
 )
 def test_a_torn_folder_is_named(
-    tmp_path: Path,
-    entries: list[str],
-    tokenizer: Tokenizer,
-    name: str,
-    change: Callable[[bytes], bytes | None],
-    message: str,
+    tmp_path: Path, entries: list[str], tokenizer: Tokenizer, name: str, change: Callable[[bytes], bytes], message: str
 ) -> None:
     packed(entries, tokenizer, tmp_path / "data")
-    data = change((tmp_path / "data" / name).read_bytes())
-    (tmp_path / "data" / name).unlink()
-    if data is not None:
-        (tmp_path / "data" / name).write_bytes(data)
-    with pytest.raises(DataError, match=rf"^{tmp_path / 'data'} ?{message}.*: delete .* to prepare it anew"):
+    file = tmp_path / "data" / name
+    data = file.read_bytes()
+    file.unlink()  # the rows in memory are a map of the file: it must not be written to
+    said = rf"^{tmp_path / 'data'} ?{{}}.*: delete .* to prepare it anew"
+    with pytest.raises(DataError, match=said.format(TORN)):
+        PackedBlocks(tmp_path / "data")
+    file.write_bytes(change(data))
+    with pytest.raises(DataError, match=said.format(message)):
         PackedBlocks(tmp_path / "data")
 
 

@@ -44,7 +44,7 @@ def test_counts_and_size_are_right(corpus: tuple[Path, dict[str, int]]) -> None:
     assert counts == expected
     assert 2e6 < sum((folder / f"{split}.jsonl").stat().st_size for split in SPLITS) < 12e6
     share = counts["validation_documents"] / (counts["validation_documents"] + counts["train_documents"])
-    assert 0.02 < share < 0.09
+    assert share == pytest.approx(stdlib_corpus.HELD_OUT_SHARE, rel=0.6)
 
 
 def test_no_document_is_in_both_splits(corpus: tuple[Path, dict[str, int]]) -> None:
