@@ -34,6 +34,7 @@ setup(
         "torch>=2.11",
         "tqdm",
         "transformers>=5.0,<6",
+        "zstandard",  # for .zst files
     ],
     extras_require={"dev": ["mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"]},
     entry_points={"console_scripts": ["ted-ds = ted_ds.cli.main:main"]},

@@ -58,14 +58,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _pretrain(ranks: int, recipe: Path, overrides: Sequence[str]) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
-    command = [
-        str(launcher),
-        "--num_gpus",
-        str(ranks),
-        str(ROOT / "launchers/pretrain.sh"),
-        "--config",
-        str(recipe),
-    ]
+    options = ["--num_gpus", str(ranks), "--log_level", "error"]
+    command = [str(launcher), *options, str(ROOT / "launchers/pretrain.sh"), "--config", str(recipe)]
     print("$ deepspeed", *command[1:], *overrides, flush=True)
     code = subprocess.run([*command, *overrides]).returncode
     if code:

@@ -40,7 +40,7 @@ def iter_pieces(entries: Sequence[str | HubDataset], *, text_column: str) -> Ite
     """The documents of all entries in order; no piece is empty.
 
     A text file is one document, a JSON line or a row of a Parquet file or hub data set one each (the string
-    in `text_column`). Compressed files (.gz, .xz, .bz2, .zip, and .zst where zstandard is installed) are read as such.
+    in `text_column`). Compressed files (.gz, .xz, .bz2, .zip, .zst) are read as such.
     Raises DataError naming the file, and the line where there is one, that is missing, empty or unreadable.
     """
     for entry in entries:

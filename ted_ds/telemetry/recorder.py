@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,7 +34,15 @@ class Recorder:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
-        self._bar = tqdm(total=steps, initial=start_step, desc=title, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._bar = tqdm(
+            total=steps,
+            initial=start_step,
+            desc=title,
+            unit="step",
+            dynamic_ncols=True,
+            smoothing=0.1,
+            mininterval=0.2 if sys.stderr.isatty() else 10.0,  # seconds: a log file is not a terminal
+        )
 
     def __enter__(self) -> Recorder:
         return self
@@ -60,7 +69,7 @@ class Recorder:
             for key, value in scalars.items():
                 self._board.add_scalar(key, value, metrics["step"])
         shown = ("loss", "pred_loss", "kl_loss", "layer_loss", "validation_perplexity", "tokens_per_second")
-        self._bar.set_postfix({key: f"{scalars[key]:.4g}" for key in shown if key in scalars})
+        self._bar.set_postfix({key: f"{scalars[key]:.4g}" for key in shown if key in scalars}, refresh=False)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ import lzma
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,7 +38,7 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-def parquet(path: Path, columns: dict[str, list[object]]) -> Path:
+def parquet(path: Path, columns: dict[str, Any]) -> Path:
     pq.write_table(pa.table(columns), path, row_group_size=2)
     return path
 
@@ -139,7 +140,7 @@ def test_hub_rows_are_documents(hub: Path, streaming: bool) -> None:
     ],
 )
 def test_hub_errors(
-    hub: Path, second: bytes | None, changes: dict[str, str], column: str, message: str, streaming: bool
+    hub: Path, second: bytes | None, changes: dict[str, Any], column: str, message: str, streaming: bool
 ) -> None:
     if second is not None:
         (hub / "train-0.jsonl").write_bytes(jsonl([""]))

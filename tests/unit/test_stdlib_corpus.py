@@ -36,7 +36,7 @@ def test_it_is_the_same_every_time(corpus: tuple[Path, dict[str, int]], tmp_path
 
 def test_counts_and_size_are_right(corpus: tuple[Path, dict[str, int]]) -> None:
     folder, counts = corpus
-    expected = {}
+    expected: dict[str, int] = {}
     for split in SPLITS:
         texts = documents(folder, split)
         expected |= {f"{split}_documents": len(texts), f"{split}_characters": sum(map(len, texts))}

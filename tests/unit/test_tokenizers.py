@@ -41,7 +41,7 @@ def awkward() -> list[str]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "tokenizer"
-    train_sentencepiece(CORPUS, 500, folder)
+    train_sentencepiece([*CORPUS, "2026 " * 2000], 500, folder)
     return folder
 
 
