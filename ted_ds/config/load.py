@@ -23,13 +23,13 @@ ENVIRONMENT = "environment"
 COMMAND_LINE = "the command line"
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The recipe at `path` with `--section.key=value` (or `--section.key value`) on top.
 
     Values of overrides are YAML. Relative paths in a recipe are relative to the working directory.
     Raises ConfigError that lists every fault of the recipe: file, key, value, what is allowed.
     """
-    recipe = _read_yaml(path)
+    recipe = _read_yaml(Path(path))
     recipe.pop(ENVIRONMENT, None)
     overridden = _apply_overrides(recipe, overrides)
     return _validate(RunConfig, recipe, str(path), overridden)

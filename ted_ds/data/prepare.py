@@ -41,8 +41,8 @@ class Manifest:
     """What packed blocks were made of.
 
     entries, text_column, sources: the recipe's data, and name -> bytes of the files it meant.
-    tokens: of all documents, their prefixes and ends included, and a dropped tail too. last_row_length: tokens of the last row
-    that are not padding.
+    tokens: of all documents, their prefixes and ends included, and a dropped tail too. last_row_length: tokens
+    of the last row that are not padding.
     """
 
     tokenizer: str
