@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -71,6 +73,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "command": shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
