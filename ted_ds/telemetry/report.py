@@ -55,12 +55,14 @@ def plot_curves(folders: Sequence[Path], path: Path) -> None:
     from matplotlib.figure import Figure
 
     panels = ("validation_perplexity", "pred_loss", "kl_loss", "layer_loss")
+    records = [(folder.name, read_metrics(folder)) for folder in folders]
     figure = Figure(figsize=(12, 7), layout="constrained")
     for axes, name in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for folder in folders:
-            points = [(line["step"], line[name]) for line in read_metrics(folder) if line.get(name)]
+        for i, (run, lines) in enumerate(records):
+            points = [(line["step"], line[name]) for line in lines if line.get(name)]
             if points:
-                axes.plot(*zip(*points, strict=True), marker="." if name == panels[0] else None, label=folder.name)
+                marker = "." if name == panels[0] else None
+                axes.plot(*zip(*points, strict=True), color=f"C{i}", marker=marker, label=run)
         axes.set(title=name, xlabel="step", yscale="log" if name == panels[0] else "linear")
         axes.grid(alpha=0.3)
         if axes.lines:
