@@ -36,7 +36,9 @@ class FilterProbe(nn.Module):
             self.register_parameter(f"filter_{name}", parameter)
         self._num_filter = len(list(filter_.parameters()))
         if filter_.output_dim != filter_.width:
-            self.up_weight, self.up_bias = fresh_linear(filter_.output_dim, filter_.width)
+            up = fresh_linear(filter_.output_dim, filter_.width)
+            # ZeRO-3 wants one dtype for all that it shards
+            self.up_weight, self.up_bias = (nn.Parameter(p.detach().to(filter_.weight.dtype)) for p in up)
 
     def forward(self, hidden: torch.Tensor, targets: torch.Tensor, *, readout: Readout) -> torch.Tensor:
         """The task loss of this filter's head, its gradients already computed.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from ted_ds.batch import Batch
 from ted_ds.distributed import World
+from ted_ds.evaluation.scores import perplexity
 
 
 def held_out_perplexity(engine: Any, rows: Iterable[Batch], world: World) -> dict[str, float]:
@@ -25,4 +25,5 @@ def held_out_perplexity(engine: Any, rows: Iterable[Batch], world: World) -> dic
             sums += torch.stack(engine(batch=batch.to(world.device))).to(sums)
     engine.train()
     nll, count = world.sum(sums).tolist()
-    return {"validation_loss": nll / count, "validation_perplexity": math.exp(min(nll / count, 700.0))}
+    score = perplexity(nll, int(count))
+    return {"validation_loss": score.loss, "validation_perplexity": score.perplexity}

@@ -30,8 +30,9 @@ SPLITS = {
     "activation checkpointing": (2, ("--student.activation_checkpointing=true",)),
 }
 
+NARROW = "cut in depth and width, narrow filters"
 SHAPES: dict[str, dict[str, Any]] = {
-    "cut in depth and width, narrow filters": {
+    NARROW: {
         "student__init": {"num_blocks": 2, "hidden_size": 8, "intermediate_size": 20},
         "filters__output_dim": 12,
     },
@@ -68,7 +69,7 @@ def test_both_stages_are_plain_torch_however_they_are_split(
     project: Path, workers: Callable[[int], Workers], split: str
 ) -> None:
     ranks, overrides = SPLITS[split]
-    shape = SHAPES["cut in depth and width, narrow filters"]
+    shape = SHAPES[NARROW]
     path = write_recipe(project, "-".join(split.split()), **shape)
     workers(ranks).run(pretrain_recipe, path, overrides)
     folder = project / path.stem
@@ -88,7 +89,7 @@ def test_every_method_and_shape_is_plain_torch(project: Path, workers: Callable[
 @pytest.mark.parametrize("split", ["2 ranks x 2", "4 ranks x 1", "ZeRO-0", "activation checkpointing"])
 def test_gradients_are_plain_torchs(project: Path, workers: Callable[[int], Workers], split: str) -> None:
     ranks, overrides = SPLITS[split]
-    shape = SHAPES["cut in depth and width, narrow filters"]
+    shape = SHAPES[NARROW]
     path = write_recipe(project, "gradients-" + "-".join(split.split()), **shape)
     ours = workers(ranks).run(first_gradients, path, overrides)[0]
     expected = plain_stage2(path, steps=1)[1]
@@ -106,3 +107,13 @@ def test_every_family_goes_through_both_stages(tmp_path: Path, workers: Callable
     path = write_recipe(project, "run", train__micro_batch_size=2, **short)
     workers(2).run(pretrain_recipe, path)
     assert_same(losses_of(project / "run"), plain_stage2(path, steps=3)[0])
+
+
+@pytest.mark.parametrize("zero", [ZERO3, ZERO0])
+def test_bfloat16_stays_near_float32(project: Path, workers: Callable[[int], Workers], zero: str) -> None:
+    halves = {"teacher__dtype": "bfloat16", "student__dtype": "bfloat16", "student__activation_checkpointing": True}
+    path = write_recipe(project, f"bfloat16-{Path(zero).stem}", **halves, **SHAPES[NARROW])
+    workers(2).run(pretrain_recipe, path, (zero,))
+    for ours, expected in zip(losses_of(project / path.stem), plain_stage2(path, steps=10)[0], strict=True):
+        for name in TERMS:
+            assert ours[name] == pytest.approx(expected[name], rel=0.05), name
