@@ -67,7 +67,7 @@ def trained_engine_config(
     _fill(path, config, "optimizer", {"type": "AdamW", "params": params}, "the section optimizer")
     config.setdefault("zero_allow_untested_optimizer", True)
     config.setdefault("steps_per_print", QUIET)
-    return config
+    return _without_auto(config)
 
 
 def frozen_engine_config(run: RunConfig, *, world_size: int) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def frozen_engine_config(run: RunConfig, *, world_size: int) -> dict[str, Any]:
     _fill_batch_sizes(path, config, micro=run.train.micro_batch_size, accumulation=1, world_size=world_size)
     _fill_precision(path, config, run.teacher.dtype, "teacher.dtype")
     config.setdefault("steps_per_print", QUIET)
-    return config
+    return _without_auto(config)
 
 
 def find_deepspeed_file(path: Path) -> Path:
@@ -151,6 +151,12 @@ def _fill(path: Path, config: dict[str, Any], key: str, value: Any, origin: str,
             f"{path}: {parent}{key} is {json.dumps(given)}, but {origin} makes it {json.dumps(value)}: "
             f'write "auto" or leave {parent}{key} out, and set it in the recipe'
         )
+
+
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe does not decide and the file leaves to "auto" (as files for transformers do) is DeepSpeed's."""
+    kept = {key: _without_auto(value) if isinstance(value, dict) else value for key, value in config.items()}
+    return {key: value for key, value in kept.items() if value != "auto"}
 
 
 def _refuse(path: Path, config: dict[str, Any], key: str, reason: str) -> None:

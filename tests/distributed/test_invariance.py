@@ -27,6 +27,7 @@ SPLITS = {
     "ZeRO-0": (2, (ZERO0,)),
     "ZeRO-0, replicated teacher": (2, (ZERO0, REPLICATED)),
     "replicated teacher": (2, (REPLICATED,)),
+    "offloaded parameters and optimizer": (2, ("--deepspeed=ds_configs/zero3_offload.json",)),
     "activation checkpointing": (2, ("--student.activation_checkpointing=true",)),
 }
 

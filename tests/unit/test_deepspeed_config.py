@@ -107,6 +107,12 @@ def test_every_shipped_file_fits_a_recipe(name):
     assert trained(run)["train_batch_size"] == 16
 
 
+def test_what_nobody_decides_is_left_to_deepspeed(ds_file):
+    path = ds_file({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "wall_clock_breakdown": "auto"})
+    config = trained(make_run(deepspeed=path))
+    assert config["zero_optimization"] == {"stage": 3} and "wall_clock_breakdown" not in config
+
+
 def test_auto_equal_values_and_the_files_own_keys_are_kept(ds_file):
     path = ds_file(
         {
