@@ -40,6 +40,8 @@ def ensure_student(run: RunConfig, tokenizer: Tokenizer, world: World) -> str:
                 tokenizer_vocab_size=tokenizer.vocab_size,
                 trust_remote_code=run.teacher.trust_remote_code if run.teacher else False,
             )
+            if init.config is not None:
+                tokenizer.save(folder)
 
     world.on_main(make)
     return str(folder)
@@ -48,7 +50,7 @@ def ensure_student(run: RunConfig, tokenizer: Tokenizer, world: World) -> str:
 def check_vocabulary(role: str, name_or_path: str, model: nn.Module, tokenizer: Tokenizer) -> None:
     """Refuses a model whose embedding is too small for the tokenizer, or whose own tokenizer is another one.
 
-    More rows than ids are padding. A model folder without a tokenizer can only be checked for its size.
+    More rows than ids are padding. A model without a tokenizer can only be checked for its size, and the log says so.
     """
     rows = find_structure(model).vocab_rows
     if tokenizer.vocab_size > rows:
@@ -58,7 +60,8 @@ def check_vocabulary(role: str, name_or_path: str, model: nn.Module, tokenizer: 
         )
     try:
         own = load_tokenizer(name_or_path)
-    except DataError:
+    except DataError as error:
+        logger.warning("the %s is taken to have data.tokenizer's vocabulary: its own is not known (%s)", role, error)
         return
     if not own.agrees_with(tokenizer):
         raise ModelError(
