@@ -28,13 +28,21 @@ class Batch:
         """The same batch on `device`; the copy does not block the host."""
         mask = self.attention_mask
         return Batch(
-            self.input_ids.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-            None if mask is None else mask.to(device, non_blocking=True),
+            on_device(self.input_ids, device),
+            on_device(self.targets, device),
+            None if mask is None else on_device(mask, device),
         )
 
     def counts(self) -> torch.Tensor:
         """[2] int64 on the batch's device: predicted targets, real tokens."""
         mask = self.attention_mask
-        real = torch.tensor(self.input_ids.numel()) if mask is None else mask.sum()
-        return torch.stack([(self.targets != IGNORED).sum(), real.to(self.targets.device)])
+        predicted = (self.targets != IGNORED).sum()
+        real = torch.full_like(predicted, self.input_ids.numel()) if mask is None else mask.sum()
+        return torch.stack([predicted, real])
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`tensor` on `device`; from pinned memory where that is CUDA, since any other copy would wait for the device."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

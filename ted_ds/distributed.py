@@ -10,6 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,12 +27,17 @@ logger = logging.getLogger("ted_ds")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, its rank on its node, the number of ranks, its device."""
+    """This process among all: its rank, its rank on its node, the number of ranks, its device.
+
+    host: a gloo group of all ranks that waits for days: preparing a large corpus on rank 0 takes hours,
+    where a collective of the training must fail within minutes.
+    """
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
+    host: torch.distributed.ProcessGroup
 
     @property
     def is_main(self) -> bool:
@@ -51,24 +57,33 @@ class World:
         return least
 
     def on_main(self, work: Callable[[], T]) -> T:
-        """Rank 0's result (small, picklable) of `work` on every rank, or its TedError; a collective.
+        """Rank 0's result (small, picklable) of `work` on every rank, or its error; a collective.
 
-        The other ranks wait for no longer than the process group's timeout (DEEPSPEED_TIMEOUT, minutes).
+        An OSError (a full disk, no permission) becomes a TedError. Any other error is a bug: it keeps its
+        trace on rank 0, and ends the other ranks too.
         """
         outcome: list[Any] = [None, None]
+        bug: Exception | None = None
         if self.is_main:
             try:
                 outcome[0] = work()
             except TedError as error:
                 outcome[1] = error
-        torch.distributed.broadcast_object_list(outcome, src=0)
+            except OSError as error:
+                outcome[1] = TedError(f"{error}: make room, or see to the permissions, and start again")
+            except Exception as error:
+                bug, outcome[1] = error, TedError(f"rank 0 failed: {type(error).__name__}: {error}")
+        torch.distributed.broadcast_object_list(outcome, src=0, group=self.host)
+        if bug is not None:
+            raise bug
         if outcome[1] is not None:
+            outcome[1].said_by_main = not self.is_main
             raise outcome[1]
         return outcome[0]
 
     def barrier(self) -> None:
         """Waits for every rank; a collective."""
-        torch.distributed.barrier()
+        torch.distributed.barrier(group=self.host)
 
 
 def init_world() -> World:
@@ -95,7 +110,8 @@ def init_world() -> World:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     _quiet(rank)
-    return World(rank, local_rank, size, device)
+    host = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    return World(rank, local_rank, size, device, host)
 
 
 def shut_down() -> None:

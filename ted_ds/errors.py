@@ -7,6 +7,9 @@ The command line prints them without a stack trace; everything else is a bug and
 class TedError(Exception):
     """Base of every error that names a mistake of the user's and its remedy."""
 
+    said_by_main = False
+    """True on a rank that got the error from rank 0, which says it."""
+
 
 class ConfigError(TedError):
     """A recipe, an override or a DeepSpeed file is wrong or contradicts another."""

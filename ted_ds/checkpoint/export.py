@@ -18,8 +18,9 @@ def export_student(student: PreTrainedModel, tokenizer: Tokenizer, folder: Path,
     Weights are gathered one at a time; rank 0's host memory holds one copy of the student. The folder is
     renamed into place, so that it is whole wherever it exists.
     """
-    weights = {name: tensor for name, tensor in whole_tensors(student) if world.is_main}
-    if world.is_main:
+    weights = dict(whole_tensors(student, keep=world.is_main))
+
+    def write() -> None:
         buffers = {name: b.cpu() for name, b in student.named_buffers() if name in student.state_dict()}
         temporary = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -27,4 +28,5 @@ def export_student(student: PreTrainedModel, tokenizer: Tokenizer, folder: Path,
         tokenizer.save(temporary)
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-    world.barrier()
+
+    world.on_main(write)

@@ -48,13 +48,7 @@ def save_checkpoint(engine: Any, folder: Path, card: Card, world: World, *, keep
             f"checkpoint {folder / tag} could not be written ({reason}); `latest` still names the one before it: "
             "make room and start again"
         )
-    if world.is_main:
-        card = replace(card, files=_sizes(folder / tag))
-        write_atomically(folder / tag / CARD, json.dumps(asdict(card), indent=2))
-        write_atomically(folder / "latest", tag)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-    world.barrier()
+    world.on_main(lambda: _seal(folder, tag, card, keep))
 
 
 def load_checkpoint(engine: Any, folder: Path, *, model: str, world: World) -> int:
@@ -62,9 +56,10 @@ def load_checkpoint(engine: Any, folder: Path, *, model: str, world: World) -> i
 
     Raises CheckpointError where the checkpoint is torn, of another model, or of another number of ranks.
     """
-    if not (folder / "latest").exists():
+    tag = world.on_main(lambda: latest_tag(folder))
+    if tag is None:
         return 0
-    path = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    path = folder / tag
     card = world.on_main(lambda: _read_card(path))
     if card.model != model:
         raise CheckpointError(
@@ -74,7 +69,7 @@ def load_checkpoint(engine: Any, folder: Path, *, model: str, world: World) -> i
     if card.world_size != world.size:
         raise CheckpointError(
             f"checkpoint {path} was written by {card.world_size} ranks, this run has {world.size}: start it with "
-            f"{card.world_size} ranks, or convert it with `python -m deepspeed.checkpoint.ds_to_universal`"
+            f"{card.world_size} ranks"
         )
     try:
         loaded, _ = engine.load_checkpoint(str(folder), tag=path.name)
@@ -85,6 +80,27 @@ def load_checkpoint(engine: Any, folder: Path, *, model: str, world: World) -> i
     if loaded is None:
         raise CheckpointError(f"checkpoint {path} is torn; name an older one in {folder / 'latest'}")
     return card.step
+
+
+def latest_tag(folder: Path) -> str | None:
+    """The name of the last good checkpoint in `folder`; None where there is none."""
+    path = folder / "latest"
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+
+
+def _seal(folder: Path, tag: str, card: Card, keep: int) -> None:
+    """Makes a written checkpoint the latest, and deletes what it replaces: `keep - 1` older ones stay.
+
+    Folders of later steps were left by a run that went on from an earlier checkpoint, or are torn.
+    """
+    card = replace(card, files=_sizes(folder / tag))
+    write_atomically(folder / tag / CARD, json.dumps(asdict(card), indent=2))
+    write_atomically(folder / "latest", tag)
+    others = sorted(path for path in folder.glob("step-*") if path.name != tag)
+    older = [path for path in others if path.name < tag]
+    for path in others:
+        if path not in older[len(older) - (keep - 1) :]:
+            shutil.rmtree(path)
 
 
 def _read_card(path: Path) -> Card:
@@ -130,6 +146,8 @@ def _write_errors(engine: Any) -> Iterator[list[Exception]]:
     writer.save = guarded
     try:
         yield errors
+    except OSError as error:  # of what DeepSpeed writes by itself, on rank 0
+        errors.append(error)
     finally:
         del writer.save
 

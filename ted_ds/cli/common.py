@@ -42,6 +42,6 @@ def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int
         return command(argv)
     except TedError as error:
         rank = os.environ.get("RANK", "0")
-        if rank == "0" or not isinstance(error, ConfigError):
+        if rank == "0" or not (isinstance(error, ConfigError) or error.said_by_main):
             print(f"ted_ds: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         return 2

@@ -33,11 +33,13 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from ted_ds.distributed import init_world
     from ted_ds.engine.loading import load_causal_lm
     from ted_ds.evaluation.lambada import lambada, read_lambada
+    from ted_ds.pretrain.models import check_fit
 
     world = init_world()
     model: Any = load_causal_lm(arguments.model, dtype=arguments.dtype)
     model.to(world.device).eval()
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
+    check_fit("model", arguments.model, model, tokenizer, arguments.sequence_length if arguments.data else 1)
     results: dict[str, Any] = {"model": arguments.model}
     if arguments.data:
         results |= _perplexity(arguments, model, tokenizer, world)

@@ -38,8 +38,9 @@ def trained_engine_config(
 ) -> dict[str, Any]:
     """The DeepSpeed dict of an engine that trains: the student's, or Stage I's filters'.
 
-    learning_rate: the peak; the caller's scheduler scales it. cpu: whether the accelerator is the CPU, where
-    torch's AdamW is used (DeepSpeed's own compile for minutes there).
+    learning_rate: the peak; the caller's scheduler scales it. cpu: whether the accelerator is the CPU.
+    The optimizer is torch's fused AdamW, which needs no compiler; DeepSpeed's CPUAdam (compiled at the first
+    start) only where the file offloads a GPU's optimizer.
     Raises ConfigError for a file that cannot be read or contradicts the recipe.
     """
     path = find_deepspeed_file(run.deepspeed)
@@ -61,8 +62,8 @@ def trained_engine_config(
         "eps": optimizer.epsilon,
         "weight_decay": weight_decay,
     }
-    if cpu:
-        params["torch_adam"] = True
+    if cpu or "offload_optimizer" not in config.get("zero_optimization", {}):
+        params |= {"torch_adam": True, "fused": True}
         config["zero_force_ds_cpu_optimizer"] = False
     _fill(path, config, "optimizer", {"type": "AdamW", "params": params}, "the section optimizer")
     config.setdefault("zero_allow_untested_optimizer", True)

@@ -26,6 +26,7 @@ from pydantic import (
 Method = Literal["ce", "kd", "lwd", "ted"]
 Dtype = Literal["float32", "bfloat16"]
 Sharding = Literal["zero3", "replicated"]
+Pair = tuple[NonNegativeInt, NonNegativeInt]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 LOSS_WEIGHTS: dict[Method, tuple[float, float]] = {
@@ -127,7 +128,7 @@ class FiltersConfig(Section):
         default=None, description="filter width F, in channels; null: the teacher's width"
     )
     nonlinear: bool = Field(default=False, description="Linear, activation, Linear in place of one Linear")
-    layer_map: Literal["uniform", "last"] | tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = Field(
+    layer_map: Literal["uniform", "last"] | Annotated[tuple[Pair, ...], Field(min_length=1)] = Field(
         default="uniform", description="policy, or pairs [student block, teacher block], 0-based"
     )
     learning_rate: PositiveFloat = Field(default=1e-3, description="peak rate of Stage I")

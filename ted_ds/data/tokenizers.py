@@ -82,6 +82,11 @@ class Tokenizer:
         self._tokenizer.save_pretrained(folder)
 
 
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a folder has any file that a tokenizer is loaded from."""
+    return any((folder / name).exists() for name in _FOLDER_FILES)
+
+
 def load_tokenizer(name_or_path: str) -> Tokenizer:
     """The tokenizer of a folder or hub id, or of a bare SentencePiece `.model` file.
 
@@ -91,10 +96,9 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
     if path.is_file():
         return Tokenizer(_from_sentencepiece(path), name_or_path)
     if path.is_dir():
-        there = [name for name in _FOLDER_FILES if (path / name).exists()]
-        if not there:
+        if not holds_tokenizer(path):
             raise DataError(f"{name_or_path} holds no tokenizer ({', '.join(_FOLDER_FILES)}): give one that does")
-        if there == [SPIECE]:
+        if [name for name in _FOLDER_FILES if (path / name).exists()] == [SPIECE]:
             return Tokenizer(_from_sentencepiece(path / SPIECE), name_or_path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ted_ds.batch import Batch
+from ted_ds.batch import Batch, on_device
 from ted_ds.distill.frozen import FrozenModel
 from ted_ds.models.filters import Filter, fresh_linear
 from ted_ds.ops import Head, eager_gradients, linear_cross_entropy_kl
@@ -80,6 +80,7 @@ class FilterLearner(nn.Module):
         self.probes = nn.ModuleList(FilterProbe(f) for f in filters)
         self._frozen, self._blocks, self._head = frozen, blocks, head
         self._final_norm = (final_norm,)  # a tuple: the engine must not adopt a module that is not its own
+        self._norm_dtype = next(final_norm.parameters()).dtype
         self._vocab_size, self._token_fraction, self._seed = vocab_size, token_fraction, seed
 
     def forward(self, *, batch: Batch, counts: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,15 +94,16 @@ class FilterLearner(nn.Module):
         losses: dict[int, torch.Tensor] = {}
 
         def readout(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            states = self._final_norm[0](states)
+            states = self._final_norm[0](states.to(self._norm_dtype))
             return linear_cross_entropy_kl(states, self._head, targets, pred_scale=scale, vocab_size=self._vocab_size)[
                 0
             ]
 
+        positions = on_device(self._positions(length, seen, step), batch.targets.device)
+
         def learn(index: int, hidden: torch.Tensor) -> None:
-            positions = self._positions(length, seen, step, index).to(hidden.device)
-            hidden = hidden.detach().index_select(1, positions).flatten(0, 1)
-            targets = batch.targets.index_select(1, positions).flatten()
+            hidden = hidden.detach().index_select(1, positions[index]).flatten(0, 1)
+            targets = batch.targets.index_select(1, positions[index]).flatten()
             with torch.enable_grad():
                 losses[index] = self.probes[index](hidden, targets, readout=readout)
 
@@ -115,7 +117,7 @@ class FilterLearner(nn.Module):
         probes: Any = self.probes
         return nn.ModuleList(probe.filter for probe in probes)
 
-    def _positions(self, length: int, seen: int, step: int, index: int) -> torch.Tensor:
-        """The positions that filter `index` sees at `step`: the same in every row, whatever rank holds it."""
-        drawn = np.random.default_rng([self._seed, step, index]).permutation(length)[:seen]
-        return torch.from_numpy(np.sort(drawn))
+    def _positions(self, length: int, seen: int, step: int) -> torch.Tensor:
+        """[K, seen]: the positions that each filter sees at `step`, the same in every row, whatever rank holds it."""
+        draws = [np.random.default_rng([self._seed, step, k]).permutation(length) for k in range(len(self.probes))]
+        return torch.from_numpy(np.sort(np.stack(draws)[:, :seen]))

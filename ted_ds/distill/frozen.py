@@ -65,10 +65,15 @@ class FrozenModel:
     train nor save it.
     """
 
-    def __init__(self, module: FrozenLM, engine: Callable[..., Any] | None = None) -> None:
+    def __init__(self, module: FrozenLM, engine: Any = None) -> None:
         self.module = module
-        self._engine = engine or module
+        self._engine: Any = engine or module
         module.eval()  # ZeRO-3's trace needs eval() under no_grad
+
+    def close(self) -> None:
+        """Ends the ZeRO-3 engine, if there is one; nothing can be streamed any more."""
+        if self._engine is not self.module:
+            self._engine.destroy()
 
     def stream(self, batch: Batch, use_logits: UseLogits | None = None) -> None:
         """One forward without gradients; `use_logits` runs with gradients enabled.

@@ -11,7 +11,6 @@ from typing import Any
 import deepspeed
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
@@ -25,7 +24,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def is_sharded(deepspeed_config: dict[str, Any] | None) -> bool:
     """True where this DeepSpeed configuration shards parameters (ZeRO-3)."""
-    return deepspeed_config is not None and deepspeed_config["zero_optimization"]["stage"] == 3
+    return deepspeed_config is not None and deepspeed_config.get("zero_optimization", {}).get("stage") == 3
 
 
 def load_causal_lm(
@@ -88,18 +87,15 @@ def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> Abstract
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None, enabled=bool(sharded))
 
 
-def whole_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each parameter of `module` by name, whole, on the CPU, gathered one at a time; a collective."""
+def whole_tensors(module: nn.Module, *, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each parameter of `module` by name, whole, on the CPU, gathered one at a time; a collective.
+
+    keep: False on ranks that only take part in gathering; they get nothing.
+    """
     for name, parameter in module.named_parameters():
         with gathered([parameter]):
-            yield name, parameter.detach().cpu().clone()
-
-
-def save_tensors(module: nn.Module, path: Path, *, is_main: bool) -> None:
-    """Writes `module`'s parameters as safetensors from rank 0; a collective."""
-    tensors = {name: tensor for name, tensor in whole_tensors(module) if is_main}
-    if is_main:
-        save_file(tensors, path)
+            if keep:
+                yield name, parameter.detach().to("cpu", copy=True)
 
 
 def load_tensors(module: nn.Module, path: Path, *, is_main: bool) -> None:
@@ -122,7 +118,9 @@ def load_tensors(module: nn.Module, path: Path, *, is_main: bool) -> None:
                     parameter.copy_(stored.get_tensor(name))
 
 
-def resident_readout(model: nn.Module, device: torch.device) -> tuple[nn.Module, Head]:
+def resident_readout(
+    model: nn.Module, device: torch.device, *, trust_remote_code: bool = False
+) -> tuple[nn.Module, Head]:
     """The final norm and the LM head of a frozen model, whole on this rank; a collective.
 
     The norm is a module of its own, without ZeRO-3's hooks, made from the model's config. Weights are
@@ -130,7 +128,7 @@ def resident_readout(model: nn.Module, device: torch.device) -> tuple[nn.Module,
     """
     structure = find_structure(model)
     with torch.device("meta"):
-        blank = AutoModelForCausalLM.from_config(model.config)
+        blank = AutoModelForCausalLM.from_config(model.config, trust_remote_code=trust_remote_code)
     norm = find_structure(blank).final_norm
     head = structure.lm_head
     owned = [p for p in (*structure.final_norm.parameters(), *head.parameters())]

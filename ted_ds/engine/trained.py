@@ -16,7 +16,6 @@ def build_trained_engine(
     """`module` in a DeepSpeed engine with AdamW, its state sharded as `deepspeed_config` says.
 
     schedule: step -> multiplier of the learning rate. Matrices decay, vectors (norms, biases) do not.
-    The optimizer itself is DeepSpeed's choice (fused on CUDA, CPUAdam when offloaded).
     """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []

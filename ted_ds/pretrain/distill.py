@@ -19,13 +19,11 @@ from ted_ds.distill.objective import TERMS, DistillationModel, LossWeights
 from ted_ds.distributed import World, logger, seed_everything
 from ted_ds.engine.loading import checkpoint_activations, load_causal_lm
 from ted_ds.engine.trained import build_trained_engine
-from ted_ds.errors import CheckpointError
 from ted_ds.evaluation.perplexity import held_out_perplexity
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.pretrain.data import RunData
 from ted_ds.pretrain.filters import PairPlan
-from ted_ds.pretrain.models import check_vocabulary, load_filters, load_frozen, new_filters, trained_config
-from ted_ds.telemetry.memory import peak_memory_gib
+from ted_ds.pretrain.models import check_fit, load_filters, load_frozen, new_filters, trained_config
 from ted_ds.telemetry.recorder import Recorder, read_metrics
 from ted_ds.train.loop import run_steps
 from ted_ds.train.schedule import learning_rate_schedule
@@ -48,8 +46,7 @@ def distill(
     engine = build_distillation_engine(run, world, data, plan, filters, student_path)
     _train(run, world, data, engine, _fingerprint(engine.module))
     export_student(engine.module.student, data.tokenizer, run.output_dir / "student", world)
-    peak_gib = _peak_memory(world)
-    summary = world.on_main(lambda: _summarise(run, peak_gib))
+    summary = world.on_main(lambda: _summarise(run))
     engine.destroy()
     return summary
 
@@ -59,12 +56,10 @@ def export_checkpoint(
 ) -> dict[str, Any]:
     """Exports the student of the last checkpoint of a run that is not over; a collective. The teacher is not loaded.
 
-    Returns {"steps", "student"}. Raises CheckpointError where there is no checkpoint, or it does not fit.
+    Returns {"steps", "student"}. Raises CheckpointError where the checkpoint is torn or does not fit.
     """
     module, engine = _build_student(run, world, data, student_path, plan, filters.get("student"))
     steps = load_checkpoint(engine, run.output_dir / "checkpoints", model=_fingerprint(module), world=world)
-    if not steps:
-        raise CheckpointError(f"{run.output_dir} has no checkpoint to export: run it past train.save_every steps")
     folder = run.output_dir / "student"
     export_student(module.student, data.tokenizer, folder, world)
     engine.destroy()
@@ -84,7 +79,13 @@ def build_distillation_engine(
     if run.loss.kl_alpha or plan is not None:
         assert run.teacher is not None
         teacher = load_frozen(
-            run, world, run.teacher.model, data.tokenizer, role="teacher", filters=filters.get("teacher")
+            run,
+            world,
+            run.teacher.model,
+            data.tokenizer,
+            role="teacher",
+            trust_remote_code=run.teacher.trust_remote_code,
+            filters=filters.get("teacher"),
         )
         layer_map = plan.layer_map if plan else ()
         normalized = plan is not None and run.loss.layer_loss == "normalized_mse"
@@ -105,7 +106,7 @@ def _build_student(
         dropout=run.student.dropout,
         trust_remote_code=run.student.trust_remote_code,
     )
-    check_vocabulary("student", path, student, data.tokenizer)
+    check_fit("student", path, student, data.tokenizer, run.data.sequence_length)
     if run.student.activation_checkpointing:
         checkpoint_activations(student)
     seed_everything(run.seed)
@@ -144,10 +145,9 @@ def _train(run: RunConfig, world: World, data: RunData, engine: Any, fingerprint
     def evaluate(step: int) -> dict[str, float]:
         return {} if held_out is None else held_out_perplexity(engine, held_out, world)
 
-    def save(step: int) -> dict[str, float]:
+    def save(step: int) -> None:
         card = Card(step, world.size, fingerprint)
         save_checkpoint(engine, checkpoints, card, world, keep=run.train.keep_checkpoints)
-        return {}
 
     logger.info("Stage II: %s, steps %d to %d", run.method, start, run.train.steps)
     recorder = Recorder(
@@ -171,11 +171,13 @@ def _train(run: RunConfig, world: World, data: RunData, engine: Any, fingerprint
             steps=run.train.steps,
             tokens_per_step=run.tokens_per_step,
             log_every=run.logging.every,
-            callbacks=[(run.train.evaluate_every, evaluate), (run.train.save_every, save)],
+            seed=run.seed,
+            evaluate=(run.train.evaluate_every, evaluate),
+            save=(run.train.save_every, save),
         )
 
 
-def _summarise(run: RunConfig, peak_gib: float) -> dict[str, Any]:
+def _summarise(run: RunConfig) -> dict[str, Any]:
     """summary.json, from metrics.jsonl alone, so that a resumed run sums up all of its sessions."""
     lines = read_metrics(run.output_dir)
     first, last = lines[0], lines[-1]
@@ -187,7 +189,7 @@ def _summarise(run: RunConfig, peak_gib: float) -> dict[str, Any]:
         "tokens": last["tokens"],
         "wall_seconds": stage1 + _training_seconds(lines),
         "stage1_seconds": stage1,
-        "peak_memory_gib": peak_gib,
+        "peak_memory_gib": max(line.get("peak_memory_gib", 0.0) for line in lines),
         **{f"final_{name}": last[name] for name in TERMS},
         **{f"initial_{name}": first[name] for name in held_out if name in first},
         **{name: last[name] for name in held_out if name in last},
@@ -200,11 +202,6 @@ def _training_seconds(lines: list[dict[str, Any]]) -> float:
     """Seconds spent in steps: without evaluation, saving and starting up."""
     steps = [0, *(line["step"] for line in lines)]
     return sum(line.get("step_ms", 0.0) * (b - a) for line, (a, b) in zip(lines, pairwise(steps), strict=True)) / 1000
-
-
-def _peak_memory(world: World) -> float:
-    """The highest peak of any rank; a collective."""
-    return -float(world.min(torch.tensor(-peak_memory_gib(world.device), dtype=torch.float64)))
 
 
 def _fingerprint(module: nn.Module) -> str:

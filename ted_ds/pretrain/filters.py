@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+
+from safetensors.torch import save_file
 
 from ted_ds.checkpoint.store import write_atomically
 from ted_ds.config.schema import RunConfig, StudentConfig, TeacherConfig
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.distill.frozen import FrozenModel
 from ted_ds.distributed import World, logger, seed_everything
-from ted_ds.engine.loading import meta_structure, resident_readout, save_tensors
+from ted_ds.engine.loading import meta_structure, resident_readout, whole_tensors
 from ted_ds.engine.trained import build_trained_engine
 from ted_ds.errors import CheckpointError
 from ted_ds.models.filters import FilterPlan
@@ -49,7 +53,7 @@ def plan_pairs(run: RunConfig, student_path: str) -> PairPlan | None:
     layer_map = resolve_layer_map(run.filters.layer_map, student.num_blocks, teacher.num_blocks)
     blocks_s, blocks_t = (tuple(pair[side] for pair in layer_map) for side in (0, 1))
     if run.method == "lwd":
-        return PairPlan(layer_map, None, FilterPlan(blocks_s, student.width, teacher.width, run.filters.nonlinear))
+        return PairPlan(layer_map, None, FilterPlan(blocks_s, student.width, teacher.width))
     output_dim = run.filters.output_dim or teacher.width
     return PairPlan(
         layer_map,
@@ -67,19 +71,22 @@ def learn_filters(run: RunConfig, world: World, data: RunData, plan: PairPlan, s
         return {}
     assert run.teacher is not None
     folders = {}
-    for side, path, filters in (
-        ("teacher", run.teacher.model, plan.teacher),
-        ("student", student_path, plan.student),
+    for side, path, trusted, filters in (
+        ("teacher", run.teacher.model, run.teacher.trust_remote_code, plan.teacher),
+        ("student", student_path, run.student.trust_remote_code, plan.student),
     ):
         folder = folders[side] = run.output_dir / f"{side}_filters"
-        if not (folder / "filters.json").exists():
+        if not world.on_main((folder / "filters.json").exists):
             logger.info("Stage I: %s filters -> %s", side, folder)
-            frozen = load_frozen(run, world, path, data.tokenizer, role=side)
-            _learn(run, world, data, frozen, filters, folder)
-        world.barrier()
-        if read_plan(folder) != filters:
+            frozen = load_frozen(run, world, path, data.tokenizer, role=side, trust_remote_code=trusted)
+            _learn(run, world, data, frozen, filters, folder, trust_remote_code=trusted)
+            frozen.close()
+            del frozen
+            gc.collect()  # hooks and modules refer to each other: the next model must not find this one in memory
+        there = world.on_main(partial(read_plan, folder))
+        if there != filters:
             raise CheckpointError(
-                f"{folder} holds filters of another layer map or shape ({read_plan(folder)}, this run's {filters}): "
+                f"{folder} holds filters of another layer map or shape ({there}, this run's {filters}): "
                 "delete that folder to learn them anew"
             )
     return folders
@@ -89,11 +96,20 @@ def _structure(path: str, section: TeacherConfig | StudentConfig) -> ModelStruct
     return meta_structure(path, trust_remote_code=section.trust_remote_code)
 
 
-def _learn(run: RunConfig, world: World, data: RunData, frozen: FrozenModel, plan: FilterPlan, folder: Path) -> None:
+def _learn(
+    run: RunConfig,
+    world: World,
+    data: RunData,
+    frozen: FrozenModel,
+    plan: FilterPlan,
+    folder: Path,
+    *,
+    trust_remote_code: bool,
+) -> None:
     settings, steps = run.filters, run.filters.steps
     config = trained_config(run, world, learning_rate=settings.learning_rate, weight_decay=0.0)
     seed_everything(run.seed)
-    norm, head = resident_readout(frozen.module.model, world.device)
+    norm, head = resident_readout(frozen.module.model, world.device, trust_remote_code=trust_remote_code)
     learner = FilterLearner(
         new_filters(plan, config, run.student.dtype),
         frozen,
@@ -130,12 +146,17 @@ def _learn(run: RunConfig, world: World, data: RunData, frozen: FrozenModel, pla
             steps=steps,
             tokens_per_step=run.tokens_per_step,
             log_every=run.logging.every,
+            seed=run.seed,
             step_inputs=lambda step: {"step": step},
         )
-    save_tensors(learner.filters(), temporary / "filters.safetensors", is_main=world.is_main)
-    if world.is_main:
+    tensors = dict(whole_tensors(learner.filters(), keep=world.is_main))
+
+    def write() -> None:
+        save_file(tensors, temporary / "filters.safetensors")
         card = {"plan": asdict(plan), "steps": steps, "losses": record["layer_losses"]}
         write_atomically(temporary / "filters.json", json.dumps(card, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+
+    world.on_main(write)
     engine.destroy()

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
 from ted_ds.config.schema import RunConfig
-from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ted_ds.data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenLM, FrozenModel
 from ted_ds.distributed import World, logger
 from ted_ds.engine.frozen import host_frozen
 from ted_ds.engine.loading import DTYPES, is_sharded, load_causal_lm, load_tensors, sharded_init
-from ted_ds.errors import CheckpointError, DataError, ModelError
+from ted_ds.errors import CheckpointError, ModelError
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.pruning import init_student
 from ted_ds.models.structure import find_structure
@@ -47,23 +48,28 @@ def ensure_student(run: RunConfig, tokenizer: Tokenizer, world: World) -> str:
     return str(folder)
 
 
-def check_vocabulary(role: str, name_or_path: str, model: nn.Module, tokenizer: Tokenizer) -> None:
-    """Refuses a model whose embedding is too small for the tokenizer, or whose own tokenizer is another one.
+def check_fit(role: str, name_or_path: str, model: PreTrainedModel, tokenizer: Tokenizer, sequence_length: int) -> None:
+    """Raises ModelError for a model of another tokenizer, or whose embeddings of ids or positions are too small.
 
-    More rows than ids are padding. A model without a tokenizer can only be checked for its size, and the log says so.
+    More rows than ids are padding. A folder without a tokenizer can only be checked for its size, and the log
+    says so.
     """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < sequence_length:
+        raise ModelError(
+            f"the {role} {name_or_path} has {positions} positions, data.sequence_length is {sequence_length}: "
+            f"give at most {positions}"
+        )
     rows = find_structure(model).vocab_rows
     if tokenizer.vocab_size > rows:
         raise ModelError(
             f"the {role} {name_or_path} has {rows} vocabulary rows, data.tokenizer has {tokenizer.vocab_size} ids: "
             "use the tokenizer that the model was trained with"
         )
-    try:
-        own = load_tokenizer(name_or_path)
-    except DataError as error:
-        logger.warning("the %s is taken to have data.tokenizer's vocabulary: its own is not known (%s)", role, error)
+    if Path(name_or_path).is_dir() and not holds_tokenizer(Path(name_or_path)):
+        logger.warning("the %s %s has no tokenizer: it is taken to be data.tokenizer", role, name_or_path)
         return
-    if not own.agrees_with(tokenizer):
+    if not load_tokenizer(name_or_path).agrees_with(tokenizer):
         raise ModelError(
             f"the {role} {name_or_path} was trained with another tokenizer than data.tokenizer: ids would mean "
             "different pieces, and a KL between them nothing; use models of one tokenizer"
@@ -88,6 +94,7 @@ def load_frozen(
     tokenizer: Tokenizer,
     *,
     role: str,
+    trust_remote_code: bool,
     filters: Path | None = None,
 ) -> FrozenModel:
     """A model frozen and hosted as `teacher.sharding` says, with Stage I's filters if given; a collective."""
@@ -99,9 +106,9 @@ def load_frozen(
         dtype=teacher.dtype,
         deepspeed_config=config,
         dropout=0.0,
-        trust_remote_code=teacher.trust_remote_code,
+        trust_remote_code=trust_remote_code,
     )
-    check_vocabulary(role, name_or_path, model, tokenizer)
+    check_fit(role, name_or_path, model, tokenizer, run.data.sequence_length)
     bank = load_filters(filters, config, teacher.dtype, world) if filters else nn.ModuleList()
     return host_frozen(FrozenLM(model, bank), world.device, config)
 

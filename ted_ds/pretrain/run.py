@@ -8,16 +8,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
+from ted_ds.checkpoint.store import latest_tag
+from ted_ds.config.deepspeed import frozen_engine_config
 from ted_ds.config.load import dump_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.distributed import World, logger
-from ted_ds.errors import ConfigError
+from ted_ds.errors import CheckpointError, ConfigError
 from ted_ds.pretrain.data import open_data
 from ted_ds.pretrain.distill import distill, export_checkpoint
 from ted_ds.pretrain.filters import learn_filters, plan_pairs
-from ted_ds.pretrain.models import ensure_student
+from ted_ds.pretrain.models import ensure_student, trained_config
 
 MAY_CHANGE = ("output_dir", "deepspeed", "logging", "environment")
 """Parts of a recipe that another start on the same folder may change; train and data: see `_settled`."""
@@ -34,7 +37,9 @@ def pretrain(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[str
 
     Raises a TedError, on every rank, where recipe, data or models are wrong.
     """
-    world.on_main(lambda: _claim(run))
+    _check_engines(run, world)
+    world.on_main(lambda: _claim(run, export=goal == "export"))
+    _check_shared(run.output_dir / "config.yaml", world)
     summary = world.on_main(lambda: _finished(run))
     if summary is not None and goal != "export":
         logger.info("%s is complete (%d steps); nothing to do", run.output_dir, summary["steps"])
@@ -51,9 +56,24 @@ def pretrain(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[str
     return finish(run, world, data, plan, filters, student)
 
 
-def _claim(run: RunConfig) -> None:
+def _check_engines(run: RunConfig, world: World) -> None:
+    """Raises ConfigError for DeepSpeed files and batch sizes that cannot be, before hours are spent on data."""
+    trained_config(run, world, learning_rate=run.optimizer.learning_rate, weight_decay=run.optimizer.weight_decay)
+    if run.teacher is not None and run.teacher.sharding == "zero3":
+        frozen_engine_config(run, world_size=world.size)
+
+
+def _check_shared(path: Path, world: World) -> None:
+    """Raises ConfigError, on every rank, where a node does not see what rank 0 has just written; a collective."""
+    if not world.min(torch.tensor(int(path.exists()))):
+        raise ConfigError(f"{path.parent} is not the same folder on all nodes: give an output_dir that they share")
+
+
+def _claim(run: RunConfig, *, export: bool) -> None:
     """Writes config.yaml, or checks it where the folder has one: one folder, one run."""
     path = run.output_dir / "config.yaml"
+    if export and latest_tag(run.output_dir / "checkpoints") is None:
+        raise CheckpointError(f"{run.output_dir} has no checkpoint to export: run it past train.save_every steps")
     run.output_dir.mkdir(parents=True, exist_ok=True)
     if path.exists():
         before = _settled(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -65,7 +85,8 @@ def _claim(run: RunConfig) -> None:
                 f"{run.output_dir} holds a run with {key}: {before.get(key)}, this recipe says {now.get(key)}: "
                 "give another output_dir, or delete that folder"
             )
-    dump_config(run, path, {**_versions(), "commit": _commit()})
+    if not export:
+        dump_config(run, path, {**_versions(), "commit": _commit()})
 
 
 def _settled(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import resource
+from pathlib import Path
 
 import torch
 
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def reset_peak(device: torch.device) -> None:
+    """Starts `peak_memory_gib` anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        CLEAR_REFS.write_text("5")  # sets VmHWM to what is resident now
+
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak since the start: allocated device memory on CUDA, resident memory of the process on the CPU."""
+    """Peak since `reset_peak`: allocated device memory on CUDA, resident memory of the process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+    lines = STATUS.read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20  # KiB

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ted_ds.data.loader import TrainingRows
 from ted_ds.distributed import World
 from ted_ds.errors import TrainingError
-from ted_ds.telemetry.memory import peak_memory_gib
+from ted_ds.telemetry.memory import peak_memory_gib, reset_peak
 from ted_ds.telemetry.recorder import Recorder
 from ted_ds.train.step import train_step
 
@@ -31,21 +31,21 @@ class FiniteGuard:
         finite = torch.isfinite(terms[: len(self._names)])
         self._first = torch.where(finite, self._first, self._first.clamp_max(step))
 
-    def check(self, world: World, grad_norm: float | None, step: int) -> None:
-        """Raises TrainingError, on every rank alike, where something was not finite; a collective and a sync."""
+    def check(self, world: World, skipped_at: int | None) -> None:
+        """Raises TrainingError, on every rank alike, where something was not finite; a collective and a sync.
+
+        skipped_at: the first step that DeepSpeed did not apply because a gradient was not finite.
+        """
         first = world.min(self._first).tolist()
         bad = [(at, name) for at, name in zip(first, self._names, strict=True) if at != NEVER]
+        if skipped_at is not None:
+            bad.append((skipped_at, "gradients"))
         if bad:
             at = min(bad)[0]
             names = ", ".join(name for when, name in bad if when == at)
             raise TrainingError(
-                f"{names} not finite at step {at}; the last checkpoint is intact: lower optimizer.learning_rate or "
-                "the loss's alphas, or lengthen optimizer.warmup_steps, and start again"
-            )
-        if grad_norm is not None and not math.isfinite(grad_norm):
-            raise TrainingError(
-                f"the gradient norm is {grad_norm} at step {step} while the losses are finite; the last checkpoint "
-                "is intact: lower optimizer.learning_rate, or use float32, and start again"
+                f"{names} not finite at step {at}; the last checkpoint is intact: start in another output_dir with a "
+                "lower optimizer.learning_rate, lower alphas of the loss, or a longer optimizer.warmup_steps"
             )
 
 
@@ -60,46 +60,57 @@ def run_steps(
     steps: int,
     tokens_per_step: int,
     log_every: int,
-    callbacks: Sequence[tuple[int, Callable[[int], dict[str, float]]]] = (),
+    seed: int,
+    evaluate: tuple[int, Callable[[int], dict[str, float]]] | None = None,
+    save: tuple[int, Callable[[int], None]] | None = None,
     step_inputs: Callable[[int], dict[str, Any]] = lambda step: {},
 ) -> dict[str, Any]:
     """Trains from step `start` (0-based, steps already done) to `steps`; returns the last record.
 
     names: of the terms that the engine's module reports first; further terms are the pairs'.
-    callbacks: (every, call): after every `every` steps and the last one, `call(steps done)` on every rank;
-    what it returns is recorded.
-    Raises TrainingError where a loss or the gradient is not finite, at the latest when it would be logged
-    or a callback would save it.
+    evaluate, save: (every, call): after every `every` steps and the last one, `call(steps done)` on every
+    rank; what `evaluate` returns is recorded, and everything is recorded before it is saved.
+    seed: with the step and the rank it decides what dropout draws, so that a resumed run draws the same.
+    Raises TrainingError where a loss or a gradient is not finite, at the latest when it would be logged
+    or saved.
     """
     guard = FiniteGuard(names, world.device)
     record: dict[str, Any] = {}
+    engine.train()  # loaded models come in eval mode: without dropout, and without activation checkpointing
+    reset_peak(world.device)
+    skipped_before, skipped_at = engine.skipped_steps, None
     since, last = time.perf_counter(), start
     for step in range(start, steps):
+        torch.manual_seed(int(np.random.SeedSequence([seed, step, world.rank]).generate_state(1)[0]))
+        learning_rate = float(engine.get_lr()[0])
         terms = train_step(engine, rows.micro_batches(step), world, **step_inputs(step))
         done = step + 1
         guard.watch(terms, done)
+        if skipped_at is None and engine.skipped_steps > skipped_before:
+            skipped_at = done
         recorder.advance()
-        due = [call for every, call in callbacks if _due(done, every, steps)]
-        if not due and not _due(done, log_every, steps):
+        evaluates, saves = (part is not None and _due(done, part[0], steps) for part in (evaluate, save))
+        if not (evaluates or saves or _due(done, log_every, steps)):
             continue
-        grad_norm = _grad_norm(engine)
         values = world.sum(terms).tolist()
-        guard.check(world, grad_norm, done)
+        guard.check(world, skipped_at)
         seconds = (time.perf_counter() - since) / (done - last)
         record = {"step": done, "tokens": done * tokens_per_step, **dict(zip(names, values, strict=False))}
         if len(values) > len(names):
             record["layer_losses"] = values[len(names) :]
         record |= {
-            "lr": float(engine.get_lr()[0]),
-            "grad_norm": grad_norm,
+            "lr": learning_rate,
+            "grad_norm": _grad_norm(engine),
             "step_ms": 1000 * seconds,
             "tokens_per_second": tokens_per_step / seconds,
             "mfu": None,
-            "peak_memory_gib": peak_memory_gib(world.device),
+            "peak_memory_gib": _highest(peak_memory_gib(world.device), world),
         }
-        for call in due:
-            record |= call(done)
+        if evaluate is not None and evaluates:
+            record |= evaluate[1](done)
         recorder.log(record)
+        if save is not None and saves:
+            save[1](done)
         since, last = time.perf_counter(), done
     return record
 
@@ -108,6 +119,11 @@ def _grad_norm(engine: Any) -> float | None:
     """The last step's global gradient norm before clipping; None under ZeRO-0 in float32, where DeepSpeed has none."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
+
+
+def _highest(value: float, world: World) -> float:
+    """The highest `value` of any rank; a collective."""
+    return -float(world.min(torch.tensor(-value, dtype=torch.float64)))
 
 
 def _due(done: int, every: int, steps: int) -> bool:

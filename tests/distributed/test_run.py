@@ -100,6 +100,28 @@ def test_an_interrupted_run_continues_as_if_it_had_not_been(project: Path, finis
     assert losses_of(folder) == losses_of(project / "finished")
 
 
+def test_dropout_is_drawn_alike_with_evaluation_and_without_and_after_a_restart(project: Path, workers: Group) -> None:
+    common = {"method": "ce", "student__dropout": 0.3, "student__activation_checkpointing": True}
+    model = tiny_model("gpt2", blocks=2, vocab=VOCAB)
+    model.save_pretrained(project / "gpt2")
+    start = {"student__init": None, "student__model": str(project / "gpt2"), "optimizer__schedule": "constant"}
+    losses = {}
+    for name, changes in {
+        "evaluated": {},
+        "unseen": {"data__validation": []},
+        "without": {"student__dropout": 0.0},
+        "restarted": {"train__steps": 4},
+    }.items():
+        path = write_recipe(project, f"dropout-{name}", **{**common, **start, **changes})
+        workers(2).run(pretrain_recipe, path)
+        if name == "restarted":
+            workers(2).run(pretrain_recipe, path, ("--train.steps=10",))
+        lines = read_metrics(project / f"dropout-{name}")
+        losses[name] = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert losses["evaluated"] == losses["unseen"] == losses["restarted"]
+    assert losses["evaluated"][1] != losses["without"][1]
+
+
 def test_a_run_that_is_not_over_can_be_exported(project: Path, finished: Path, workers: Group) -> None:
     path, folder = copied(project, "exported"), project / "exported"
     shutil.rmtree(folder / "student")
@@ -107,6 +129,7 @@ def test_a_run_that_is_not_over_can_be_exported(project: Path, finished: Path, w
     assert workers(2).run(pretrain_recipe, path, (), "export")[0] == {"steps": 5, "student": str(folder / "student")}
     halfway, end = (AutoModelForCausalLM.from_pretrained(project / n / "student") for n in ("exported", "finished"))
     assert not torch.equal(halfway.lm_head.weight, end.lm_head.weight)
+    assert "steps: 10" in (folder / "config.yaml").read_text()
     (folder / "checkpoints/latest").unlink()
     assert "has no checkpoint to export" in workers(2).run(pretrain_error, path, (), "export")[0]
 
@@ -143,6 +166,7 @@ BAD = {
         "filters.layer_map pair [2, 3]",
     ),
     "batch sizes that do not divide": ({"train__global_batch_size": 3}, "train.global_batch_size (3)"),
+    "rows longer than the models' positions": ({"data__sequence_length": 65}, "has 64 positions"),
     "a missing data file": ({"data__train": ["nothing.txt"]}, "'nothing.txt' matches no file"),
     "a missing teacher": ({"teacher__model": "no/where"}, "no/where"),
     "a loss that is not finite": (

@@ -78,18 +78,21 @@ def test_the_recipe_fills_the_shipped_file():
                 "eps": 1e-8,
                 "weight_decay": 0.1,
                 "torch_adam": True,
+                "fused": True,
             },
         },
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
+        "data_types": {"grad_accum_dtype": "fp32"},
     }
 
 
-def test_a_gpu_leaves_the_optimizer_to_deepspeed():
-    config = trained(make_run(), cpu=False)
-    assert "torch_adam" not in config["optimizer"]["params"]
-    assert "zero_force_ds_cpu_optimizer" not in config
+@pytest.mark.parametrize(("name", "torchs"), [("zero3", True), ("zero3_offload", False)])
+def test_a_gpus_offloaded_optimizer_alone_is_deepspeeds(name, torchs):
+    config = trained(make_run(deepspeed=f"ds_configs/{name}.json"), cpu=False)
+    assert ("torch_adam" in config["optimizer"]["params"]) == torchs
+    assert ("zero_force_ds_cpu_optimizer" in config) == torchs
 
 
 def test_the_teacher_has_its_own_precision_and_no_optimizer():
