@@ -29,10 +29,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from ted_ds.data.sources import iter_pieces
     from ted_ds.data.tokenizers import load_tokenizer
     from ted_ds.distributed import init_world
     from ted_ds.engine.loading import load_causal_lm
-    from ted_ds.evaluation.lambada import lambada, read_lambada
+    from ted_ds.evaluation.lambada import lambada
     from ted_ds.pretrain.models import check_fit
 
     world = init_world()
@@ -44,7 +45,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.data:
         results |= _perplexity(arguments, model, tokenizer, world)
     if arguments.lambada:
-        texts = read_lambada(arguments.lambada)
+        texts = [piece.text for piece in iter_pieces([arguments.lambada], text_column="text")]
         scores = lambada(model, tokenizer, texts, batch_size=arguments.batch_size, device=world.device)
         results |= {f"lambada_{name}": value for name, value in scores.items()}
     return results

@@ -6,11 +6,8 @@ accuracy; perplexity per word, not per token.
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -26,22 +23,6 @@ class Encoder(Protocol):
     """A tokenizer; special tokens, if it adds any, come before the text."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
-
-
-def read_lambada(path: str | Path) -> list[str]:
-    """The passages of a JSONL file (or .jsonl.gz) of objects with `text`; blank lines are skipped.
-
-    DataError names the file, and the line that is not such an object.
-    """
-    path = Path(path)
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as f:
-            texts = [_text(line, path, n) for n, line in enumerate(f, 1) if line.strip()]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as JSON lines ({error}); give a readable .jsonl file") from error
-    if not texts:
-        raise DataError(f"{path}: holds no passage; give one JSON object with `text` per line")
-    return texts
 
 
 def split_last_word(text: str) -> tuple[str, str]:
@@ -79,16 +60,6 @@ def lambada(
     score = perplexity(float(nll.sum()), len(examples))
     accuracy = float(hits.double().mean())
     return {"accuracy": accuracy, "perplexity": score.perplexity, "examples": len(examples)}
-
-
-def _text(line: str, path: Path, number: int) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}, line {number}: not a JSON object with `text`; fix or drop the line") from error
-    if not isinstance(text, str):
-        raise DataError(f"{path}, line {number}: `text` is {text!r:.40}, not a string; fix or drop the line")
-    return text
 
 
 def _longest_input(model: Any) -> int | None:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from ted_ds.errors import DataError
-from ted_ds.evaluation.lambada import lambada, read_lambada, split_last_word
+from ted_ds.evaluation.lambada import lambada, split_last_word
 from ted_ds.evaluation.scores import perplexity
 from tests.tiny_models import tiny_model
 
@@ -124,42 +121,6 @@ def test_split_last_word(text: str, parts: tuple[str, str]) -> None:
 def test_one_word_is_refused(text: str) -> None:
     with pytest.raises(DataError, match="needs a context and a last word"):
         split_last_word(text)
-
-
-@pytest.mark.parametrize("name", ["test.jsonl", "test.jsonl.gz"])
-def test_read(tmp_path: Path, name: str) -> None:
-    lines = "\n".join(json.dumps({"text": text}) for text in TEXTS) + "\n\n"
-    path = tmp_path / name
-    path.write_bytes(gzip.compress(lines.encode()) if name.endswith(".gz") else lines.encode())
-    assert read_lambada(path) == TEXTS
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('{"text": "a b"}\n{"texts": "a b"}\n', "bad.jsonl, line 2: not a JSON object with `text`"),
-        ('{"text": "a b"}\n\n{"text": \n', "bad.jsonl, line 3: not a JSON object"),
-        ('["a b"]\n', "bad.jsonl, line 1: not a JSON object"),
-        ('{"text": 3}\n', "bad.jsonl, line 1: `text` is 3, not a string"),
-        ("\n", "bad.jsonl: holds no passage"),
-    ],
-)
-def test_bad_files_are_named(tmp_path: Path, content: str, message: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text(content)
-    with pytest.raises(DataError, match=re.escape(message)):
-        read_lambada(path)
-
-
-@pytest.mark.parametrize("name", ["missing.jsonl", "torn.jsonl.gz", "latin.jsonl"])
-def test_unreadable_files_are_named(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    if name == "torn.jsonl.gz":
-        path.write_bytes(gzip.compress(b'{"text": "a b"}\n' * 99)[:-9])
-    elif name == "latin.jsonl":
-        path.write_bytes('{"text": "caf\xe9 au lait"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=f"{name}: cannot be read"):
-        read_lambada(path)
 
 
 def test_perplexity() -> None:
