@@ -119,8 +119,8 @@ def test_bfloat16_stays_near_float32(
 ) -> None:
     project = make_project(tmp_path, family="gpt2")
     dtypes = {"teacher__dtype": teacher, "student__dtype": student, "student__activation_checkpointing": True}
-    path = write_recipe(project, "run", **dtypes, filters__output_dim=12)
+    path = write_recipe(project, "run", **dtypes, filters__output_dim=12, optimizer__learning_rate=1e-3)
     workers(2).run(pretrain_recipe, path, (zero,))
     for ours, expected in zip(losses_of(project / path.stem), plain_stage2(path, steps=10)[0], strict=True):
         for name in TERMS:
-            assert ours[name] == pytest.approx(expected[name], rel=0.05), name
+            assert ours[name] == pytest.approx(expected[name], rel=0.1), name
