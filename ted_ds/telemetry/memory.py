@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        CLEAR_REFS.write_text("5")  # sets VmHWM to what is resident now
+        with suppress(OSError):  # a kernel or container without it: the peak is since the process began
+            CLEAR_REFS.write_text("5")  # sets VmHWM to what is resident now
 
 
 def peak_memory_gib(device: torch.device) -> float:
