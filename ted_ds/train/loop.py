@@ -61,8 +61,8 @@ def run_steps(
     tokens_per_step: int,
     log_every: int,
     seed: int,
-    evaluate: tuple[int, Callable[[int], dict[str, float]]] | None = None,
-    save: tuple[int, Callable[[int], None]] | None = None,
+    evaluate: tuple[int, Callable[[int], dict[str, float]]] = (0, lambda step: {}),
+    save: tuple[int, Callable[[int], None]] = (0, lambda step: None),
     step_inputs: Callable[[int], dict[str, Any]] = lambda step: {},
 ) -> dict[str, Any]:
     """Trains from step `start` (0-based, steps already done) to `steps`; returns the last record.
@@ -89,8 +89,8 @@ def run_steps(
         if skipped_at is None and engine.skipped_steps > skipped_before:
             skipped_at = done
         recorder.advance()
-        evaluates, saves = (part is not None and _due(done, part[0], steps) for part in (evaluate, save))
-        if not (evaluates or saves or _due(done, log_every, steps)):
+        evaluates, saves, logs = (_due(done, every, steps) for every in (evaluate[0], save[0], log_every))
+        if not (evaluates or saves or logs):
             continue
         values = world.sum(terms).tolist()
         guard.check(world, skipped_at)
@@ -106,10 +106,10 @@ def run_steps(
             "mfu": None,
             "peak_memory_gib": _highest(peak_memory_gib(world.device), world),
         }
-        if evaluate is not None and evaluates:
+        if evaluates:
             record |= evaluate[1](done)
         recorder.log(record)
-        if save is not None and saves:
+        if saves:
             save[1](done)
         since, last = time.perf_counter(), done
     return record
