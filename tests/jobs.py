@@ -14,7 +14,7 @@ from ted_ds.config.schema import RunConfig
 from ted_ds.distributed import World
 from ted_ds.engine.loading import gathered
 from ted_ds.errors import TedError
-from ted_ds.pretrain.data import RunData, open_data
+from ted_ds.pretrain.data import RunData, open_data, open_tokenizer
 from ted_ds.pretrain.distill import build_distillation_engine
 from ted_ds.pretrain.filters import learn_filters, plan_pairs
 from ted_ds.pretrain.models import ensure_student
@@ -67,9 +67,10 @@ def restored_logits(world: World, path: Path, ids: torch.Tensor) -> torch.Tensor
 def built(world: World, path: Path, overrides: tuple[str, ...] = ()) -> tuple[RunConfig, RunData, Any]:
     """A recipe's Stage II engine before its first step."""
     run = load_config(path, list(overrides))
-    data = open_data(run, world)
-    student = ensure_student(run, data.tokenizer, world)
+    tokenizer = open_tokenizer(run, world)
+    student = ensure_student(run, tokenizer, world)
     plan = plan_pairs(run, student)
+    data = open_data(run, world, tokenizer)
     filters = learn_filters(run, world, data, plan, student) if plan else {}
     return run, data, build_distillation_engine(run, world, data, plan, filters, student)
 

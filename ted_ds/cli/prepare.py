@@ -35,8 +35,8 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError("ted-ds prepare without --config needs --data.prepared=FOLDER to write to")
         folder = data.prepared
 
-    from ted_ds.pretrain.data import prepare_data
+    from ted_ds.pretrain.data import ensure_tokenizer, prepare_data
 
-    for split, blocks in prepare_data(data, folder).items():
+    for split, blocks in prepare_data(data, ensure_tokenizer(data), folder).items():
         print(f"{folder / split}: {len(blocks)} blocks of {data.sequence_length} tokens")
     return 0

@@ -44,12 +44,16 @@ class RunData:
         )
 
 
-def prepare_data(data: DataConfig, folder: Path) -> dict[str, PackedBlocks]:
-    """Trains the tokenizer and packs the splits into `folder`, as far as that is not done; on one rank."""
+def ensure_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer, trained first where the recipe says so and it is not there; on one rank."""
     if data.train_tokenizer is not None and not Path(data.tokenizer).exists():
         texts = (piece.text for piece in iter_pieces(data.train, text_column=data.text_column))
         train_sentencepiece(texts, data.train_tokenizer, Path(data.tokenizer))
-    tokenizer = load_tokenizer(data.tokenizer)
+    return load_tokenizer(data.tokenizer)
+
+
+def prepare_data(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> dict[str, PackedBlocks]:
+    """Packs the splits into `folder`, as far as that is not done; on one rank."""
     return {
         split: ensure_prepared(
             getattr(data, split),
@@ -65,16 +69,18 @@ def prepare_data(data: DataConfig, folder: Path) -> dict[str, PackedBlocks]:
     }
 
 
-def open_data(run: RunConfig, world: World) -> RunData:
+def open_tokenizer(run: RunConfig, world: World) -> Tokenizer:
+    """The run's tokenizer on every rank, trained by rank 0 where it has to be; a collective."""
+    world.on_main(lambda: ensure_tokenizer(run.data).vocab_size)
+    return load_tokenizer(run.data.tokenizer)
+
+
+def open_data(run: RunConfig, world: World, tokenizer: Tokenizer) -> RunData:
     """The run's data on every rank, prepared by rank 0 where it has to be; a collective.
 
-    Raises DataError, on every rank, where data or tokenizer are missing, unreadable or do not fit.
+    Raises DataError, on every rank, where data are missing, unreadable or do not fit.
     """
     data, folder = run.data, run.prepared_folder
-
-    def prepare() -> None:
-        prepare_data(data, folder)
-
-    world.on_main(prepare)
+    world.on_main(lambda: len(prepare_data(data, tokenizer, folder)))
     blocks = {split: PackedBlocks(folder / split) for split in SPLITS if getattr(data, split)}
-    return RunData(load_tokenizer(data.tokenizer), blocks["train"], blocks.get("validation"))
+    return RunData(tokenizer, blocks["train"], blocks.get("validation"))

@@ -23,7 +23,7 @@ from ted_ds.evaluation.perplexity import held_out_perplexity
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.pretrain.data import RunData
 from ted_ds.pretrain.filters import PairPlan
-from ted_ds.pretrain.models import check_fit, load_filters, load_frozen, new_filters, trained_config
+from ted_ds.pretrain.models import load_filters, load_frozen, new_filters, trained_config
 from ted_ds.telemetry.recorder import Recorder, read_metrics
 from ted_ds.train.loop import run_steps
 from ted_ds.train.schedule import learning_rate_schedule
@@ -82,8 +82,6 @@ def build_distillation_engine(
             run,
             world,
             run.teacher.model,
-            data.tokenizer,
-            role="teacher",
             trust_remote_code=run.teacher.trust_remote_code,
             filters=filters.get("teacher"),
         )
@@ -106,7 +104,6 @@ def _build_student(
         dropout=run.student.dropout,
         trust_remote_code=run.student.trust_remote_code,
     )
-    check_fit("student", path, student, data.tokenizer, run.data.sequence_length)
     if run.student.activation_checkpointing:
         checkpoint_activations(student)
     seed_everything(run.seed)

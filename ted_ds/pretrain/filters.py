@@ -78,7 +78,7 @@ def learn_filters(run: RunConfig, world: World, data: RunData, plan: PairPlan, s
         folder = folders[side] = run.output_dir / f"{side}_filters"
         if not world.on_main((folder / "filters.json").exists):
             logger.info("Stage I: %s filters -> %s", side, folder)
-            frozen = load_frozen(run, world, path, data.tokenizer, role=side, trust_remote_code=trusted)
+            frozen = load_frozen(run, world, path, trust_remote_code=trusted)
             _learn(run, world, data, frozen, filters, folder, trust_remote_code=trusted)
             frozen.close()
             del frozen

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
 from ted_ds.config.schema import RunConfig
@@ -15,7 +14,7 @@ from ted_ds.data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenLM, FrozenModel
 from ted_ds.distributed import World, logger
 from ted_ds.engine.frozen import host_frozen
-from ted_ds.engine.loading import DTYPES, is_sharded, load_causal_lm, load_tensors, sharded_init
+from ted_ds.engine.loading import DTYPES, is_sharded, load_causal_lm, load_tensors, meta_structure, sharded_init
 from ted_ds.errors import CheckpointError, ModelError
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.pruning import init_student
@@ -48,7 +47,17 @@ def ensure_student(run: RunConfig, tokenizer: Tokenizer, world: World) -> str:
     return str(folder)
 
 
-def check_fit(role: str, name_or_path: str, model: PreTrainedModel, tokenizer: Tokenizer, sequence_length: int) -> None:
+def check_models(run: RunConfig, student: str, tokenizer: Tokenizer) -> None:
+    """Raises ModelError where teacher or student do not fit the data, by their configs alone."""
+    models = [("student", student, run.student.trust_remote_code)]
+    if run.teacher is not None:
+        models.append(("teacher", run.teacher.model, run.teacher.trust_remote_code))
+    for role, path, trusted in models:
+        model = meta_structure(path, trust_remote_code=trusted).model
+        check_fit(role, path, model, tokenizer, run.data.sequence_length)
+
+
+def check_fit(role: str, name_or_path: str, model: Any, tokenizer: Tokenizer, sequence_length: int) -> None:
     """Raises ModelError for a model of another tokenizer, or whose embeddings of ids or positions are too small.
 
     More rows than ids are padding. A folder without a tokenizer can only be checked for its size, and the log
@@ -91,9 +100,7 @@ def load_frozen(
     run: RunConfig,
     world: World,
     name_or_path: str,
-    tokenizer: Tokenizer,
     *,
-    role: str,
     trust_remote_code: bool,
     filters: Path | None = None,
 ) -> FrozenModel:
@@ -108,7 +115,6 @@ def load_frozen(
         dropout=0.0,
         trust_remote_code=trust_remote_code,
     )
-    check_fit(role, name_or_path, model, tokenizer, run.data.sequence_length)
     bank = load_filters(filters, config, teacher.dtype, world) if filters else nn.ModuleList()
     return host_frozen(FrozenLM(model, bank), world.device, config)
 

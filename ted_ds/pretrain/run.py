@@ -17,10 +17,10 @@ from ted_ds.config.load import dump_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.distributed import World, logger
 from ted_ds.errors import CheckpointError, ConfigError
-from ted_ds.pretrain.data import open_data
+from ted_ds.pretrain.data import open_data, open_tokenizer
 from ted_ds.pretrain.distill import distill, export_checkpoint
 from ted_ds.pretrain.filters import learn_filters, plan_pairs
-from ted_ds.pretrain.models import ensure_student, trained_config
+from ted_ds.pretrain.models import check_models, ensure_student, trained_config
 
 MAY_CHANGE = ("output_dir", "deepspeed", "logging", "environment")
 """Parts of a recipe that another start on the same folder may change; train and data: see `_settled`."""
@@ -44,11 +44,13 @@ def pretrain(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[str
     if summary is not None and goal != "export":
         logger.info("%s is complete (%d steps); nothing to do", run.output_dir, summary["steps"])
         return summary
-    data = open_data(run, world)
-    student = ensure_student(run, data.tokenizer, world)
+    tokenizer = open_tokenizer(run, world)
+    student = ensure_student(run, tokenizer, world)
     if goal == "student":
         return None
     plan = plan_pairs(run, student)
+    check_models(run, student, tokenizer)
+    data = open_data(run, world, tokenizer)
     filters = learn_filters(run, world, data, plan, student) if plan else {}
     if goal == "filters":
         return None
