@@ -25,6 +25,7 @@ setup(
         "numpy",
         "nvidia-ml-py",  # the module pynvml
         "protobuf",
+        "pyarrow",
         "pydantic>=2",
         "pyyaml",
         "safetensors",
