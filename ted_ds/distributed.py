@@ -27,14 +27,13 @@ logger = logging.getLogger("ted_ds")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, its rank on its node, the number of ranks, its device.
+    """This process among all: its rank, the number of ranks, its device.
 
     host: a gloo group of all ranks that waits for days: preparing a large corpus on rank 0 takes hours,
     where a collective of the training must fail within minutes.
     """
 
     rank: int
-    local_rank: int
     size: int
     device: torch.device
     host: torch.distributed.ProcessGroup
@@ -111,7 +110,7 @@ def init_world() -> World:
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     _quiet(rank)
     host = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
-    return World(rank, local_rank, size, device, host)
+    return World(rank, size, device, host)
 
 
 def shut_down() -> None:
