@@ -29,6 +29,8 @@ setup(
         "pydantic>=2",
         "pyyaml",
         "safetensors",
+        "scikit-learn",
+        "scipy",
         "sentencepiece",
         "tensorboard",
         "tokenizers",

@@ -15,11 +15,13 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.timing import environment, extra_peak_mib, interleaved_seconds, medians, write_report
-from ted_ds.batch import IGNORED, Batch
-from ted_ds.distill.frozen import FrozenLM, FrozenModel
-from ted_ds.distill.objective import DistillationModel, LossWeights
+from ted_ds.batch import IGNORED, Batch, BatchCounts
+from ted_ds.distill.frozen import FrozenModel, FrozenModule
+from ted_ds.distill.objective import DistillationModel
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import resolve_layer_map
+from ted_ds.tasks.base import LossWeights
+from ted_ds.tasks.causal_lm import CausalLM
 
 SIZES = ("teacher_blocks", "student_blocks", "width", "vocab", "rows", "sequence")
 
@@ -60,13 +62,14 @@ def streamed_step(teacher: LlamaForCausalLM, student: LlamaForCausalLM, ids: tor
     layer_map = resolve_layer_map("uniform", len(student.model.layers), len(teacher.model.layers))
     width = student.config.hidden_size
     sides = [FilterPlan(tuple(pair[i] for pair in layer_map), width, width).build().to(ids.device) for i in (1, 0)]
-    model = DistillationModel(student, sides[1], LossWeights(1.0, 10.0), vocab_size=student.config.vocab_size)
-    frozen = FrozenModel(FrozenLM(teacher, sides[0]))
+    task = CausalLM(student.config.vocab_size)
+    model = DistillationModel(student, sides[1], LossWeights(1.0, 10.0), task=task)
+    frozen = FrozenModel(FrozenModule(teacher, task, sides[0]))
     model.attach_teacher(frozen, layer_map, torch.ones(len(layer_map), device=ids.device))
     targets = torch.full_like(ids, IGNORED)
     targets[:, :-1] = ids[:, 1:]
     batch = Batch(ids, targets)
-    counts = batch.counts()
+    counts = BatchCounts.of(batch)
 
     def step() -> None:
         model.zero_grad()

@@ -1,25 +1,14 @@
 #!/usr/bin/env bash
 """:"
-# Valid bash and valid Python: bash runs the lines down to its exec, Python takes them for a docstring.
+# Continual pre-training.
 #
 #   deepspeed launchers/pretrain.sh --config launchers/recipes/NAME.yaml [--section.key=value ...]
-#   bash launchers/pretrain.sh ...                      the same: starts the deepspeed launcher itself
+#   bash launchers/pretrain.sh ...                      the same: starts the deepspeed launcher itself, see start.sh
 #   deepspeed --no_python launchers/pretrain.sh ...     and torchrun --nproc_per_node N launchers/pretrain.sh ...
 #
-# By bash alone: TED_DS_RANKS is the number of ranks on this machine (default: deepspeed's own, one a GPU),
-# MASTER_PORT the port they meet at. deepspeed is taken from PATH, else from this clone's .venv.
-set -euo pipefail
-script="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")"
-root="$(dirname "$(dirname "$script")")"
-command -v deepspeed > /dev/null || PATH="$root/.venv/bin:$PATH"
-if ! launcher="$(command -v deepspeed)"; then
-  echo "deepspeed is neither on PATH nor in $root/.venv: run 'make -C $root venv'" >&2
-  exit 1
-fi
-if [ -n "${RANK:-}" ]; then
-  exec "$(dirname "$launcher")/python3" -u "$script" "$@"
-fi
-exec "$launcher" ${TED_DS_RANKS:+--num_gpus "$TED_DS_RANKS"} ${MASTER_PORT:+--master_port "$MASTER_PORT"} "$script" "$@"
+# Valid bash and valid Python: bash runs the lines down to `source`, which does not return; Python takes them for a
+# docstring.
+source "$(dirname "${BASH_SOURCE[0]}")/start.sh"
 ":"""
 
 import os

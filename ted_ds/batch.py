@@ -1,44 +1,65 @@
-"""The unit that travels from the data to the losses."""
+"""The unit that travels from the data to the losses, and what the losses are divided by."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
 IGNORED = -100
-"""The target of a position that is not predicted (torch's own `ignore_index`)."""
+"""The target of a position or row that is not predicted (torch's own `ignore_index`)."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of a causal language model.
+    """One micro-batch.
 
     input_ids: [B, S] int64.
-    targets: [B, S] int64. `targets[b, s]` is the id that position s predicts (already shifted),
-        or `IGNORED`.
+    targets: what is predicted. Causal LM: [B, S] int64, the id that each position predicts (already shifted),
+        or `IGNORED`. Classification: [B] int64, the label's number, or `IGNORED`. Regression: [B] float32, nan
+        where there is none. Question answering: [B] int64, the position where the answer starts.
     attention_mask: [B, S] int64, 1 on real tokens, or None where every position is real.
+    token_type_ids: [B, S] int64, 0 in the first text and 1 in the second, or None.
+    ends: question answering alone, [B] int64: the position of the answer's last token. A position beyond the
+        sequence is not predicted.
+    rows: [B] int64, when scoring: the number of each row within its split, -1 for a filler.
     """
 
     input_ids: torch.Tensor
     targets: torch.Tensor
     attention_mask: torch.Tensor | None = None
+    token_type_ids: torch.Tensor | None = None
+    ends: torch.Tensor | None = None
+    rows: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; the copy does not block the host."""
-        mask = self.attention_mask
-        return Batch(
-            on_device(self.input_ids, device),
-            on_device(self.targets, device),
-            None if mask is None else on_device(mask, device),
-        )
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return Batch(*(None if tensor is None else on_device(tensor, device) for tensor in tensors))
 
-    def counts(self) -> torch.Tensor:
-        """[2] int64 on the batch's device: predicted targets, real tokens."""
-        mask = self.attention_mask
-        predicted = (self.targets != IGNORED).sum()
-        real = torch.full_like(predicted, self.input_ids.numel()) if mask is None else mask.sum()
-        return torch.stack([predicted, real])
+
+class BatchCounts:
+    """What losses are divided by: counts of the *global* batch, so that a step does not depend on how it is split.
+
+    values: [5] int64. targets: predicted tokens, labelled rows, or answer starts; ends: answer ends; rows;
+    tokens: real ones; positions: padding included. Each of them is a scalar on the device.
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+        self.targets, self.ends, self.rows, self.tokens, self.positions = values.unbind()
+
+    @staticmethod
+    def of(batch: Batch) -> BatchCounts:
+        """One batch's own counts."""
+        ids, targets, mask = batch.input_ids, batch.targets, batch.attention_mask
+        ends = targets.new_zeros((), dtype=torch.int64)
+        if batch.ends is not None:
+            predicted, ends = ((p < ids.shape[1]).sum() for p in (targets, batch.ends))
+        else:
+            predicted = (~targets.isnan() if targets.is_floating_point() else targets != IGNORED).sum()
+        rows, positions = (torch.full_like(predicted, count) for count in (len(ids), ids.numel()))
+        return BatchCounts(torch.stack([predicted, ends, rows, positions if mask is None else mask.sum(), positions]))
 
 
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -55,6 +55,12 @@ class World:
         torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
         return least
 
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        """Every rank's `values` ([n, ..], as many on each), one after another in one tensor; a collective."""
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        torch.distributed.all_gather(parts, values.contiguous())
+        return torch.cat(parts)
+
     def on_main(self, work: Callable[[], T]) -> T:
         """Rank 0's result (small, picklable) of `work` on every rank, or its error; a collective.
 

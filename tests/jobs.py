@@ -14,11 +14,11 @@ from ted_ds.config.schema import RunConfig
 from ted_ds.distributed import World
 from ted_ds.engine.loading import gathered
 from ted_ds.errors import TedError
-from ted_ds.pretrain.data import RunData, open_data, open_tokenizer
-from ted_ds.pretrain.distill import build_distillation_engine
-from ted_ds.pretrain.filters import learn_filters, plan_pairs
-from ted_ds.pretrain.models import ensure_student
-from ted_ds.pretrain.run import Goal, pretrain
+from ted_ds.stages.data import RunData, open_data, open_tokenizer
+from ted_ds.stages.distill import Plan, build_distillation_engine
+from ted_ds.stages.filters import learn_filters, plan_pairs
+from ted_ds.stages.models import ensure_models
+from ted_ds.stages.run import Goal, run_recipe
 from ted_ds.train.step import global_counts
 
 
@@ -26,7 +26,7 @@ def pretrain_recipe(
     world: World, path: Path, overrides: tuple[str, ...] = (), goal: Goal = "distilled"
 ) -> dict[str, Any] | None:
     """Runs a recipe in this rank's process group."""
-    return pretrain(load_config(path, list(overrides)), world, goal)
+    return run_recipe(load_config(path, list(overrides)), world, goal)
 
 
 def pretrain_error(world: World, path: Path, overrides: tuple[str, ...] = (), goal: Goal = "distilled") -> str:
@@ -68,11 +68,12 @@ def built(world: World, path: Path, overrides: tuple[str, ...] = ()) -> tuple[Ru
     """A recipe's Stage II engine before its first step."""
     run = load_config(path, list(overrides))
     tokenizer = open_tokenizer(run, world)
-    student = ensure_student(run, tokenizer, world)
-    plan = plan_pairs(run, student)
+    models = ensure_models(run, tokenizer, world)
+    pairs = plan_pairs(run, models)
     data = open_data(run, world, tokenizer)
-    filters = learn_filters(run, world, data, plan, student) if plan else {}
-    return run, data, build_distillation_engine(run, world, data, plan, filters, student)
+    run = run.resolved(data.num_rows)
+    filters = learn_filters(run, world, data, pairs, models) if pairs else {}
+    return run, data, build_distillation_engine(run, world, data, Plan(models, pairs, filters))
 
 
 def full_disk(world: World, path: Path, overrides: tuple[str, ...]) -> str:

@@ -18,7 +18,10 @@ from ted_ds.data.prepare import PackedBlocks
 from ted_ds.distill.filter_learner import FilterProbe
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.structure import find_structure
-from ted_ds.pretrain.filters import plan_pairs
+from ted_ds.ops import Head
+from ted_ds.stages.filters import PairPlan, plan_pairs
+from ted_ds.stages.models import Models
+from ted_ds.tasks.causal_lm import LMHead
 from ted_ds.train.schedule import learning_rate_schedule
 
 
@@ -98,12 +101,14 @@ def plain_stage1(recipe: Path, side: str, *, steps: int) -> list[float]:
     path = run.teacher.model if side == "teacher" else run.output_dir / "initial_student"
     model = AutoModelForCausalLM.from_pretrained(path).eval().requires_grad_(False)
     structure = find_structure(model)
-    pairs = plan_pairs(run, str(run.output_dir / "initial_student"))
+    pairs = _pairs(run)
+    assert pairs is not None
     plan = pairs.teacher if side == "teacher" else pairs.student
+    head = LMHead(structure.final_norm, Head(structure.lm_head.weight, None), vocab_size=1)
     torch.manual_seed(run.seed)
-    probes = nn.ModuleList(FilterProbe(f) for f in plan.build())
+    probes = nn.ModuleList(FilterProbe(f, head) for f in plan.build())
     schedule = learning_rate_schedule("linear", warmup_steps=steps // 10, total_steps=steps, final_ratio=0.0)
-    optimizer = optimizer_of(list(probes.parameters()), run, run.filters.learning_rate, 0.0)
+    optimizer = optimizer_of(list(probes.parameters()), run, run.filters.learning_rate.teacher, 0.0)
     rows, losses = rows_of(run), []
     for step in range(steps):
         (batch,) = rows.micro_batches(step)
@@ -119,7 +124,7 @@ def plain_stage1(recipe: Path, side: str, *, steps: int) -> list[float]:
         loss.backward()
         nn.utils.clip_grad_norm_(probes.parameters(), run.optimizer.gradient_clipping)
         for group in optimizer.param_groups:
-            group["lr"] = run.filters.learning_rate * schedule(step)
+            group["lr"] = run.filters.learning_rate.teacher * schedule(step)
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
@@ -135,9 +140,13 @@ def _block(model: nn.Module, batch, index: int) -> torch.Tensor:
     return seen[0]
 
 
+def _pairs(run: RunConfig) -> PairPlan | None:
+    return plan_pairs(run, Models(str(run.output_dir / "initial_student"), run.teacher.model))
+
+
 def _filters(run: RunConfig) -> tuple[LayerMap, nn.ModuleList, nn.ModuleList]:
     """(pairs, teacher filters, student filters) as the run starts Stage II with."""
-    plan = plan_pairs(run, str(run.output_dir / "initial_student"))
+    plan = _pairs(run)
     if plan is None:
         return (), nn.ModuleList(), nn.ModuleList()
     torch.manual_seed(run.seed)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -11,9 +13,14 @@ from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.distributed import World
 from ted_ds.engine.loading import whole_tensors
 
+CARD = "ted_ds.json"
+"""What an exported student says of itself, in its folder."""
 
-def export_student(student: PreTrainedModel, tokenizer: Tokenizer, folder: Path, world: World) -> None:
-    """Writes `student` (a Hugging Face model, sharded or not) with its tokenizer; a collective.
+
+def export_student(
+    student: PreTrainedModel, tokenizer: Tokenizer, folder: Path, world: World, card: dict[str, Any] | None = None
+) -> None:
+    """Writes `student` (a Hugging Face model, sharded or not) with its tokenizer, and `card` if given; a collective.
 
     Weights are gathered one at a time; rank 0's host memory holds one copy of the student. The folder is
     renamed into place, so that it is whole wherever it exists.
@@ -26,7 +33,25 @@ def export_student(student: PreTrainedModel, tokenizer: Tokenizer, folder: Path,
         shutil.rmtree(temporary, ignore_errors=True)
         student.save_pretrained(temporary, state_dict=weights | buffers)
         tokenizer.save(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
+        if card is not None:
+            (temporary / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        replace_folder(folder, temporary)
 
     world.on_main(write)
+
+
+def replace_folder(folder: Path, new: Path) -> None:
+    """Puts `new` in the place of `folder`; a process that dies on the way leaves one of them, see `recover_folder`."""
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(folder: Path) -> None:
+    """Puts the former folder back where `replace_folder` was interrupted between its two renames."""
+    old = folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)

@@ -34,7 +34,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from ted_ds.distributed import init_world
     from ted_ds.engine.loading import load_causal_lm
     from ted_ds.evaluation.lambada import lambada
-    from ted_ds.pretrain.models import check_fit
+    from ted_ds.stages.models import check_fit
 
     world = init_world()
     model: Any = load_causal_lm(arguments.model, dtype=arguments.dtype)

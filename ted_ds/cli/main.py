@@ -13,7 +13,7 @@ COMMANDS = {
     "prepare": "text into packed blocks, ahead of a run",
     "init-student": "Stage 0: cut the initial student from the teacher",
     "learn-filters": "Stage I: learn the teacher's and the student's filters",
-    "distill": "all stages to the distilled student, as launchers/pretrain.sh does",
+    "distill": "all stages to the distilled student, as the launchers do",
     "export": "the last checkpoint's student as a Hugging Face folder, of a run that is not over",
     "evaluate": "perplexity and LAMBADA of a Hugging Face folder",
     "report": "table and curves of finished runs",
@@ -38,7 +38,7 @@ def main() -> None:
 
 def _command(name: str) -> Callable[[Sequence[str]], int]:
     if name in GOALS:
-        return partial(import_module("ted_ds.cli.pretrain").main, goal=GOALS[name])
+        return partial(import_module("ted_ds.cli.pretrain").run_command, program=f"ted-ds {name}", goal=GOALS[name])
     return import_module(f"ted_ds.cli.{name}").main
 
 

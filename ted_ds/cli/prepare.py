@@ -1,4 +1,4 @@
-"""`ted-ds prepare`: text into packed blocks, ahead of a run and without any model."""
+"""`ted-ds prepare`: text into packed blocks, or labelled rows into token ids, ahead of a run and without a model."""
 
 from __future__ import annotations
 
@@ -35,8 +35,15 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError("ted-ds prepare without --config needs --data.prepared=FOLDER to write to")
         folder = data.prepared
 
-    from ted_ds.pretrain.data import ensure_tokenizer, prepare_data
+    if arguments.config and run.task != "causal-lm":
+        from ted_ds.stages.example_data import ensure_task_tokenizer, prepare_examples
 
-    for split, blocks in prepare_data(data, ensure_tokenizer(data), folder).items():
+        for split, rows in prepare_examples(run, ensure_task_tokenizer(run)).items():
+            print(f"{folder / split}: {len(rows)} rows, {rows.lengths.sum()} tokens")
+        return 0
+
+    from ted_ds.stages.text_data import ensure_text_tokenizer, prepare_text
+
+    for split, blocks in prepare_text(data, ensure_text_tokenizer(data), folder).items():
         print(f"{folder / split}: {len(blocks)} blocks of {data.sequence_length} tokens")
     return 0

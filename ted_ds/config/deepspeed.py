@@ -34,11 +34,18 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
 
 
 def trained_engine_config(
-    run: RunConfig, *, world_size: int, learning_rate: float, weight_decay: float, cpu: bool
+    run: RunConfig,
+    *,
+    world_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    cpu: bool,
+    global_batch_size: int | None = None,
 ) -> dict[str, Any]:
     """The DeepSpeed dict of an engine that trains: the student's, or Stage I's filters'.
 
     learning_rate: the peak; the caller's scheduler scales it. cpu: whether the accelerator is the CPU.
+    global_batch_size: rows a step; None: train's.
     The optimizer is torch's fused AdamW, which needs no compiler; DeepSpeed's CPUAdam (compiled at the first
     start) only where the file offloads a GPU's optimizer.
     Raises ConfigError for a file that cannot be read or contradicts the recipe.
@@ -46,12 +53,19 @@ def trained_engine_config(
     path = find_deepspeed_file(run.deepspeed)
     config = _read_json(path)
     optimizer, train = run.optimizer, run.train
+    accumulation = accumulation_steps(global_batch_size or train.global_batch_size, train.micro_batch_size, world_size)
+    if run.spec.kind == "regression" and run.loss.kl_alpha and accumulation > 1 and global_batch_size is None:
+        raise ConfigError(
+            f"task: {run.task} with loss.kl_alpha {run.loss.kl_alpha:g} compares a step's rows with each other, but "
+            f"they are split into {accumulation} micro-batches: set train.micro_batch_size to "
+            f"{train.micro_batch_size * accumulation}, or loss.kl_alpha to 0"
+        )
     _refuse(path, config, "scheduler", "the recipe's optimizer.schedule decides the learning rate")
     _fill_batch_sizes(
         path,
         config,
         micro=train.micro_batch_size,
-        accumulation=accumulation_steps(train.global_batch_size, train.micro_batch_size, world_size),
+        accumulation=accumulation,
         world_size=world_size,
     )
     _fill_precision(path, config, run.student.dtype, "student.dtype")

@@ -12,13 +12,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ted_ds.config.schema import RunConfig
+from ted_ds.config.schema import Method, RunConfig
 from ted_ds.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
 
 ENVIRONMENT = "environment"
 """The key of a dumped recipe that is about the run, not of it; ignored when read."""
+
+METHODS = "methods"
+"""The key of a recipe under which each method may have its own values, such as alphas."""
 
 COMMAND_LINE = "the command line"
 
@@ -31,8 +34,30 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     recipe = _read_yaml(Path(path))
     recipe.pop(ENVIRONMENT, None)
+    _choose_method(recipe, Path(path), overrides)
     overridden = _apply_overrides(recipe, overrides)
     return _validate(RunConfig, recipe, str(path), overridden)
+
+
+def _choose_method(recipe: dict[str, Any], path: Path, overrides: Sequence[str]) -> None:
+    """Merges what `methods` has for the chosen method into the recipe, under the overrides, and drops `methods`."""
+    sections = recipe.pop(METHODS, {})
+    known = get_args(Method)
+    if not isinstance(sections, dict) or not all(isinstance(s, dict) for s in sections.values()):
+        raise ConfigError(f"{path}: {METHODS}: is {sections!r:.60}, not a mapping of methods to parts of a recipe")
+    if strange := [name for name in sections if name not in known]:
+        raise ConfigError(f"{path}: {METHODS}.{strange[0]}: unknown method; known are {', '.join(known)}")
+    default = RunConfig.model_fields["method"].default
+    chosen = dict(_split_overrides(overrides)).get("method") or recipe.get("method", default)
+    _merge(recipe, sections.get(chosen, {}))
+
+
+def _merge(recipe: dict[str, Any], part: Mapping[str, Any]) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict) and isinstance(recipe.get(key), dict):
+            _merge(recipe[key], value)
+        else:
+            recipe[key] = value
 
 
 def load_section(model: type[SectionT], overrides: Sequence[str]) -> SectionT:

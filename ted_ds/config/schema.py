@@ -6,10 +6,13 @@ ranks in `ted_ds.config.deepspeed`. Importing this module imports neither torch 
 
 from __future__ import annotations
 
+import difflib
+import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -22,6 +25,8 @@ from pydantic import (
     WrapValidator,
     model_validator,
 )
+
+from ted_ds.config.tasks import TASKS, TaskSpec
 
 Method = Literal["ce", "kd", "lwd", "ted"]
 Dtype = Literal["float32", "bfloat16"]
@@ -45,6 +50,30 @@ def _null_passes(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 LossWeight = Annotated[float, Field(ge=0), WrapValidator(_null_passes)]
 """A weight of the loss: null until `RunConfig` resolves it, but typed as what its readers see."""
 
+Steps = Annotated[int, Field(gt=0), WrapValidator(_null_passes)]
+"""A number of steps: null where epochs are given, until the data is known; typed as what its readers see."""
+
+
+def _epoch_passes(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    return value if value == EPOCH else check(value)
+
+
+EPOCH = "epoch"
+
+Every = Annotated[int, Field(ge=0), WrapValidator(_epoch_passes)]
+"""A number of steps or "epoch", until the data is known; typed as what its readers see."""
+
+
+def _known_task(name: str) -> str:
+    if name not in TASKS:
+        close = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(TASKS)}"
+        raise ValueError(f"{name!r} is no task; {hint}")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_known_task)]
+
 
 def _as_sequence(value: Any) -> Any:
     return [value] if isinstance(value, str | dict) else value
@@ -56,10 +85,25 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+T = TypeVar("T")
+
+
+class Sides(Section, Generic[T]):
+    """A value for each model's Stage I: {teacher: .., student: ..}, or one for both."""
+
+    teacher: T
+    student: T
+
+    @model_validator(mode="before")
+    @classmethod
+    def _both(cls, value: Any) -> Any:
+        return value if isinstance(value, dict | Sides) else {"teacher": value, "student": value}
+
+
 class TeacherConfig(Section):
     """The frozen model that is distilled from."""
 
-    model: str = Field(description="folder or hub id of a causal LM")
+    model: str = Field(description="folder or hub id of a model of the task")
     sharding: Sharding = Field(default="zero3", description="zero3: one copy over all ranks; replicated: a copy a rank")
     dtype: Dtype = "bfloat16"
     deepspeed: Path = Field(default=Path("ds_configs/teacher_zero3.json"), description="used by sharding zero3")
@@ -102,20 +146,36 @@ class InitConfig(Section):
 
 
 class StudentConfig(Section):
-    """The model that is trained: a checkpoint (`model`) or made in Stage 0 (`init`)."""
+    """The model that is trained: a checkpoint (`model`) or made in Stage 0 (`init`, `pretrained`)."""
 
-    model: str | None = Field(default=None, description="folder or hub id of a causal LM")
+    model: str | None = Field(
+        default=None, description="folder or hub id of a causal LM or, for other tasks, of a model fine-tuned on it"
+    )
     init: InitConfig | None = None
+    pretrained: str | None = Field(
+        default=None, description="folder or hub id of the model before fine-tuning, for init_from_pretrained"
+    )
+    init_from_pretrained: bool = Field(
+        default=False, description="start from `pretrained` with a fresh task head, in place of `model`"
+    )
     dtype: Dtype = Field(default="bfloat16", description="of forward and backward; the optimizer's copy is float32")
     activation_checkpointing: bool = Field(
         default=False, description="recompute blocks in backward: less memory, more time"
     )
     dropout: Fraction | None = Field(default=0.0, description="set on every dropout; null keeps the checkpoint's")
+    head_dropout: Fraction | None = Field(
+        default=None, description="before the task head (cls_dropout, classifier_dropout); null: as `dropout` says"
+    )
     trust_remote_code: bool = False
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
-        if (self.model is None) == (self.init is None):
+        if self.init_from_pretrained:
+            if self.pretrained is None:
+                raise ValueError("student.init_from_pretrained needs student.pretrained: give its folder or hub id")
+            if self.init is not None:
+                raise ValueError("student.init and student.init_from_pretrained exclude each other: remove one")
+        elif (self.model is None) == (self.init is None):
             found = "neither is" if self.model is None else "both are"
             raise ValueError(f"exactly one of student.model and student.init must be given, {found}")
         return self
@@ -131,11 +191,25 @@ class FiltersConfig(Section):
     layer_map: Literal["uniform", "last"] | Annotated[tuple[Pair, ...], Field(min_length=1)] = Field(
         default="uniform", description="policy, or pairs [student block, teacher block], 0-based"
     )
-    learning_rate: PositiveFloat = Field(default=1e-3, description="peak rate of Stage I")
-    steps: PositiveInt = Field(default=200, description="optimizer steps of Stage I, for each model")
-    token_fraction: float = Field(
-        default=1.0, gt=0, le=1, description="share of positions that a filter sees each step"
+    learning_rate: Sides[PositiveFloat] = Field(
+        default=Sides(teacher=1e-3, student=1e-3), description="peak rate of Stage I"
     )
+    steps: Steps = Field(default=None, validate_default=True, description="optimizer steps of Stage I; null: 200")
+    epochs: PositiveFloat | None = Field(default=None, description="passes over the data, in place of steps")
+    warmup_steps: Sides[NonNegativeInt] | None = Field(
+        default=None, description="steps of linear warm-up; null: a tenth; the rate then falls linearly to 0"
+    )
+    global_batch_size: Sides[PositiveInt] | None = Field(default=None, description="rows a step; null: train's")
+    head_dropout: Sides[Fraction] | None = Field(
+        default=None, description="before the disposable heads' classifiers; null: each model's own"
+    )
+    token_fraction: float = Field(
+        default=1.0, gt=0, le=1, description="share of positions that a filter sees each step (causal-lm)"
+    )
+
+    @model_validator(mode="after")
+    def _length(self) -> Self:
+        return _resolve_length(self, "filters", default=200)
 
 
 class LossConfig(Section):
@@ -147,6 +221,9 @@ class LossConfig(Section):
     layer_loss: Literal["normalized_mse", "mse"] = Field(
         default="normalized_mse",
         description="MSE over the mean square of the teacher's side, or the paper's raw MSE",
+    )
+    mask_padding: bool = Field(
+        default=True, description="false: padding positions count in the layer loss, as in the paper's code"
     )
 
 
@@ -164,18 +241,34 @@ DataEntries = Annotated[tuple[str | HubDataset, ...], BeforeValidator(_as_sequen
 
 
 class DataConfig(Section):
-    """Documents, their tokenizer, and the packed blocks made of them."""
+    """Documents or labelled rows, their tokenizer, and where what is made of them is kept."""
 
     train: DataEntries = Field(min_length=1)
-    validation: DataEntries = Field(default=(), description="held-out documents; empty: no evaluation")
-    text_column: str = Field(default="text", description="of JSONL, Parquet and hub data")
+    validation: DataEntries = Field(default=(), description="held-out data; empty: no evaluation")
+    extra_validation: dict[str, DataEntries] = Field(
+        default={}, description="name -> more held-out data, scored once, by the best weights (MNLI's mismatched set)"
+    )
+    text_column: str = Field(default="text", description="of JSONL, Parquet and hub data (causal-lm)")
+    text_columns: tuple[str, ...] | None = Field(
+        default=None, min_length=1, max_length=2, description="one or two; null: the task's own"
+    )
+    label_column: str | None = Field(default=None, description="null: the task's own")
+    labels: tuple[str, ...] | None = Field(
+        default=None, min_length=2, description="their order numbers them; null: the task's own"
+    )
     tokenizer: str = Field(description="folder or hub id for AutoTokenizer, or a SentencePiece .model file")
-    sequence_length: PositiveInt = Field(default=1024, description="tokens a row (S)")
-    prepared: Path | None = Field(default=None, description="folder of the packed blocks; null: OUTPUT_DIR/data")
+    sequence_length: PositiveInt = Field(
+        default=1024, description="tokens a row (S); other tasks than causal-lm: at most, longer texts are cut"
+    )
+    doc_stride: PositiveInt = Field(
+        default=128, description="tokens that neighbouring windows of a long context share (question answering)"
+    )
+    prepared: Path | None = Field(default=None, description="folder of the tokenized data; null: OUTPUT_DIR/data")
     processes: PositiveInt | None = Field(default=None, description="that tokenize; null: one a core")
     train_tokenizer: PositiveInt | None = Field(
         default=None,
-        description="vocabulary size of a SentencePiece model to train into `tokenizer` if that is not there",
+        description="vocabulary size of a tokenizer to train into `tokenizer` if that is not there: SentencePiece, "
+        "for other tasks than causal-lm WordPiece",
     )
 
 
@@ -195,12 +288,17 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """How long, how much a step, how often to look and to save."""
 
-    steps: PositiveInt = Field(default=1000, description="optimizer steps")
+    steps: Steps = Field(default=None, validate_default=True, description="optimizer steps; null: 1000")
+    epochs: PositiveFloat | None = Field(default=None, description="passes over the data, in place of steps")
     global_batch_size: PositiveInt = Field(default=64, description="rows a step over all ranks")
     micro_batch_size: PositiveInt = Field(default=4, description="rows per rank per forward")
-    evaluate_every: NonNegativeInt = Field(default=200, description="steps; 0: only at the end")
-    save_every: NonNegativeInt = Field(default=200, description="steps; 0: only at the end")
+    evaluate_every: Every = Field(default=200, description="steps, or epoch; 0: only at the end")
+    save_every: Every = Field(default=200, description="steps, or epoch; 0: only at the end")
     keep_checkpoints: PositiveInt = Field(default=2, description="older ones are deleted")
+
+    @model_validator(mode="after")
+    def _length(self) -> Self:
+        return _resolve_length(self, "train", default=1000)
 
 
 class LoggingConfig(Section):
@@ -210,10 +308,23 @@ class LoggingConfig(Section):
     tensorboard: bool = True
 
 
+SectionT = TypeVar("SectionT", TrainConfig, FiltersConfig)
+
+
+def _resolve_length(section: SectionT, name: str, *, default: int) -> SectionT:
+    if section.steps is not None and section.epochs is not None:
+        raise ValueError(
+            f"{name}.steps ({section.steps}) and {name}.epochs ({section.epochs:g}) exclude each other: remove one"
+        )
+    if section.steps is None and section.epochs is None:
+        object.__setattr__(section, "steps", default)
+    return section
+
+
 class RunConfig(Section):
     """A whole recipe. `loss.kl_alpha` and `loss.mse_alpha` always hold numbers here, resolved by `method`."""
 
-    task: Literal["causal-lm"] = "causal-lm"
+    task: TaskName = "causal-lm"
     method: Method = "ted"
     output_dir: Path
     seed: NonNegativeInt = 0
@@ -256,10 +367,50 @@ class RunConfig(Section):
         object.__setattr__(self, "loss", self.loss.model_copy(update=weights))
         return self
 
+    @model_validator(mode="after")
+    def _keys_fit_the_task(self) -> Self:
+        lm = self.task == "causal-lm"
+        useless = (
+            {
+                "student.pretrained": self.student.pretrained,
+                "student.init_from_pretrained": self.student.init_from_pretrained,
+                "student.head_dropout": self.student.head_dropout,
+                "filters.head_dropout": self.filters.head_dropout,
+                "data.text_columns": self.data.text_columns,
+                "data.label_column": self.data.label_column,
+                "data.labels": self.data.labels,
+                "data.extra_validation": self.data.extra_validation,
+            }
+            if lm
+            else {"filters.token_fraction": self.filters.token_fraction != 1.0}
+        )
+        if used := [key for key, value in useless.items() if value]:
+            raise ValueError(f"task: {self.task} has no use for {used[0]}: remove it")
+        if self.method == "ted" and self.student.init_from_pretrained:
+            raise ValueError(
+                "method: ted learns the student's filters on a fine-tuned student, but student.init_from_pretrained is "
+                "true: remove it, or choose method: ce, kd or lwd"
+            )
+        for key in ("text_columns", "labels"):
+            if not lm and not getattr(self.spec, key) and self.spec.kind in ("classification", "regression"):
+                if key == "labels" and self.spec.kind == "regression":
+                    continue
+                raise ValueError(f"task: {self.task} needs data.{key}: name them")
+        return self
+
     @property
-    def tokens_per_step(self) -> int:
-        """Tokens of an optimizer step over all ranks."""
-        return self.train.global_batch_size * self.data.sequence_length
+    def spec(self) -> TaskSpec:
+        """The task, with the recipe's own columns and labels."""
+        data = self.data
+        return TASKS[self.task].with_columns(data.text_columns, data.label_column, data.labels)
+
+    def resolved(self, rows: int) -> RunConfig:
+        """The recipe with epochs turned into steps, for training data of `rows` rows."""
+        train = self.train
+        epoch = math.ceil(rows / train.global_batch_size)
+        steps = train.steps if train.epochs is None else math.ceil(train.epochs * rows / train.global_batch_size)
+        every = {n: epoch if (v := getattr(train, n)) == EPOCH else v for n in ("evaluate_every", "save_every")}
+        return self.model_copy(update={"train": train.model_copy(update={"steps": steps, **every})})
 
     @property
     def prepared_folder(self) -> Path:

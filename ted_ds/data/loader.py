@@ -43,6 +43,10 @@ class TrainingRows:
         starts = range(self._rank * self._micro, self._global, self._world * self._micro)
         return [self._batch(step * self._global + start) for start in starts]
 
+    def tokens(self, step: int) -> int:
+        """Tokens of a step over all ranks: rows are full."""
+        return self._global * self._blocks.manifest.sequence_length
+
     def _batch(self, position: int) -> Batch:
         rows = [self._row(position + i) for i in range(self._micro)]
         ids = torch.from_numpy(self._blocks.rows(np.array(rows)))

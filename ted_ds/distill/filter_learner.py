@@ -10,46 +10,46 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
-from ted_ds.batch import Batch, on_device
+from ted_ds.batch import Batch, BatchCounts
 from ted_ds.distill.frozen import FrozenModel
-from ted_ds.models.filters import Filter, fresh_linear
-from ted_ds.ops import Head, eager_gradients, linear_cross_entropy_kl
+from ted_ds.models.filters import Filter
+from ted_ds.ops import eager_gradients
+from ted_ds.tasks.base import DisposableHead
 
-Readout = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+HeadLoss = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
 
 
 class FilterProbe(nn.Module):
-    """A filter and, where F is not the model's width, the disposable `Linear(F -> D)` before the LM head.
+    """A filter and its disposable head.
 
     Like `Filter` it owns all its tensors (shared ones for the filter's), so that ZeRO-3 gathers them together.
     """
 
-    def __init__(self, filter_: Filter) -> None:
+    def __init__(self, filter_: Filter, head: DisposableHead) -> None:
         super().__init__()
         self.filter = filter_
         for name, parameter in filter_.named_parameters():
             self.register_parameter(f"filter_{name}", parameter)
         self._num_filter = len(list(filter_.parameters()))
-        if filter_.output_dim != filter_.width:
-            up = fresh_linear(filter_.output_dim, filter_.width)
+        tensors = head.tensors(filter_)
+        self._names = tuple(tensors)
+        for name, parameter in tensors.items():
             # ZeRO-3 wants one dtype for all that it shards
-            self.up_weight, self.up_bias = (nn.Parameter(p.detach().to(filter_.weight.dtype)) for p in up)
+            self.register_parameter(name, nn.Parameter(parameter.detach().to(filter_.weight.dtype)))
 
-    def forward(self, hidden: torch.Tensor, targets: torch.Tensor, *, readout: Readout) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, *, loss: HeadLoss) -> torch.Tensor:
         """The task loss of this filter's head, its gradients already computed.
 
-        hidden: [N, D], constant; targets: [N]; readout(states [N, D], targets [N]) -> scalar loss.
+        hidden: [.., D], constant; loss(filtered states [.., F], the head's tensors by name) -> scalar.
         """
 
         def compute(*tensors: torch.Tensor) -> torch.Tensor:
-            own, up = tensors[: self._num_filter], tensors[self._num_filter :]
+            own, head = tensors[: self._num_filter], tensors[self._num_filter :]
             states = self.filter.states(hidden.to(own[0].dtype), *own)
-            return readout(functional.linear(states, *up) if up else states, targets)
+            return loss(states, dict(zip(self._names, head, strict=True)))
 
         return eager_gradients(compute, *self.parameters(recurse=False))
 
@@ -57,55 +57,31 @@ class FilterProbe(nn.Module):
 class FilterLearner(nn.Module):
     """The module in Stage I's engine; its forward is one micro-batch of every filter's task loss.
 
-    filters: K filters for the blocks `blocks` of the frozen model.
-    final_norm, head: the frozen model's own, whole on every rank (V * D elements, the same as one gather
-        of the LM head; they never change, so they are gathered once instead of K times a step).
-    token_fraction: share of the positions that each filter sees of every step; unbiased, and Stage I's
-        cost, K passes through the LM head, shrinks with it.
+    filters: K filters for the blocks `blocks` of the frozen model, each trained behind a `head` of its own.
     """
 
     def __init__(
-        self,
-        filters: Iterable[Any],
-        frozen: FrozenModel,
-        blocks: tuple[int, ...],
-        final_norm: nn.Module,
-        head: Head,
-        *,
-        vocab_size: int,
-        token_fraction: float = 1.0,
-        seed: int = 0,
+        self, filters: Iterable[Any], frozen: FrozenModel, blocks: tuple[int, ...], head: DisposableHead
     ) -> None:
         super().__init__()
-        self.probes = nn.ModuleList(FilterProbe(f) for f in filters)
+        self.probes = nn.ModuleList(FilterProbe(f, head) for f in filters)
         self._frozen, self._blocks, self._head = frozen, blocks, head
-        self._final_norm = (final_norm,)  # a tuple: the engine must not adopt a module that is not its own
-        self._norm_dtype = next(final_norm.parameters()).dtype
-        self._vocab_size, self._token_fraction, self._seed = vocab_size, token_fraction, seed
 
-    def forward(self, *, batch: Batch, counts: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, *, batch: Batch, counts: BatchCounts, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """One micro-batch's share of the global batch's loss: (loss, terms [1 + K]: loss, each filter's).
 
         counts: as in Stage II. step: the optimizer step, which picks the positions that are seen.
         """
-        length = batch.input_ids.shape[1]
-        seen = max(1, round(self._token_fraction * length))
-        scale = length / (seen * counts[0].clamp_min(1).double())
         losses: dict[int, torch.Tensor] = {}
 
-        def readout(states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-            states = self._final_norm[0](states.to(self._norm_dtype))
-            return linear_cross_entropy_kl(states, self._head, targets, pred_scale=scale, vocab_size=self._vocab_size)[
-                0
-            ]
-
-        positions = on_device(self._positions(length, seen, step), batch.targets.device)
-
         def learn(index: int, hidden: torch.Tensor) -> None:
-            hidden = hidden.detach().index_select(1, positions[index]).flatten(0, 1)
-            targets = batch.targets.index_select(1, positions[index]).flatten()
+            inputs, targets = self._head.inputs(hidden.detach(), batch, index, step)
+
+            def loss(states: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+                return self._head.loss(states, targets, tensors, batch, counts, training=self.training)
+
             with torch.enable_grad():
-                losses[index] = self.probes[index](hidden, targets, readout=readout)
+                losses[index] = self.probes[index](inputs, loss=loss)
 
         self._frozen.stream_blocks(batch, self._blocks, learn)
         each = torch.stack([losses[k] for k in range(len(self.probes))])
@@ -116,8 +92,3 @@ class FilterLearner(nn.Module):
         """The K filters, without their disposable heads."""
         probes: Any = self.probes
         return nn.ModuleList(probe.filter for probe in probes)
-
-    def _positions(self, length: int, seen: int, step: int) -> torch.Tensor:
-        """[K, seen]: the positions that each filter sees at `step`, the same in every row, whatever rank holds it."""
-        draws = [np.random.default_rng([self._seed, step, k]).permutation(length) for k in range(len(self.probes))]
-        return torch.from_numpy(np.sort(np.stack(draws)[:, :seen]))

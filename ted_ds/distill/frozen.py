@@ -1,4 +1,4 @@
-"""The frozen side of both stages: a causal LM and its filters behind one streaming call."""
+"""The frozen side of both stages: a model and its filters behind one streaming call."""
 
 from __future__ import annotations
 
@@ -10,42 +10,39 @@ from torch import nn
 
 from ted_ds.batch import Batch
 from ted_ds.distill.collector import BlockTap
-from ted_ds.models.logit_head import LogitHead
-from ted_ds.models.structure import ModelStructure, find_structure
+from ted_ds.models.structure import find_blocks
 from ted_ds.ops import Head
+from ted_ds.tasks.base import Task
 
-UseLogits = Callable[[torch.Tensor, Head], None]
-
-
-def last_hidden_state(structure: ModelStructure, batch: Batch) -> torch.Tensor:
-    """[B, S, D] hidden states after the final norm, without logits and without a key-value cache."""
-    output = structure.backbone(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, return_dict=True
-    )
-    return output.last_hidden_state
+UseOutput = Callable[[torch.Tensor, Head | None], None]
 
 
-class FrozenLM(nn.Module):
-    """A causal LM without gradients, and the filters on its blocks (none: `filters` empty).
+class FrozenModule(nn.Module):
+    """A model of a task without gradients, and the filters on its blocks (none: `filters` empty).
 
     Its forward returns nothing. Whatever is wanted of it is taken while it runs: hidden states by taps on
-    `structure.blocks`, logits by `use_logits(last_hidden_state, head)`. So nothing of the teacher outlives
-    its use, and with ZeRO-3 each weight is whole only when its turn comes.
+    `sources`, logits by `use_output(output, head)`. So nothing of the teacher outlives its use, and with
+    ZeRO-3 each weight is whole only when its turn comes.
     """
 
-    def __init__(self, model: nn.Module, filters: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, model: nn.Module, task: Task, filters: Iterable[nn.Module] = ()) -> None:
         super().__init__()
         self.model = model
         self.filters = nn.ModuleList(filters)
-        self.structure = find_structure(model)
-        self.logit_head = LogitHead(self.structure)
+        self.structure = find_blocks(model)
+        self.readout = task.readout(model)
         self.requires_grad_(False)
 
-    def forward(self, *, batch: Batch, use_logits: UseLogits | None = None) -> None:
-        """Runs the blocks over the batch; `use_logits` runs with the LM head's weight gathered."""
-        hidden = last_hidden_state(self.structure, batch)
-        if use_logits is not None:
-            self.logit_head(hidden, use=use_logits)
+    def forward(self, *, batch: Batch, use_output: UseOutput | None = None) -> None:
+        """Runs the model over the batch; `use_output` runs with the head's weight gathered."""
+        output = self.readout.read(batch)
+        if use_output is not None:
+            self.readout(output, use=use_output)
+
+    @property
+    def sources(self) -> list[nn.Module]:
+        """Per block the module whose output is compared: filters read blocks, without filters the hidden states."""
+        return list(self.structure.blocks) if len(self.filters) else self.structure.hidden_state_sources()
 
     @property
     def target_width(self) -> int:
@@ -59,13 +56,13 @@ class FrozenLM(nn.Module):
 
 
 class FrozenModel:
-    """A FrozenLM together with what calls it: the module itself (replicated) or a ZeRO-3 engine.
+    """A FrozenModule together with what calls it: the module itself (replicated) or a ZeRO-3 engine.
 
     Not a torch module on purpose: the student's engine refers to its teacher and must neither shard,
     train nor save it.
     """
 
-    def __init__(self, module: FrozenLM, engine: Any = None) -> None:
+    def __init__(self, module: FrozenModule, engine: Any = None) -> None:
         self.module = module
         self._engine: Any = engine or module
         module.eval()  # ZeRO-3's trace needs eval() under no_grad
@@ -75,19 +72,20 @@ class FrozenModel:
         if self._engine is not self.module:
             self._engine.destroy()
 
-    def stream(self, batch: Batch, use_logits: UseLogits | None = None) -> None:
-        """One forward without gradients; `use_logits` runs with gradients enabled.
+    def stream(self, batch: Batch, use_output: UseOutput | None = None) -> None:
+        """One forward without gradients; `use_output` runs with gradients enabled.
 
         `no_grad`, not `inference_mode`: what the taps hand on takes part in the student's graph.
         """
         with torch.no_grad():
-            self._engine(batch=batch, use_logits=use_logits and _with_grad(use_logits))
+            self._engine(batch=batch, use_output=use_output and _with_grad(use_output))
 
     def stream_blocks(
         self, batch: Batch, blocks: Sequence[int], on_output: Callable[[int, torch.Tensor], None]
     ) -> None:
         """One forward without gradients; `on_output(i, hidden)` as block `blocks[i]` ends."""
-        tap = BlockTap([self.module.structure.blocks[j] for j in blocks], on_output)
+        sources = self.module.sources
+        tap = BlockTap([sources[j] for j in blocks], on_output)
         try:
             with tap.armed():
                 self.stream(batch)
@@ -95,21 +93,23 @@ class FrozenModel:
             tap.remove()
 
 
-def _with_grad(use_logits: UseLogits) -> UseLogits:
-    def use(hidden: torch.Tensor, head: Head) -> None:
+def _with_grad(use_output: UseOutput) -> UseOutput:
+    def use(output: torch.Tensor, head: Head | None) -> None:
         with torch.enable_grad():
-            use_logits(hidden.detach(), head)
+            use_output(output.detach(), head)
 
     return use
 
 
-def filtered_square_sums(frozen: FrozenModel, blocks: Sequence[int], batch: Batch) -> torch.Tensor:
-    """[K] float64: the sum over real tokens and F of the squared filtered states at each of `blocks`."""
+def filtered_square_sums(
+    frozen: FrozenModel, blocks: Sequence[int], batch: Batch, *, mask_padding: bool = True
+) -> torch.Tensor:
+    """[K] float64: the sum over tokens (real ones, with `mask_padding`) and F of the squared filtered states."""
     sums: dict[int, torch.Tensor] = {}
+    mask = batch.attention_mask if mask_padding else None
 
     def add(index: int, hidden: torch.Tensor) -> None:
         squares = frozen.module.target(index, hidden).double().square().sum(-1)
-        mask = batch.attention_mask
         sums[index] = (squares if mask is None else squares * mask).sum()
 
     frozen.stream_blocks(batch, blocks, add)

@@ -7,10 +7,10 @@ from typing import Any
 import deepspeed
 import torch
 
-from ted_ds.distill.frozen import FrozenLM, FrozenModel
+from ted_ds.distill.frozen import FrozenModel, FrozenModule
 
 
-def host_frozen(module: FrozenLM, device: torch.device, deepspeed_config: dict[str, Any] | None) -> FrozenModel:
+def host_frozen(module: FrozenModule, device: torch.device, deepspeed_config: dict[str, Any] | None) -> FrozenModel:
     """`module` behind a ZeRO-3 engine without optimizer, or on this rank's device (config None)."""
     if deepspeed_config is None:
         return FrozenModel(module.to(device))

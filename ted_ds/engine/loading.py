@@ -12,11 +12,20 @@ import deepspeed
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.integrations import HfDeepSpeedConfig
+from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder
 
+from ted_ds.config.tasks import Kind
 from ted_ds.errors import CheckpointError, ModelError
-from ted_ds.models.structure import ModelStructure, find_structure, set_dropout
+from ted_ds.models.pooler import set_head_dropout
+from ted_ds.models.structure import find_structure, set_dropout
+from ted_ds.models.task_head import AUTO_CLASSES
 from ted_ds.ops import Head
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -27,33 +36,57 @@ def is_sharded(deepspeed_config: dict[str, Any] | None) -> bool:
     return deepspeed_config is not None and deepspeed_config.get("zero_optimization", {}).get("stage") == 3
 
 
-def load_causal_lm(
+def load_model(
     name_or_path: str,
+    kind: Kind,
     *,
     dtype: str,
     deepspeed_config: dict[str, Any] | None = None,
     dropout: float | None = None,
+    head_dropout: float | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A Hugging Face causal LM; under ZeRO-3 (by `deepspeed_config`) each weight is cut as it is read.
+    """A Hugging Face model with the head of `kind`; under ZeRO-3 (by `deepspeed_config`) weights are cut as read.
 
     Only rank 0 reads the weights then (memory-mapped), and only its page cache ever sees a whole model.
-    dropout: set on every dropout of the model; None keeps the checkpoint's.
-    Raises ModelError where the model cannot be loaded.
+    dropout: set on every dropout of the model; None keeps the checkpoint's. head_dropout: likewise, of the one
+    before the task head.
+    Raises ModelError where the model cannot be loaded, or has no trained head for a task.
     """
     # transformers shards in from_pretrained while this object lives
     sharding = HfDeepSpeedConfig(deepspeed_config) if is_sharded(deepspeed_config) else None
     config = _load_config(name_or_path, trust_remote_code)
     if dropout is not None:
         set_dropout(config, dropout)
+    if head_dropout is not None:
+        set_head_dropout(config, head_dropout)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            name_or_path, config=config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+        model, found = AUTO_CLASSES[kind].from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model {name_or_path!r} could not be loaded: {str(error).splitlines()[0]}") from error
     finally:
         del sharding
+    if kind != "causal-lm" and found["missing_keys"]:
+        raise ModelError(
+            f"model {name_or_path!r} lacks {min(found['missing_keys'])}: it was not fine-tuned on such a task; give "
+            "one that was, or start a student from it by student.pretrained and student.init_from_pretrained: true"
+        )
+    if is_sharded(deepspeed_config):
+        _register_external(model)
+    return model
+
+
+def _register_external(model: nn.Module) -> None:
+    """Tells ZeRO-3 of weights that a module reads from a submodule that it does not call."""
+    for module in model.modules():
+        if isinstance(module, DebertaV2Encoder) and module.relative_attention:
+            deepspeed.zero.register_external_parameter(module, module.rel_embeddings.weight)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -67,11 +100,14 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def meta_structure(name_or_path: str, *, trust_remote_code: bool = False) -> ModelStructure:
-    """The structure of a model from its config alone, without weights (on the meta device)."""
+def meta_model(name_or_path: str, kind: Kind, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model from its config alone, without weights (on the meta device); ModelError where it has no such head."""
     config = _load_config(name_or_path, trust_remote_code)
-    with torch.device("meta"):
-        return find_structure(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
+    try:
+        with torch.device("meta"):
+            return AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise ModelError(f"model {name_or_path!r}, a {config.model_type}, has no head for {kind}") from error
 
 
 def sharded_init(deepspeed_config: dict[str, Any] | None) -> AbstractContextManager[Any]:

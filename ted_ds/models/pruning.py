@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 from ted_ds.config.schema import InitConfig
+from ted_ds.config.tasks import Kind
 from ted_ds.errors import ModelError
 from ted_ds.models.channels import Part, Sizes, WeightScores, axes_of, cut
 from ted_ds.models.layer_map import keep_blocks
-from ted_ds.models.structure import find_structure
+from ted_ds.models.structure import find_blocks, find_structure
+from ted_ds.models.task_head import AUTO_CLASSES
 from ted_ds.models.weight_files import WeightReader, WeightWriter, copy_companions
 
 Kept = Mapping[int | None, Mapping[Part, torch.Tensor]]
@@ -32,15 +34,16 @@ def init_student(
     init: InitConfig,
     output_dir: Path,
     *,
+    kind: Kind = "causal-lm",
     seed: int = 0,
-    tokenizer_vocab_size: int | None = None,
+    defaults: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
-    """Writes the initial student as a Hugging Face folder, renamed into place when it is whole.
+    """Writes the initial student, a model of `kind`, as a Hugging Face folder, renamed into place when it is whole.
 
-    With `init.config`: a random start under `seed`, of `tokenizer_vocab_size` rows where the config names
-    no vocab_size. Else blocks and parts of `teacher` (folder or hub id), everything else copied, dtype kept.
-    The teacher is read one tensor at a time, twice where its width is cut (see `WeightScores` for what
+    With `init.config`: a random start under `seed`; `defaults` are fields that the config may leave out, such as
+    the tokenizer's vocab_size. Else blocks and parts of `teacher` (folder or hub id), everything else copied,
+    dtype kept. The teacher is read one tensor at a time, twice where its width is cut (see `WeightScores` for what
     stays), and at most one output shard of 5 GB is held. The head width always stays the teacher's; so do
     Gemma's scales, whose embeddings thus enter a narrower student smaller by sqrt(D_s / D_t).
 
@@ -52,26 +55,24 @@ def init_student(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     if init.config is not None:
-        _write_random(init.config, temporary, seed, tokenizer_vocab_size, trust_remote_code)
+        _write_random({**(defaults or {}), **init.config}, kind, temporary, seed, trust_remote_code)
     elif teacher is not None:
-        _write_cut(_plan(teacher, init, trust_remote_code), teacher, temporary)
+        _write_cut(_plan(teacher, init, kind, trust_remote_code), teacher, temporary)
     else:
         raise ModelError("student.init cuts the student out of a teacher: give teacher.model")
     temporary.rename(output_dir)
 
 
-def _write_random(
-    config: dict[str, Any], folder: Path, seed: int, vocab_size: int | None, trust_remote_code: bool
-) -> None:
-    fields = {"vocab_size": vocab_size} if vocab_size is not None else {}
+def _write_random(config: dict[str, Any], kind: Kind, folder: Path, seed: int, trust_remote_code: bool) -> None:
     try:
-        model_config = AutoConfig.for_model(**(fields | config))
+        model_config = AutoConfig.for_model(**config)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
+            model = AUTO_CLASSES[kind].from_config(model_config, trust_remote_code=trust_remote_code)
     except (ValueError, StrictDataclassError) as error:
-        raise ModelError(f"student.init.config is not a causal LM of transformers: {_in_a_line(error)}") from error
-    find_structure(model)
+        what = "a causal LM" if kind == "causal-lm" else f"a model for {kind}"
+        raise ModelError(f"student.init.config is not {what} of transformers: {_in_a_line(error)}") from error
+    (find_structure if kind == "causal-lm" else find_blocks)(model)
     model.save_pretrained(folder)
 
 
@@ -93,15 +94,15 @@ class _Plan:
     sizes: Sizes
 
 
-def _plan(teacher: str, init: InitConfig, trust_remote_code: bool) -> _Plan:
+def _plan(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool) -> _Plan:
     try:
         config = AutoConfig.from_pretrained(teacher, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"teacher {teacher!r} was not found: {str(error).splitlines()[0]}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"teacher {teacher} is quantized: Stage 0 cuts plain weights, give the original")
-    whole = _on_meta(config, trust_remote_code)
-    structure = find_structure(whole)
+    whole = _on_meta(config, kind, trust_remote_code)
+    structure = find_blocks(whole)
     blocks = keep_blocks(init.blocks, init.num_blocks, structure.num_blocks)
     teacher_sizes = _sizes_of(config)
     sizes = _requested(init, config, teacher_sizes)
@@ -113,7 +114,7 @@ def _plan(teacher: str, init: InitConfig, trust_remote_code: bool) -> _Plan:
         raise ModelError(
             f"a {config.model_type} of the sizes in student.init cannot be: {_in_a_line(error)}"
         ) from error
-    student = _on_meta(student_config, trust_remote_code)
+    student = _on_meta(student_config, kind, trust_remote_code)
     student_config.architectures = [type(student).__name__]
     tensors = student.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
@@ -129,9 +130,9 @@ def _plan(teacher: str, init: InitConfig, trust_remote_code: bool) -> _Plan:
     )
 
 
-def _on_meta(config: PreTrainedConfig, trust_remote_code: bool) -> Any:
+def _on_meta(config: PreTrainedConfig, kind: Kind, trust_remote_code: bool) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _in_teacher(name: str, path: str, blocks: tuple[int, ...]) -> tuple[int | None, str]:

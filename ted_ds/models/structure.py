@@ -1,4 +1,4 @@
-"""Where a causal LM keeps its blocks, final norm and LM head: found by structure, once, here."""
+"""Where a model keeps its blocks and, a causal LM, its final norm and LM head: found by structure, once, here."""
 
 from __future__ import annotations
 
@@ -14,33 +14,52 @@ from ted_ds.errors import ModelError
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """The parts of a Hugging Face causal LM that distillation touches.
+    """The parts that distillation touches in any Hugging Face model with a task head.
 
-    logits = softcap(logit_scale * lm_head(backbone(ids).last_hidden_state)); the last hidden state has
-    passed the final norm, the output of a block has not.
-
-    width: D. vocab_rows: V, the LM head's rows, padding included. blocks_path: dotted name of `blocks`.
+    width: D. blocks_path: dotted name of `blocks`. The output of a block is raw: no final norm has passed over it.
     """
 
     model: nn.Module
     backbone: nn.Module
     blocks: nn.ModuleList
     blocks_path: str
-    final_norm: nn.Module
-    lm_head: nn.Linear
     width: int
-    vocab_rows: int
-    logit_softcap: float | None
-    logit_scale: float
 
     @property
     def num_blocks(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
 
+    def hidden_state_sources(self) -> list[nn.Module]:
+        """Per block the module whose output goes on to the next block: the block itself, but for one exception.
 
-def find_structure(model: Any) -> ModelStructure:
-    """The structure of a Hugging Face causal LM, on any device, sharded or not.
+        DeBERTa-v2 may have a convolution over the first block's output (`conv_kernel_size`); a filter reads
+        the block, `hidden_states[1]` is what the convolution made of it.
+        """
+        sources = list(self.blocks)
+        stack = self.model.get_submodule(self.blocks_path.rpartition(".")[0])
+        if isinstance(conv := getattr(stack, "conv", None), nn.Module):
+            sources[0] = conv
+        return sources
+
+
+@dataclass(frozen=True)
+class LMStructure(ModelStructure):
+    """The parts of a causal LM.
+
+    logits = softcap(logit_scale * lm_head(backbone(ids).last_hidden_state)); the last hidden state has
+    passed the final norm. vocab_rows: V, the LM head's rows, padding included.
+    """
+
+    final_norm: nn.Module
+    lm_head: nn.Linear
+    vocab_rows: int
+    logit_softcap: float | None
+    logit_scale: float
+
+
+def find_blocks(model: Any) -> ModelStructure:
+    """The structure of a Hugging Face model with a task head, on any device, sharded or not.
 
     Sizes are read from modules and config, never from tensors: ZeRO-3 leaves those empty.
     Raises ModelError naming the part that was not found and what there is instead.
@@ -48,23 +67,30 @@ def find_structure(model: Any) -> ModelStructure:
     name = type(model).__name__
     backbone = getattr(model, "base_model", None)
     if backbone is None or backbone is model:
-        raise ModelError(f"{name} has no backbone (`base_model`) apart from its head: give a causal LM of transformers")
+        raise ModelError(f"{name} has no backbone (`base_model`) apart from its head: give a model of transformers")
+    path, blocks = _blocks(model, name)
+    return ModelStructure(model, backbone, blocks, path, model.config.hidden_size)
+
+
+def find_structure(model: Any) -> LMStructure:
+    """The structure of a Hugging Face causal LM; else as `find_blocks`."""
+    name = type(model).__name__
+    parts = find_blocks(model)
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{name} has no linear LM head (its output embeddings are {type(head).__name__})")
-    path, blocks = _blocks(model, name)
-    stack = model.get_submodule(path.rpartition(".")[0])
+    stack = model.get_submodule(parts.blocks_path.rpartition(".")[0])
     norm = _final_norm(stack, name)
     if getattr(stack, "project_out", None) is not None:
         raise ModelError(f"{name} projects its last hidden state before the LM head (project_out): not supported")
-    return ModelStructure(
+    return LMStructure(
         model=model,
-        backbone=backbone,
-        blocks=blocks,
-        blocks_path=path,
+        backbone=parts.backbone,
+        blocks=parts.blocks,
+        blocks_path=parts.blocks_path,
+        width=head.in_features,
         final_norm=norm,
         lm_head=head,
-        width=head.in_features,
         vocab_rows=head.out_features,
         logit_softcap=getattr(model.config, "final_logit_softcapping", None),
         logit_scale=_logit_scale(model.config),

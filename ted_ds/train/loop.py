@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from ted_ds.data.loader import TrainingRows
+from ted_ds.batch import Batch
 from ted_ds.distributed import World
 from ted_ds.errors import TrainingError
 from ted_ds.telemetry.memory import peak_memory_gib, reset_peak
@@ -17,6 +17,18 @@ from ted_ds.telemetry.recorder import Recorder
 from ted_ds.train.step import train_step
 
 NEVER = torch.iinfo(torch.int64).max
+
+
+class Rows(Protocol):
+    """The training rows of every optimizer step, a function of (seed, step), dealt to ranks and micro-batches."""
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of the 0-based `step`."""
+        ...
+
+    def tokens(self, step: int) -> int:
+        """Real tokens of a step over all ranks."""
+        ...
 
 
 class FiniteGuard:
@@ -51,14 +63,13 @@ class FiniteGuard:
 
 def run_steps(
     engine: Any,
-    rows: TrainingRows,
+    rows: Rows,
     world: World,
     recorder: Recorder,
     *,
     names: Sequence[str],
     start: int,
     steps: int,
-    tokens_per_step: int,
     log_every: int,
     seed: int,
     evaluate: tuple[int, Callable[[int], dict[str, float]]] = (0, lambda step: {}),
@@ -79,12 +90,14 @@ def run_steps(
     engine.train()  # loaded models come in eval mode: without dropout, and without activation checkpointing
     reset_peak(world.device)
     skipped_before, skipped_at = engine.skipped_steps, None
+    tokens = tokens_last = sum(rows.tokens(step) for step in range(start))
     since, last = time.perf_counter(), start
     for step in range(start, steps):
         torch.manual_seed(int(np.random.SeedSequence([seed, step, world.rank]).generate_state(1)[0]))
         learning_rate = float(engine.get_lr()[0])
         terms = train_step(engine, rows.micro_batches(step), world, **step_inputs(step))
         done = step + 1
+        tokens += rows.tokens(step)
         guard.watch(terms, done)
         if skipped_at is None and engine.skipped_steps > skipped_before:
             skipped_at = done
@@ -95,14 +108,14 @@ def run_steps(
         values = world.sum(terms).tolist()
         guard.check(world, skipped_at)
         seconds = (time.perf_counter() - since) / (done - last)
-        record = {"step": done, "tokens": done * tokens_per_step, **dict(zip(names, values, strict=False))}
+        record = {"step": done, "tokens": tokens, **dict(zip(names, values, strict=False))}
         if len(values) > len(names):
             record["layer_losses"] = values[len(names) :]
         record |= {
             "lr": learning_rate,
             "grad_norm": _grad_norm(engine),
             "step_ms": 1000 * seconds,
-            "tokens_per_second": tokens_per_step / seconds,
+            "tokens_per_second": (tokens - tokens_last) / (seconds * (done - last)),
             "mfu": None,
             "peak_memory_gib": _highest(peak_memory_gib(world.device), world),
         }
@@ -111,7 +124,7 @@ def run_steps(
         recorder.log(record)
         if saves:
             save[1](done)
-        since, last = time.perf_counter(), done
+        since, last, tokens_last = time.perf_counter(), done, tokens
     return record
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from ted_ds.batch import Batch
+from ted_ds.batch import Batch, BatchCounts
 from ted_ds.distributed import World
 
 
-def global_counts(batches: Sequence[Batch], world: World) -> torch.Tensor:
-    """[2] predicted targets and real tokens of the global batch, on the device; a collective."""
-    return world.sum(torch.stack([batch.counts() for batch in batches]).sum(0))
+def global_counts(batches: Sequence[Batch], world: World) -> BatchCounts:
+    """The counts of the global batch, on the device; a collective."""
+    return BatchCounts(world.sum(torch.stack([BatchCounts.of(batch).values for batch in batches]).sum(0)))
 
 
 def train_step(engine: Any, batches: Sequence[Batch], world: World, **inputs: Any) -> torch.Tensor:

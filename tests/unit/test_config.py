@@ -55,7 +55,6 @@ def test_a_short_recipe_gets_the_defaults_of_the_public_surface(write):
     assert (run.optimizer.learning_rate, run.optimizer.betas) == (5e-4, (0.9, 0.95))
     assert (run.train.steps, run.train.global_batch_size, run.train.micro_batch_size) == (1000, 64, 4)
     assert (run.logging.every, run.logging.tensorboard) == (10, True)
-    assert run.tokens_per_step == 64 * 1024
     assert run.prepared_folder == Path("runs/demo/data")
 
 
@@ -137,7 +136,7 @@ def test_given_loss_weights_stay_and_zero_is_allowed(write):
         ({"train": {"stpes": 5}}, "train.stpes: unknown key; did you mean train.steps?"),
         ({"train": {"learning_rate": 5}}, "did you mean filters.learning_rate or optimizer.learning_rate?"),
         ({"metod": "kd"}, "metod: unknown key; did you mean method?"),
-        ({"train": {"qqqq": 5}}, "train.qqqq: unknown key; known are train.steps, train.global_batch_size"),
+        ({"train": {"qqqq": 5}}, "train.qqqq: unknown key; known are train.steps, train.epochs, train.global_batch_size"),
         ({"method": "tedd"}, "method: 'tedd' is not allowed: should be 'ce', 'kd', 'lwd' or 'ted'"),
         ({"train": {"steps": "many"}}, "train.steps: 'many' is not allowed: should be a valid integer"),
         ({"train": {"steps": 0}}, "train.steps: 0 is not allowed: should be greater than 0"),

@@ -62,6 +62,9 @@ class Engine:
         ids = torch.zeros(1, 2, dtype=torch.int64)
         return [Batch(ids, ids)]
 
+    def tokens(self, step: int) -> int:
+        return 2
+
 
 def run(engine: Engine, **periods: int) -> dict[str, Any]:
     def evaluate(step: int) -> dict[str, float]:
@@ -76,7 +79,6 @@ def run(engine: Engine, **periods: int) -> dict[str, Any]:
         names=NAMES,
         start=0,
         steps=len(engine.losses),
-        tokens_per_step=2,
         log_every=periods.get("log", 1),
         seed=0,
         evaluate=(periods.get("evaluate", 0), evaluate),

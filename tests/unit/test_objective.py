@@ -8,15 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ted_ds.batch import IGNORED, Batch
+from ted_ds.batch import IGNORED, Batch, BatchCounts
 from ted_ds.distill.filter_learner import FilterLearner
-from ted_ds.distill.frozen import FrozenLM, FrozenModel, filtered_square_sums
-from ted_ds.distill.objective import DistillationModel, LossWeights
+from ted_ds.distill.frozen import FrozenModel, FrozenModule, filtered_square_sums
+from ted_ds.distill.objective import DistillationModel
 from ted_ds.engine.loading import resident_readout
 from ted_ds.errors import ModelError
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.structure import find_structure
 from ted_ds.ops import logit_loss
+from ted_ds.tasks.base import LossWeights
+from ted_ds.tasks.causal_lm import CausalLM, LMHead
 from tests.project import relative
 from tests.tiny_models import FAMILIES, tiny_model
 
@@ -40,15 +42,15 @@ def build(
     torch.manual_seed(3)
     filters_t, filters_s = (FilterPlan((0, 1), width, 8).build().double() for width in (24, 16))
     pairs = PAIRS if weights.mse_alpha else ()
-    frozen = FrozenModel(FrozenLM(teacher, filters_t))
-    model = DistillationModel(student, filters_s if pairs else nn.ModuleList(), weights, vocab_size=VOCAB)
+    frozen = FrozenModel(FrozenModule(teacher, CausalLM(VOCAB), filters_t))
+    model = DistillationModel(student, filters_s if pairs else nn.ModuleList(), weights, task=CausalLM(VOCAB))
     model.attach_teacher(frozen, pairs, mean_squares)
     return model, frozen
 
 
 def run(model: DistillationModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     model.zero_grad()
-    loss, terms = model(batch=batch, counts=batch.counts())
+    loss, terms = model(batch=batch, counts=BatchCounts.of(batch))
     loss.backward()
     return loss.detach(), terms
 
@@ -121,7 +123,7 @@ def test_ted_without_layers_is_kd_and_kd_without_kl_is_ce() -> None:
     batch = a_batch()
     kd, _ = build(LossWeights(1.0, 0.0))
     ted, _ = build(LossWeights(1.0, 1e-300))
-    ce = DistillationModel(kd.student, nn.ModuleList(), LossWeights(0.0, 0.0), vocab_size=VOCAB)
+    ce = DistillationModel(kd.student, nn.ModuleList(), LossWeights(0.0, 0.0), task=CausalLM(VOCAB))
     kd_without, _ = build(LossWeights(0.0, 0.0))
     assert relative(run(ted, batch)[0], run(kd, batch)[0]) < 1e-14
     grads = [p.grad.clone() for p in kd.parameters()]
@@ -161,7 +163,7 @@ def test_micro_batches_add_up_to_the_global_batch() -> None:
     parts = [Batch(batch.input_ids[i : i + 1], batch.targets[i : i + 1]) for i in range(4)]
     added = torch.zeros_like(terms)
     for part in parts:
-        loss, share = model(batch=part, counts=batch.counts())
+        loss, share = model(batch=part, counts=BatchCounts.of(batch))
         loss.backward()
         added += share
     assert relative(added, terms) < 1e-6
@@ -192,14 +194,14 @@ def test_no_tensor_of_tokens_by_vocabulary_is_ever_whole(monkeypatch: pytest.Mon
     monkeypatch.setitem(logit_loss._CHUNK_BYTES, "cpu", 32 * 4001 * 4 * 2)
     vocab, batch = 4001, a_batch(rows=4, length=64, vocab=4001)
     teacher, student = (tiny_model("llama", blocks=n, width=8, vocab=vocab) for n in (2, 1))
-    frozen = FrozenModel(FrozenLM(teacher, FilterPlan((1,), 8, 8).build()))
-    model = DistillationModel(student, FilterPlan((0,), 8, 8).build(), LossWeights(1.0, 1.0), vocab_size=vocab)
+    frozen = FrozenModel(FrozenModule(teacher, CausalLM(vocab), FilterPlan((1,), 8, 8).build()))
+    model = DistillationModel(student, FilterPlan((0,), 8, 8).build(), LossWeights(1.0, 1.0), task=CausalLM(vocab))
     model.attach_teacher(frozen, ((0, 1),))
     norm, head = resident_readout(teacher, torch.device("cpu"))
-    learner = FilterLearner(FilterPlan((1,), 8, 4).build(), frozen, (1,), norm, head, vocab_size=vocab)
+    learner = FilterLearner(FilterPlan((1,), 8, 4).build(), frozen, (1,), LMHead(norm, head, vocab_size=vocab))
     for module, inputs in ((model, {}), (learner, {"step": 0})):
         with Allocations() as seen:
-            loss, _ = module(batch=batch, counts=batch.counts(), **inputs)
+            loss, _ = module(batch=batch, counts=BatchCounts.of(batch), **inputs)
             loss.backward()
         assert vocab * 8 <= seen.largest <= batch.input_ids.numel() * vocab / 2
 
@@ -208,13 +210,13 @@ def test_no_tensor_of_tokens_by_vocabulary_is_ever_whole(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("output_dim", [16, 8])
 def test_stage1_is_plain_autograd_through_the_frozen_model(family: str, output_dim: int) -> None:
     model = tiny_model(family, blocks=3).double()
-    frozen = FrozenModel(FrozenLM(model))
+    frozen = FrozenModel(FrozenModule(model, CausalLM(VOCAB)))
     norm, head = resident_readout(model, torch.device("cpu"))
     torch.manual_seed(5)
     plan = FilterPlan((0, 2), 16, output_dim, nonlinear=family == "gpt2")
-    learner = FilterLearner(plan.build(), frozen, plan.blocks, norm, head, vocab_size=VOCAB).double()
+    learner = FilterLearner(plan.build(), frozen, plan.blocks, LMHead(norm, head, vocab_size=VOCAB)).double()
     batch = a_batch()
-    loss, terms = learner(batch=batch, counts=batch.counts(), step=0)
+    loss, terms = learner(batch=batch, counts=BatchCounts.of(batch), step=0)
     (0.37 * loss).backward()
     got = {name: p.grad.clone() for name, p in learner.named_parameters()}
 
@@ -245,15 +247,17 @@ def test_stage1_is_plain_autograd_through_the_frozen_model(family: str, output_d
 def test_a_token_fraction_is_unbiased() -> None:
     """Averaged over many steps, seeing a third of the positions gives the loss of all."""
     model = tiny_model("llama", blocks=1)
-    frozen = FrozenModel(FrozenLM(model))
+    frozen = FrozenModel(FrozenModule(model, CausalLM(VOCAB)))
     norm, head = resident_readout(model, torch.device("cpu"))
     batch = a_batch(length=9)
 
     def loss(fraction: float, step: int) -> float:
         torch.manual_seed(0)
         filters = FilterPlan((0,), 16, 16).build()
-        learner = FilterLearner(filters, frozen, (0,), norm, head, vocab_size=VOCAB, token_fraction=fraction, seed=1)
-        return float(learner(batch=batch, counts=batch.counts(), step=step)[1][0])
+        learner = FilterLearner(
+            filters, frozen, (0,), LMHead(norm, head, vocab_size=VOCAB, token_fraction=fraction, seed=1)
+        )
+        return float(learner(batch=batch, counts=BatchCounts.of(batch), step=step)[1][0])
 
     drawn = torch.tensor([loss(1 / 3, step) for step in range(400)])
     assert abs(float(drawn.mean()) - loss(1.0, 0)) < 4 * float(drawn.std()) / 400**0.5

@@ -208,13 +208,13 @@ def test_random_start_follows_its_seed_alone(tmp_path: Path) -> None:
     weights = []
     for i, seed in enumerate((1, 1, 2)):
         before = torch.manual_seed(i).get_state()
-        init_student(None, InitConfig(config=RANDOM), tmp_path / str(i), seed=seed, tokenizer_vocab_size=23)
+        init_student(None, InitConfig(config=RANDOM), tmp_path / str(i), seed=seed, defaults={"vocab_size": 23})
         assert torch.equal(torch.get_rng_state(), before)
         weights.append(load_file(tmp_path / str(i) / SINGLE))
     _assert_same(weights[0], weights[1])
     name = "model.embed_tokens.weight"
     assert weights[0][name].shape == (23, 16) and not torch.equal(weights[0][name], weights[2][name])
-    init_student(None, InitConfig(config=RANDOM | {"vocab_size": 31}), tmp_path / "v", tokenizer_vocab_size=23)
+    init_student(None, InitConfig(config=RANDOM | {"vocab_size": 31}), tmp_path / "v", defaults={"vocab_size": 23})
     assert load_file(tmp_path / "v" / SINGLE)[name].shape == (31, 16)
 
 

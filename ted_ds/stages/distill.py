@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,54 +12,60 @@ from typing import Any
 import torch
 from torch import nn
 
+from ted_ds.checkpoint.best import BestStudent
 from ted_ds.checkpoint.export import export_student
 from ted_ds.checkpoint.store import Card, load_checkpoint, save_checkpoint, write_atomically
 from ted_ds.config.schema import RunConfig
 from ted_ds.distill.frozen import FrozenModel, filtered_square_sums
-from ted_ds.distill.objective import TERMS, DistillationModel, LossWeights
+from ted_ds.distill.objective import TERMS, DistillationModel
 from ted_ds.distributed import World, logger, seed_everything
-from ted_ds.engine.loading import checkpoint_activations, load_causal_lm
+from ted_ds.engine.loading import checkpoint_activations, load_model
 from ted_ds.engine.trained import build_trained_engine
-from ted_ds.evaluation.perplexity import held_out_perplexity
 from ted_ds.models.layer_map import LayerMap
-from ted_ds.pretrain.data import RunData
-from ted_ds.pretrain.filters import PairPlan
-from ted_ds.pretrain.models import load_filters, load_frozen, new_filters, trained_config
+from ted_ds.stages.data import RunData
+from ted_ds.stages.filters import PairPlan
+from ted_ds.stages.models import Models, fit_to_run, load_filters, load_frozen, new_filters, trained_config
+from ted_ds.tasks.base import LossWeights
 from ted_ds.telemetry.recorder import Recorder, read_metrics
 from ted_ds.train.loop import run_steps
 from ted_ds.train.schedule import learning_rate_schedule
 from ted_ds.train.step import global_counts
 
 
-def distill(
-    run: RunConfig,
-    world: World,
-    data: RunData,
-    plan: PairPlan | None,
-    filters: dict[str, Path],
-    student_path: str,
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Plan:
+    """What Stage II is built of: the models, the layer loss's pairs (None without one), Stage I's folders by side."""
+
+    models: Models
+    pairs: PairPlan | None
+    filters: dict[str, Path]
+
+
+def distill(run: RunConfig, world: World, data: RunData, plan: Plan) -> dict[str, Any]:
     """Runs Stage II from its last checkpoint, exports the student, returns the summary; a collective.
 
-    plan: the layer loss's pairs, None without one. filters: Stage I's folders, empty where there are none.
-    Leaves student/, checkpoints/, metrics.jsonl and summary.json in the run's folder.
+    Leaves student/, checkpoints/, metrics.jsonl and summary.json in the run's folder; of a task with a metric
+    that chooses, the best weights are kept in best/ while it trains, and become student/.
     """
-    engine = build_distillation_engine(run, world, data, plan, filters, student_path)
-    _train(run, world, data, engine, _fingerprint(engine.module))
-    export_student(engine.module.student, data.tokenizer, run.output_dir / "student", world)
-    summary = world.on_main(lambda: _summarise(run))
+    engine = build_distillation_engine(run, world, data, plan)
+    best = BestStudent(run.output_dir / "best", run.spec.best, data.tokenizer, world) if run.spec.best else None
+    _train(run, world, data, engine, best)
+    folder = run.output_dir / "student"
+    if best is not None and best.card is not None:
+        world.on_main(lambda: best.copy_to(folder))
+    else:
+        export_student(engine.module.student, data.tokenizer, folder, world)
+    summary = world.on_main(lambda: _summarise(run, best.card if best else None))
     engine.destroy()
     return summary
 
 
-def export_checkpoint(
-    run: RunConfig, world: World, data: RunData, plan: PairPlan | None, filters: dict[str, Path], student_path: str
-) -> dict[str, Any]:
+def export_checkpoint(run: RunConfig, world: World, data: RunData, plan: Plan) -> dict[str, Any]:
     """Exports the student of the last checkpoint of a run that is not over; a collective. The teacher is not loaded.
 
     Returns {"steps", "student"}. Raises CheckpointError where the checkpoint is torn or does not fit.
     """
-    module, engine = _build_student(run, world, data, student_path, plan, filters.get("student"))
+    module, engine = _build_student(run, world, data, plan)
     steps = load_checkpoint(engine, run.output_dir / "checkpoints", model=_fingerprint(module), world=world)
     folder = run.output_dir / "student"
     export_student(module.student, data.tokenizer, folder, world)
@@ -66,53 +73,50 @@ def export_checkpoint(
     return {"steps": steps, "student": str(folder)}
 
 
-def build_distillation_engine(
-    run: RunConfig,
-    world: World,
-    data: RunData,
-    plan: PairPlan | None,
-    filters: dict[str, Path],
-    student_path: str,
-) -> Any:
-    """A DeepSpeed engine on a `DistillationModel` that is joined with its hosted teacher; arguments as `distill`'s."""
-    module, engine = _build_student(run, world, data, student_path, plan, filters.get("student"))
-    if run.loss.kl_alpha or plan is not None:
-        assert run.teacher is not None
+def build_distillation_engine(run: RunConfig, world: World, data: RunData, plan: Plan) -> Any:
+    """A DeepSpeed engine on a `DistillationModel` that is joined with its hosted teacher."""
+    module, engine = _build_student(run, world, data, plan)
+    if run.loss.kl_alpha or plan.pairs is not None:
+        assert run.teacher is not None and plan.models.teacher is not None
         teacher = load_frozen(
             run,
             world,
-            run.teacher.model,
+            plan.models.teacher,
+            task=data.task,
+            tokenizer=data.tokenizer,
             trust_remote_code=run.teacher.trust_remote_code,
-            filters=filters.get("teacher"),
+            filters=plan.filters.get("teacher"),
         )
-        layer_map = plan.layer_map if plan else ()
-        normalized = plan is not None and run.loss.layer_loss == "normalized_mse"
+        layer_map = plan.pairs.layer_map if plan.pairs else ()
+        normalized = plan.pairs is not None and run.loss.layer_loss == "normalized_mse"
         squares = _mean_squares(run, world, data, teacher, layer_map) if normalized else None
         module.attach_teacher(teacher, layer_map, squares)
     return engine
 
 
-def _build_student(
-    run: RunConfig, world: World, data: RunData, path: str, plan: PairPlan | None, learnt: Path | None
-) -> tuple[DistillationModel, Any]:
+def _build_student(run: RunConfig, world: World, data: RunData, plan: Plan) -> tuple[DistillationModel, Any]:
     rate = run.optimizer
     config = trained_config(run, world, learning_rate=rate.learning_rate, weight_decay=rate.weight_decay)
-    student = load_causal_lm(
-        path,
+    student = load_model(
+        plan.models.student,
+        run.spec.kind,
         dtype=run.student.dtype,
         deepspeed_config=config,
         dropout=run.student.dropout,
+        head_dropout=run.student.head_dropout,
         trust_remote_code=run.student.trust_remote_code,
     )
+    fit_to_run(student, run, data.tokenizer)
     if run.student.activation_checkpointing:
         checkpoint_activations(student)
     seed_everything(run.seed)
-    if learnt is not None:
+    if (learnt := plan.filters.get("student")) is not None:
         filters = load_filters(learnt, config, run.student.dtype, world)
     else:
-        filters = new_filters(plan.student, config, run.student.dtype) if plan else nn.ModuleList()
-    weights = LossWeights(run.loss.kl_alpha, run.loss.mse_alpha, run.loss.temperature)
-    module = DistillationModel(student, filters, weights, vocab_size=data.tokenizer.vocab_size)
+        filters = new_filters(plan.pairs.student, config, run.student.dtype) if plan.pairs else nn.ModuleList()
+    loss = run.loss
+    weights = LossWeights(loss.kl_alpha, loss.mse_alpha, loss.temperature, loss.mask_padding)
+    module = DistillationModel(student, filters, weights, task=data.task)
     schedule = learning_rate_schedule(
         rate.schedule,
         warmup_steps=rate.warmup_steps,
@@ -128,19 +132,24 @@ def _mean_squares(
     """[K] float32 mean squares of the teacher's filtered states over the first global batch; a collective."""
     batches = data.training_rows(run, world).micro_batches(0)
     blocks = [t for _, t in layer_map]
-    sums = sum(filtered_square_sums(teacher, blocks, batch.to(world.device)) for batch in batches)
-    tokens = global_counts(batches, world)[1]
+    masked = run.loss.mask_padding
+    sums = sum(filtered_square_sums(teacher, blocks, b.to(world.device), mask_padding=masked) for b in batches)
+    counts = global_counts(batches, world)
+    tokens = counts.tokens if masked else counts.positions
     assert isinstance(sums, torch.Tensor)
     return (world.sum(sums) / (tokens * teacher.module.target_width)).float()
 
 
-def _train(run: RunConfig, world: World, data: RunData, engine: Any, fingerprint: str) -> None:
-    checkpoints = run.output_dir / "checkpoints"
+def _train(run: RunConfig, world: World, data: RunData, engine: Any, best: BestStudent | None) -> None:
+    checkpoints, fingerprint = run.output_dir / "checkpoints", _fingerprint(engine.module)
     start = load_checkpoint(engine, checkpoints, model=fingerprint, world=world)
-    held_out = data.evaluation_rows(run, world)
 
     def evaluate(step: int) -> dict[str, float]:
-        return {} if held_out is None else held_out_perplexity(engine, held_out, world)
+        scores = data.evaluate(engine, run, world)
+        if best is not None and step and best.beaten_by(scores):
+            scores |= data.evaluate_extra(engine, run, world)
+            best.keep(engine.module.student, step, scores)
+        return scores
 
     def save(step: int) -> None:
         card = Card(step, world.size, fingerprint)
@@ -166,7 +175,6 @@ def _train(run: RunConfig, world: World, data: RunData, engine: Any, fingerprint
             names=TERMS,
             start=start,
             steps=run.train.steps,
-            tokens_per_step=run.tokens_per_step,
             log_every=run.logging.every,
             seed=run.seed,
             evaluate=(run.train.evaluate_every, evaluate),
@@ -174,12 +182,14 @@ def _train(run: RunConfig, world: World, data: RunData, engine: Any, fingerprint
         )
 
 
-def _summarise(run: RunConfig) -> dict[str, Any]:
-    """summary.json, from metrics.jsonl alone, so that a resumed run sums up all of its sessions."""
+def _summarise(run: RunConfig, best: dict[str, Any] | None) -> dict[str, Any]:
+    """summary.json, from metrics.jsonl, so that a resumed run sums up all of its sessions.
+
+    best: the step and the scores of the best weights, which the exported student has; None: it has the last.
+    """
     lines = read_metrics(run.output_dir)
     first, last = lines[0], lines[-1]
     stage1 = sum(_training_seconds(read_metrics(run.output_dir / f"{side}_filters")) for side in ("teacher", "student"))
-    held_out = ("validation_loss", "validation_perplexity")
     summary = {
         "method": run.method,
         "steps": last["step"],
@@ -188,8 +198,8 @@ def _summarise(run: RunConfig) -> dict[str, Any]:
         "stage1_seconds": stage1,
         "peak_memory_gib": max(line.get("peak_memory_gib", 0.0) for line in lines),
         **{f"final_{name}": last[name] for name in TERMS},
-        **{f"initial_{name}": first[name] for name in held_out if name in first},
-        **{name: last[name] for name in held_out if name in last},
+        **{f"initial_{name}": value for name, value in first.items() if name.startswith("validation_")},
+        **(best or {name: value for name, value in last.items() if name.startswith("validation_")}),
     }
     write_atomically(run.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
     return summary

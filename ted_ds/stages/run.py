@@ -1,4 +1,4 @@
-"""The whole job: `pretrain` runs the stages in order and skips what is complete."""
+"""The whole job, of any task: the stages in order, skipping what is complete."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ted_ds.config.load import dump_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.distributed import World, logger
 from ted_ds.errors import CheckpointError, ConfigError
-from ted_ds.pretrain.data import open_data, open_tokenizer
-from ted_ds.pretrain.distill import distill, export_checkpoint
-from ted_ds.pretrain.filters import learn_filters, plan_pairs
-from ted_ds.pretrain.models import check_models, ensure_student, trained_config
+from ted_ds.stages.data import open_data, open_tokenizer
+from ted_ds.stages.distill import Plan, distill, export_checkpoint
+from ted_ds.stages.filters import learn_filters, plan_pairs
+from ted_ds.stages.models import check_models, ensure_models, trained_config
 
 MAY_CHANGE = ("output_dir", "deepspeed", "logging", "environment")
 """Parts of a recipe that another start on the same folder may change; train and data: see `_settled`."""
@@ -30,7 +30,7 @@ Goal = Literal["student", "filters", "distilled", "export"]
 """Stage 0 done; Stage I done; all done; the last checkpoint exported, whether or not all is done."""
 
 
-def pretrain(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[str, Any] | None:
+def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[str, Any] | None:
     """Runs a recipe on its output folder as far as `goal`, continuing what is there; a collective.
 
     Returns summary.json where all is done, None after Stage 0 and I, the steps and folder of an export.
@@ -45,17 +45,18 @@ def pretrain(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[str
         logger.info("%s is complete (%d steps); nothing to do", run.output_dir, summary["steps"])
         return summary
     tokenizer = open_tokenizer(run, world)
-    student = ensure_student(run, tokenizer, world)
+    models = ensure_models(run, tokenizer, world)
     if goal == "student":
         return None
-    plan = plan_pairs(run, student)
-    check_models(run, student, tokenizer)
+    pairs = plan_pairs(run, models)
+    check_models(run, models, tokenizer)
     data = open_data(run, world, tokenizer)
-    filters = learn_filters(run, world, data, plan, student) if plan else {}
+    run = run.resolved(data.num_rows)
+    filters = learn_filters(run, world, data, pairs, models) if pairs else {}
     if goal == "filters":
         return None
     finish = export_checkpoint if goal == "export" else distill
-    return finish(run, world, data, plan, filters, student)
+    return finish(run, world, data, Plan(models, pairs, filters))
 
 
 def _check_engines(run: RunConfig, world: World) -> None:
@@ -112,7 +113,8 @@ def _finished(run: RunConfig) -> dict[str, Any] | None:
     if not path.exists() or not (run.output_dir / "student").exists():
         return None
     summary = json.loads(path.read_text(encoding="utf-8"))
-    return summary if summary["steps"] >= run.train.steps else None
+    # what a recipe in epochs comes to is known with its data alone, and one folder holds one number of epochs
+    return summary if run.train.epochs or summary["steps"] >= run.train.steps else None
 
 
 def _versions() -> dict[str, str]:

@@ -1,0 +1,16 @@
+# Sourced by pretrain.sh and finetune.sh: starts the deepspeed launcher on them, or is one rank of it (RANK is set).
+#
+# TED_DS_RANKS is the number of ranks on this machine (default: deepspeed's own, one a GPU), MASTER_PORT the port
+# they meet at. deepspeed is taken from PATH, else from this clone's .venv.
+set -euo pipefail
+script="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
+root="$(dirname "$(dirname "$script")")"
+command -v deepspeed > /dev/null || PATH="$root/.venv/bin:$PATH"
+if ! launcher="$(command -v deepspeed)"; then
+  echo "deepspeed is neither on PATH nor in $root/.venv: run 'make -C $root venv'" >&2
+  exit 1
+fi
+if [ -n "${RANK:-}" ]; then
+  exec "$(dirname "$launcher")/python3" -u "$script" "$@"
+fi
+exec "$launcher" ${TED_DS_RANKS:+--num_gpus "$TED_DS_RANKS"} ${MASTER_PORT:+--master_port "$MASTER_PORT"} "$script" "$@"

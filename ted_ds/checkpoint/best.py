@@ -1,0 +1,49 @@
+"""The best weights so far by the task's metric, kept as a plain Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ted_ds.checkpoint.export import CARD, export_student, recover_folder, replace_folder
+from ted_ds.data.tokenizers import Tokenizer
+from ted_ds.distributed import World
+
+
+class BestStudent:
+    """OUTPUT_DIR/best: the student at the evaluation with the highest score, and its step and scores.
+
+    Any score beats none, a negative one too. A run that goes on after a stop finds the best of before. It may be
+    of a later step than the checkpoint that the run goes on from: that step is repeated, with the same score.
+    """
+
+    def __init__(self, folder: Path, metric: str, tokenizer: Tokenizer, world: World) -> None:
+        self._folder, self._metric, self._tokenizer, self._world = folder, f"validation_{metric}", tokenizer, world
+        self.card: dict[str, Any] | None = world.on_main(self._read)
+
+    def beaten_by(self, scores: dict[str, float]) -> bool:
+        """True where the scores are better, the same on every rank; a nan is not."""
+        best = -math.inf if self.card is None else self.card[self._metric]
+        return scores.get(self._metric, -math.inf) > best
+
+    def keep(self, student: PreTrainedModel, step: int, scores: dict[str, float]) -> None:
+        """Writes the student, in place of the one before; a collective."""
+        self.card = {"best_step": step, **scores}
+        export_student(student, self._tokenizer, self._folder, self._world, self.card)
+
+    def copy_to(self, folder: Path) -> None:
+        """Copies the student without its card, renamed into place; on one rank."""
+        temporary = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.copytree(self._folder, temporary, ignore=shutil.ignore_patterns(CARD))
+        replace_folder(folder, temporary)
+
+    def _read(self) -> dict[str, Any] | None:
+        recover_folder(self._folder)
+        path = self._folder / CARD
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

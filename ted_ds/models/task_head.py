@@ -1,0 +1,67 @@
+"""Stage 0 of a task: a pre-trained model with a fresh head, or the labels of one that is made at random."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+)
+
+from ted_ds.config.tasks import Kind, TaskSpec
+from ted_ds.data.tokenizers import Tokenizer
+from ted_ds.errors import ModelError
+
+AUTO_CLASSES: dict[Kind, Any] = {
+    "causal-lm": AutoModelForCausalLM,
+    "classification": AutoModelForSequenceClassification,
+    "regression": AutoModelForSequenceClassification,
+    "question-answering": AutoModelForQuestionAnswering,
+}
+"""Kind of task -> the class of transformers that puts its head on a model."""
+
+
+def label_fields(spec: TaskSpec) -> dict[str, Any]:
+    """What a config says of a task's outputs."""
+    if spec.kind == "classification":
+        names = dict(enumerate(spec.labels))
+        return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+    return {"num_labels": 1} if spec.kind == "regression" else {}
+
+
+def start_from_pretrained(
+    pretrained: str,
+    spec: TaskSpec,
+    output_dir: Path,
+    *,
+    tokenizer: Tokenizer,
+    seed: int,
+    trust_remote_code: bool,
+) -> None:
+    """Writes a pre-trained model with a head of its task, drawn under `seed`, as a Hugging Face folder; on one rank.
+
+    Written once and not drawn as the model is loaded, so that every method and number of ranks starts alike.
+    Raises ModelError where the model cannot be loaded with such a head.
+    """
+    temporary = output_dir.with_name(output_dir.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        config = AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code, **label_fields(spec))
+        if config.pad_token_id is None:
+            config.pad_token_id = tokenizer.pad_id
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = AUTO_CLASSES[spec.kind].from_pretrained(
+                pretrained, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
+            )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"student.pretrained {pretrained!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    model.save_pretrained(temporary)
+    tokenizer.save(temporary)
+    temporary.rename(output_dir)

@@ -1,0 +1,65 @@
+"""A run's data, whatever the task: prepared by rank 0 where it is not yet, then opened on every rank."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from ted_ds.config.schema import RunConfig
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ted_ds.distill.frozen import FrozenModel
+from ted_ds.distributed import World
+from ted_ds.stages.example_data import ExampleData, ensure_task_tokenizer, prepare_examples
+from ted_ds.stages.text_data import TextData, ensure_text_tokenizer, prepare_text
+from ted_ds.tasks.base import DisposableHead, Task
+from ted_ds.train.loop import Rows
+
+
+class RunData(Protocol):
+    """What a task brings to the stages."""
+
+    tokenizer: Tokenizer
+    task: Task
+
+    @property
+    def num_rows(self) -> int:
+        """Training rows of an epoch."""
+        ...
+
+    def training_rows(self, run: RunConfig, world: World, global_batch_size: int | None = None) -> Rows:
+        """This rank's rows; global_batch_size: None is the recipe's."""
+        ...
+
+    def evaluate(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
+        """Scores of the held-out data, by names that begin with `validation_`; a collective."""
+        ...
+
+    def evaluate_extra(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
+        """Scores of `data.extra_validation`, by names that begin with the set's; a collective."""
+        ...
+
+    def disposable_head(self, frozen: FrozenModel, run: RunConfig, world: World, side: str) -> DisposableHead:
+        """What Stage I trains the filters of a side ("teacher", "student") behind; a collective."""
+        ...
+
+
+def ensure_tokenizer(run: RunConfig) -> Tokenizer:
+    """The run's tokenizer, trained first where the recipe says so and it is not there; on one rank."""
+    return ensure_text_tokenizer(run.data) if run.task == "causal-lm" else ensure_task_tokenizer(run)
+
+
+def open_tokenizer(run: RunConfig, world: World) -> Tokenizer:
+    """The run's tokenizer on every rank, trained by rank 0 where it has to be; a collective."""
+    world.on_main(lambda: ensure_tokenizer(run).vocab_size)
+    return load_tokenizer(run.data.tokenizer)
+
+
+def open_data(run: RunConfig, world: World, tokenizer: Tokenizer) -> RunData:
+    """The run's data on every rank, prepared by rank 0 where it has to be; a collective.
+
+    Raises DataError, on every rank, where data are missing, unreadable or do not fit.
+    """
+    if run.task == "causal-lm":
+        world.on_main(lambda: len(prepare_text(run.data, tokenizer, run.prepared_folder)))
+        return TextData.open(run, tokenizer)
+    world.on_main(lambda: len(prepare_examples(run, tokenizer)))
+    return ExampleData.open(run, tokenizer, world)

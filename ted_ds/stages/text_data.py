@@ -1,0 +1,103 @@
+"""Continual pre-training's data: packed blocks of text, held-out perplexity, Stage I behind the LM head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ted_ds.config.schema import DataConfig, RunConfig
+from ted_ds.data.loader import EvaluationRows, TrainingRows
+from ted_ds.data.prepare import PackedBlocks, ensure_prepared
+from ted_ds.data.sources import iter_pieces
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from ted_ds.distill.frozen import FrozenModel
+from ted_ds.distributed import World
+from ted_ds.engine.loading import resident_readout
+from ted_ds.evaluation.perplexity import held_out_perplexity
+from ted_ds.tasks.causal_lm import CausalLM, LMHead
+
+SPLITS = {"train": True, "validation": False}
+"""Split -> whether its last, partial block is dropped: training drops it, evaluation counts every token."""
+
+
+@dataclass(frozen=True)
+class TextData:
+    """A run's tokenizer, and its training and held-out blocks (validation None: there are none)."""
+
+    tokenizer: Tokenizer
+    task: CausalLM
+    train: PackedBlocks
+    validation: PackedBlocks | None
+
+    @staticmethod
+    def open(run: RunConfig, tokenizer: Tokenizer) -> TextData:
+        """The blocks that `prepare_text` made."""
+        blocks = {split: PackedBlocks(run.prepared_folder / split) for split in SPLITS if getattr(run.data, split)}
+        return TextData(tokenizer, CausalLM(tokenizer.vocab_size), blocks["train"], blocks.get("validation"))
+
+    @property
+    def num_rows(self) -> int:
+        """Training blocks."""
+        return len(self.train)
+
+    def training_rows(self, run: RunConfig, world: World, global_batch_size: int | None = None) -> TrainingRows:
+        """This rank's blocks of every step."""
+        return TrainingRows(
+            self.train,
+            seed=run.seed,
+            global_batch_size=global_batch_size or run.train.global_batch_size,
+            micro_batch_size=run.train.micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+        )
+
+    def evaluate(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
+        """validation_loss and validation_perplexity; nothing without held-out data."""
+        if self.validation is None:
+            return {}
+        size = run.train.micro_batch_size
+        rows = EvaluationRows(self.validation, batch_size=size, rank=world.rank, world_size=world.size)
+        return held_out_perplexity(engine, rows, world)
+
+    def evaluate_extra(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
+        """Nothing: a causal LM has one held-out set."""
+        return {}
+
+    def disposable_head(self, frozen: FrozenModel, run: RunConfig, world: World, side: str) -> LMHead:
+        """The model's own final norm and LM head."""
+        section = run.teacher if side == "teacher" else run.student
+        assert section is not None
+        norm, head = resident_readout(frozen.module.model, world.device, trust_remote_code=section.trust_remote_code)
+        return LMHead(
+            norm,
+            head,
+            vocab_size=self.tokenizer.vocab_size,
+            token_fraction=run.filters.token_fraction,
+            seed=run.seed,
+        )
+
+
+def ensure_text_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer, a SentencePiece model trained first where the recipe says so and it is not there."""
+    if data.train_tokenizer is not None and not Path(data.tokenizer).exists():
+        texts = (piece.text for piece in iter_pieces(data.train, text_column=data.text_column))
+        train_sentencepiece(texts, data.train_tokenizer, Path(data.tokenizer))
+    return load_tokenizer(data.tokenizer)
+
+
+def prepare_text(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> dict[str, PackedBlocks]:
+    """Packs the splits into `folder`, as far as that is not done; on one rank."""
+    return {
+        split: ensure_prepared(
+            getattr(data, split),
+            tokenizer,
+            data.sequence_length,
+            folder / split,
+            text_column=data.text_column,
+            drop_tail=drop_tail,
+            processes=data.processes,
+        )
+        for split, drop_tail in SPLITS.items()
+        if getattr(data, split)
+    }
