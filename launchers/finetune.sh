@@ -8,7 +8,7 @@
 #
 # Valid bash and valid Python: bash runs the lines down to `source`, which does not return; Python takes them for a
 # docstring.
-source "$(dirname "${BASH_SOURCE[0]}")/start.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/start.sh" || exit 1
 ":"""
 
 import os

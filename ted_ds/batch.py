@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -34,8 +34,8 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; the copy does not block the host."""
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(None if tensor is None else on_device(tensor, device) for tensor in tensors))
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: on_device(t, device) for name, t in given.items() if t is not None})
 
 
 class BatchCounts:

@@ -1,4 +1,4 @@
-"""`ted-ds evaluate MODEL --data FILES [--lambada FILE]`: perplexity and LAMBADA of a Hugging Face folder."""
+"""`ted-ds evaluate MODEL --data FILES [--task T | --lambada FILE]`: scores of a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -9,21 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from ted_ds.cli.common import printed
+from ted_ds.config.tasks import TASKS
+
+OWN_COLUMNS = ("classification", "regression")
+"""Tasks whose columns a recipe names."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Scores a causal LM in one process, prints JSON; returns the exit code."""
+    """Scores a model in one process, prints JSON; returns the exit code."""
     parser = argparse.ArgumentParser("ted-ds evaluate", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("model", help="a Hugging Face folder or hub id")
-    parser.add_argument("--data", nargs="+", default=[], metavar="FILES", help="held-out text, JSONL or Parquet")
+    parser.add_argument("--task", choices=[t for t in TASKS if t not in OWN_COLUMNS], default="causal-lm")
+    parser.add_argument("--data", nargs="+", default=[], metavar="FILES", help="held-out text, or the task's files")
     parser.add_argument("--lambada", metavar="FILE", help="LAMBADA as JSONL with `text`")
     parser.add_argument("--tokenizer", help="where the model's folder has none")
-    parser.add_argument("--sequence-length", type=int, default=1024, help="tokens a block (default 1024)")
-    parser.add_argument("--batch-size", type=int, default=4, help="blocks a forward (default 4)")
+    parser.add_argument("--sequence-length", type=int, help="tokens a row (default 1024; other tasks: 256)")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows a forward (default 4)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args(argv)
     if not arguments.data and not arguments.lambada:
         parser.error("nothing to evaluate: give --data FILES, --lambada FILE, or both")
+    if arguments.lambada and arguments.task != "causal-lm":
+        parser.error(f"--lambada is for causal LMs, --task is {arguments.task}")
+    if arguments.sequence_length is None:
+        arguments.sequence_length = 1024 if arguments.task == "causal-lm" else 256
     printed(lambda: _evaluate(arguments))
     return 0
 
@@ -32,18 +41,19 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from ted_ds.data.sources import iter_pieces
     from ted_ds.data.tokenizers import load_tokenizer
     from ted_ds.distributed import init_world
-    from ted_ds.engine.loading import load_causal_lm
+    from ted_ds.engine.loading import load_model
     from ted_ds.evaluation.lambada import lambada
     from ted_ds.stages.models import check_fit
 
-    world = init_world()
-    model: Any = load_causal_lm(arguments.model, dtype=arguments.dtype)
+    world, kind = init_world(), TASKS[arguments.task].kind
+    model: Any = load_model(arguments.model, kind, dtype=arguments.dtype)
     model.to(world.device).eval()
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
-    check_fit("model", arguments.model, model, tokenizer, arguments.sequence_length if arguments.data else 1)
+    check_fit("model", arguments.model, model, kind, tokenizer, arguments.sequence_length if arguments.data else 1)
     results: dict[str, Any] = {"model": arguments.model}
     if arguments.data:
-        results |= _perplexity(arguments, model, tokenizer, world)
+        score = _perplexity if kind == "causal-lm" else _task_scores
+        results |= score(arguments, model, tokenizer, world)
     if arguments.lambada:
         texts = [piece.text for piece in iter_pieces([arguments.lambada], text_column="text")]
         scores = lambada(model, tokenizer, texts, batch_size=arguments.batch_size, device=world.device)
@@ -52,16 +62,40 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _perplexity(arguments: argparse.Namespace, model: Any, tokenizer: Any, world: Any) -> dict[str, float]:
-    from torch import nn
-
     from ted_ds.data.loader import EvaluationRows
     from ted_ds.data.prepare import prepare
-    from ted_ds.distill.objective import DistillationModel, LossWeights
     from ted_ds.evaluation.perplexity import held_out_perplexity
+    from ted_ds.tasks.causal_lm import CausalLM
 
-    scorer = DistillationModel(model, nn.ModuleList(), LossWeights(0.0, 0.0), vocab_size=tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         blocks = prepare(arguments.data, tokenizer, arguments.sequence_length, Path(folder) / "packed", drop_tail=False)
         rows = EvaluationRows(blocks, batch_size=arguments.batch_size, rank=world.rank, world_size=world.size)
-        scores = held_out_perplexity(scorer, rows, world)
+        scores = held_out_perplexity(_scorer(model, CausalLM(tokenizer.vocab_size)), rows, world)
     return {name.removeprefix("validation_"): value for name, value in scores.items()}
+
+
+def _task_scores(arguments: argparse.Namespace, model: Any, tokenizer: Any, world: Any) -> dict[str, float]:
+    from ted_ds.data.buckets import ScoringRows
+    from ted_ds.data.encoded import ensure_encoded
+    from ted_ds.evaluation.outputs import collect_outputs
+    from ted_ds.stages.example_data import make_task, score_outputs
+
+    spec, length = TASKS[arguments.task], arguments.sequence_length
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_id
+    with tempfile.TemporaryDirectory() as folder:
+        split = Path(folder) / "rows"
+        options = {"max_length": length, "stride": max(1, length // 3), "training": False}
+        rows = ensure_encoded(arguments.data, spec, tokenizer, split, **options)
+        batches = ScoringRows(rows, batch_size=arguments.batch_size, rank=world.rank, world_size=world.size)
+        outputs = collect_outputs(_scorer(model, make_task(spec, world)), batches, len(rows), world)
+        return score_outputs(spec, rows, outputs)
+
+
+def _scorer(model: Any, task: Any) -> Any:
+    from torch import nn
+
+    from ted_ds.distill.objective import DistillationModel
+    from ted_ds.tasks.base import LossWeights
+
+    return DistillationModel(model, nn.ModuleList(), LossWeights(0.0, 0.0), task=task)

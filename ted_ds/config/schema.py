@@ -209,7 +209,8 @@ class FiltersConfig(Section):
 
     @model_validator(mode="after")
     def _length(self) -> Self:
-        return _resolve_length(self, "filters", default=200)
+        _resolve_length(self, "filters", default=200)
+        return self
 
 
 class LossConfig(Section):
@@ -298,7 +299,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _length(self) -> Self:
-        return _resolve_length(self, "train", default=1000)
+        _resolve_length(self, "train", default=1000)
+        return self
 
 
 class LoggingConfig(Section):
@@ -308,17 +310,14 @@ class LoggingConfig(Section):
     tensorboard: bool = True
 
 
-SectionT = TypeVar("SectionT", TrainConfig, FiltersConfig)
-
-
-def _resolve_length(section: SectionT, name: str, *, default: int) -> SectionT:
+def _resolve_length(section: TrainConfig | FiltersConfig, name: str, *, default: int) -> None:
+    """Steps or epochs, not both; neither means `default` steps."""
     if section.steps is not None and section.epochs is not None:
         raise ValueError(
             f"{name}.steps ({section.steps}) and {name}.epochs ({section.epochs:g}) exclude each other: remove one"
         )
     if section.steps is None and section.epochs is None:
         object.__setattr__(section, "steps", default)
-    return section
 
 
 class RunConfig(Section):

@@ -1,23 +1,116 @@
+"""The tasks by name: GLUE's, SQuAD's, and those of a user's own data. Tables only."""
+
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 Kind = Literal["causal-lm", "classification", "regression", "question-answering"]
 
 
 @dataclass(frozen=True)
+class Tsv:
+    """GLUE's official TSV files of a task, which are tab-separated without any quoting.
+
+    header: the columns of a file that has no header line (CoLA's train and dev sets; its test set has one).
+    names: official name -> the task's, where they differ.
+    """
+
+    header: tuple[str, ...] | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TaskSpec:
+    """What the data of a task looks like, and how it is scored.
+
+    text_columns: one or two. labels: their names, numbered in this order; () for numbers and questions.
+    metrics: see `ted_ds.evaluation.glue`. best: the one by which the best weights are chosen; "" for text, whose
+    last weights are the result. tsv: None where there is no official TSV layout.
+    """
+
     name: str
     kind: Kind
     text_columns: tuple[str, ...] = ()
-    label_column: str = ""
+    label_column: str = "label"
     labels: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = ()
-    best: str = ""
+    metrics: tuple[str, ...] = ("accuracy",)
+    best: str = "accuracy"
+    tsv: Tsv | None = None
 
-    def with_columns(self, text_columns, label_column, labels) -> TaskSpec:
-        return self
+    def with_columns(
+        self, text_columns: tuple[str, ...] | None, label_column: str | None, labels: tuple[str, ...] | None
+    ) -> TaskSpec:
+        """The task with a recipe's own columns and labels; None keeps. With own columns no file has GLUE's layout."""
+        columns = (text_columns or self.text_columns, label_column or self.label_column)
+        same = columns == (self.text_columns, self.label_column)
+        return replace(
+            self,
+            text_columns=columns[0],
+            label_column=columns[1],
+            labels=labels or self.labels,
+            tsv=self.tsv if same else None,
+        )
 
 
-TASKS = {"causal-lm": TaskSpec("causal-lm", "causal-lm")}
+_PAIR = ("sentence1", "sentence2")
+_ENTAILMENT = ("entailment", "not_entailment")
+
+_SPECS = (
+    TaskSpec("causal-lm", "causal-lm", metrics=(), best=""),
+    # GLUE: column and label names as on the hub (nyu-mll/glue)
+    TaskSpec(
+        "cola",
+        "classification",
+        ("sentence",),
+        labels=("unacceptable", "acceptable"),
+        metrics=("matthews", "accuracy"),
+        best="matthews",
+        tsv=Tsv(header=("source", "label", "star", "sentence")),
+    ),
+    TaskSpec("sst2", "classification", ("sentence",), labels=("negative", "positive"), tsv=Tsv()),
+    TaskSpec(
+        "mrpc",
+        "classification",
+        _PAIR,
+        labels=("not_equivalent", "equivalent"),
+        metrics=("accuracy", "f1"),
+        tsv=Tsv(names={"#1 String": "sentence1", "#2 String": "sentence2", "Quality": "label"}),
+    ),
+    TaskSpec(
+        "stsb",
+        "regression",
+        _PAIR,
+        metrics=("pearson", "spearman"),
+        best="spearman",
+        tsv=Tsv(names={"score": "label"}),
+    ),
+    TaskSpec(
+        "qqp",
+        "classification",
+        ("question1", "question2"),
+        labels=("not_duplicate", "duplicate"),
+        metrics=("accuracy", "f1"),
+        tsv=Tsv(names={"is_duplicate": "label"}),
+    ),
+    TaskSpec(
+        "mnli",
+        "classification",
+        ("premise", "hypothesis"),
+        labels=("entailment", "neutral", "contradiction"),
+        tsv=Tsv(names={"sentence1": "premise", "sentence2": "hypothesis", "gold_label": "label"}),
+    ),
+    TaskSpec("qnli", "classification", ("question", "sentence"), labels=_ENTAILMENT, tsv=Tsv()),
+    TaskSpec("rte", "classification", _PAIR, labels=_ENTAILMENT, tsv=Tsv()),
+    TaskSpec("wnli", "classification", _PAIR, labels=_ENTAILMENT[::-1], tsv=Tsv()),
+    TaskSpec("squad", "question-answering", metrics=("exact", "f1"), best="f1"),
+    TaskSpec("squad_v2", "question-answering", metrics=("exact", "f1"), best="f1"),
+    # a user's own data; columns and labels come from the recipe
+    TaskSpec("classification", "classification"),
+    TaskSpec("regression", "regression", metrics=("pearson", "spearman"), best="spearman"),
+    TaskSpec("question-answering", "question-answering", metrics=("exact", "f1"), best="f1"),
+)
+
+TASKS = {spec.name: spec for spec in _SPECS}
+"""Every task that a recipe may name."""

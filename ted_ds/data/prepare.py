@@ -128,14 +128,19 @@ def check(
 ) -> None:
     """Raises DataError where `blocks` were made of other data, by another tokenizer, or at another length."""
     made = blocks.manifest
-    sizes = _sizes(entries) if made.entries == _names(entries) else {}
-    wanted = [
+    sizes = file_sizes(entries) if made.entries == entry_names(entries) else {}
+    wanted: list[tuple[str, object, object]] = [
         ("tokenizer", made.tokenizer_fingerprint, tokenizer.fingerprint),
         ("data.sequence_length", made.sequence_length, sequence_length),
         ("data.text_column", made.text_column, text_column),
-        ("data entries", list(made.entries), list(_names(entries))),
+        ("data entries", list(made.entries), list(entry_names(entries))),
         ("sizes of data files", made.sources, sizes),
     ]
+    refuse_differences(folder, wanted)
+
+
+def refuse_differences(folder: Path, wanted: Sequence[tuple[str, object, object]]) -> None:
+    """Raises DataError for the first (what, as the folder was made, as it is asked for now) that differs."""
     for what, before, now in wanted:
         if before != now:
             raise DataError(
@@ -165,7 +170,7 @@ def prepare(
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    sizes = _sizes(entries)
+    sizes = file_sizes(entries)
     workers = processes or os.cpu_count() or 1
     if sizes and sum(sizes.values()) < ALONE_BYTES:
         workers = 1
@@ -180,8 +185,8 @@ def prepare(
     last_row_length = packer.close(drop_tail=drop_tail)
     if not packer.rows:
         raise DataError(
-            f"data {', '.join(_names(entries))} has {packer.tokens} tokens, less than one row of data.sequence_length "
-            f"({sequence_length}): give more data, or shorter rows"
+            f"data {', '.join(entry_names(entries))} has {packer.tokens} tokens, less than one row of "
+            f"data.sequence_length ({sequence_length}): give more data, or shorter rows"
         )
     manifest = Manifest(
         tokenizer=tokenizer.name,
@@ -192,7 +197,7 @@ def prepare(
         tokens=packer.tokens,
         documents=packer.documents,
         text_column=text_column,
-        entries=_names(entries),
+        entries=entry_names(entries),
         sources=sizes,
     )
     (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
@@ -302,11 +307,12 @@ def _encode_group(texts: list[str]) -> list[list[int]]:
     return _worker_tokenizer.encode_batch(texts)
 
 
-def _names(entries: Entries) -> tuple[str, ...]:
+def entry_names(entries: Entries) -> tuple[str, ...]:
+    """What a manifest calls the entries of a recipe."""
     return tuple(entry if isinstance(entry, str) else entry.model_dump_json() for entry in entries)
 
 
-def _sizes(entries: Entries) -> dict[str, int]:
+def file_sizes(entries: Entries) -> dict[str, int]:
     """Bytes of every local file; what a hub serves is not counted."""
     files = [path for entry in entries if isinstance(entry, str) for path in matching_files(entry)]
     return {str(path): path.stat().st_size for path in files}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -68,22 +69,41 @@ def matching_files(entry: str) -> list[Path]:
 
 
 def _file_pieces(path: Path, text_column: str) -> Iterator[Piece]:
-    kind = Path(path.stem).suffix if infer_compression(path.name) else path.suffix
-    try:
+    kind = file_kind(path)
+    with readable(path):
         if kind == ".parquet":
             yield from _parquet_pieces(path, text_column)
         else:
             yield from _line_pieces(path, text_column if kind in JSON_SUFFIXES else None)
+
+
+@contextmanager
+def readable(what: object) -> Iterator[None]:
+    """Within it, an error that is none of ours is a DataError: `what` cannot be read."""
+    try:
+        yield
     except DataError:
         raise
-    except Exception as error:  # each decompressor and Arrow raise errors of their own
-        raise DataError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
+    except Exception as error:  # decompressors, Arrow, hub and builders raise errors of their own
+        raise DataError(f"{what} cannot be read: {_first_line(error)}") from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[BufferedReader, BufferedReader]]:
+    """(its content, the file as it lies on disk): .gz, .xz, .bz2, .zip and .zst are unpacked."""
+    name = infer_compression(path.name)
+    with path.open("rb") as raw, BufferedReader(compr[name](raw, mode="rb")) if name else raw as plain:
+        yield plain, raw
+
+
+def file_kind(path: Path) -> str:
+    """The suffix that tells a file's format, without the one of its compression."""
+    return Path(path.stem).suffix if infer_compression(path.name) else path.suffix
 
 
 def _line_pieces(path: Path, json_column: str | None) -> Iterator[Piece]:
     """Pieces of a text file or, where `json_column` is given, of JSON lines."""
-    name = infer_compression(path.name)
-    with path.open("rb") as raw, BufferedReader(compr[name](raw, mode="rb")) if name else raw as plain:
+    with opened(path) as (plain, raw):
         position = 0
 
         def read() -> float:
@@ -91,11 +111,11 @@ def _line_pieces(path: Path, json_column: str | None) -> Iterator[Piece]:
             before, position = position, raw.tell()
             return position - before
 
-        lines = _numbered(plain, path)
+        lines = numbered_lines(plain, path)
         yield from _text(lines, read) if json_column is None else _json(lines, path, json_column, read)
 
 
-def _numbered(file: BufferedReader, path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(file: BufferedReader, path: Path) -> Iterator[tuple[int, str]]:
     """(1-based number, line with its end) of each line; a byte order mark is dropped."""
     for number, line in enumerate(file, 1):
         try:
@@ -154,28 +174,29 @@ def _parquet_pieces(path: Path, column: str) -> Iterator[Piece]:
 
 
 def _hub_pieces(entry: HubDataset, column: str) -> Iterator[Piece]:
-    from datasets import load_dataset
-
-    where = f"data set {entry.hub} ({entry.name or 'default'}, {entry.split})"
-    try:
-        rows = load_dataset(entry.hub, entry.name, split=entry.split, streaming=entry.streaming)
-    except Exception as error:  # network, hub, builder and file errors have no common base
-        raise DataError(f"{where} cannot be loaded: {_first_line(error)}") from error
+    where, rows = hub_rows(entry)
     names = rows.column_names
     if names is not None and column not in names:
         _no_column(where, column, names)
     found = False
-    try:
+    with readable(where):  # a streamed file is parsed, and perhaps found broken, only here
         for number, row in enumerate(rows, 1):
             for piece in _whole(row[column], f"{where}, row {number}", column, 0.0):
                 found = True
                 yield piece
-    except DataError:
-        raise
-    except Exception as error:  # a streamed file is parsed, and perhaps found broken, only here
-        raise DataError(f"{where} cannot be read: {_first_line(error)}") from error
     if not found:
         raise DataError(f"{where} has no text: choose another split, or set data.text_column")
+
+
+def hub_rows(entry: HubDataset) -> tuple[str, Any]:
+    """(what messages call it, the data set as `datasets` loads it)."""
+    from datasets import load_dataset
+
+    where = f"data set {entry.hub} ({entry.name or 'default'}, {entry.split})"
+    try:
+        return where, load_dataset(entry.hub, entry.name, split=entry.split, streaming=entry.streaming)
+    except Exception as error:  # network, hub, builder and file errors have no common base
+        raise DataError(f"{where} cannot be loaded: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -6,11 +6,13 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import sentencepiece
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Core
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
@@ -33,31 +35,109 @@ PROBES = (
 """Texts by which a converted SentencePiece model must agree with sentencepiece itself."""
 
 
+SPECIAL_TOKENS = 4
+"""The most that a tokenizer puts around two texts (RoBERTa)."""
+
+
+@dataclass(frozen=True)
+class Encodings:
+    """Rows of token ids, and for each the position of the first token of the second text (its length without one)."""
+
+    ids: list[list[int]]
+    seconds: list[int]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of contexts: their ids, which pair each is of, and the characters [S, 2] of the context that each token
+    stands for, -1 outside the context.
+    """
+
+    encodings: Encodings
+    pairs: list[int]
+    offsets: list[np.ndarray]
+
+
 class Tokenizer:
     """A tokenizer of transformers with what distillation needs of it.
 
-    vocab_size: ids run from 0 to vocab_size - 1, added tokens included. eos_id: the end-of-document token.
+    vocab_size: ids run from 0 to vocab_size - 1, added tokens included.
     prefix: ids that the tokenizer itself puts before every text (Llama's BOS; none for GPT-2).
     fingerprint: hash of everything that decides which ids a text becomes.
-    Raises DataError where there is no end-of-document token.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         self._tokenizer = tokenizer
         self.name = name
-        if tokenizer.eos_token_id is None:
-            raise DataError(
-                f"tokenizer {name} has no end-of-document token: set eos_token in its tokenizer_config.json"
-            )
-        self.eos_id: int = tokenizer.eos_token_id
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.vocab_size = max(self._vocabulary.values()) + 1
         around = tokenizer("")["input_ids"]
-        self.prefix: list[int] = [i for i in around if i != self.eos_id]
+        self.prefix: list[int] = [i for i in around if i != tokenizer.eos_token_id]
         core = getattr(tokenizer, "backend_tokenizer", None)
         rules = core.to_str() if core is not None else type(tokenizer).__name__ + json.dumps(self._vocabulary)
         split = getattr(tokenizer, "split_special_tokens", False)
-        self.fingerprint = hashlib.sha256(f"{rules}{self.prefix}{self.eos_id}{split}".encode()).hexdigest()
+        self.fingerprint = hashlib.sha256(f"{rules}{self.prefix}{tokenizer.eos_token_id}{split}".encode()).hexdigest()
+
+    @property
+    def eos_id(self) -> int:
+        """The end-of-document token. Raises DataError where there is none (BERT's)."""
+        if self._tokenizer.eos_token_id is None:
+            raise DataError(
+                f"tokenizer {self.name} has no end-of-document token: set eos_token in its tokenizer_config.json"
+            )
+        return int(self._tokenizer.eos_token_id)
+
+    @property
+    def pad_id(self) -> int:
+        """The padding token, or the end-of-document token where there is none. Raises DataError for neither."""
+        found = self._tokenizer.pad_token_id
+        return self.eos_id if found is None else int(found)
+
+    def encode_texts(self, texts: list[tuple[str, ...]], max_length: int) -> Encodings:
+        """One or two texts a row, with the tokenizer's special tokens, the longer one cut first."""
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        return self._encodings(self._tokenizer(*columns, truncation=True, max_length=max_length, verbose=False))
+
+    def encode_windows(self, pairs: list[tuple[str, str]], max_length: int, stride: int) -> Windows:
+        """Overlapping windows of (question, context), in which the context alone is cut.
+
+        stride: tokens that neighbouring windows share. A question longer than half of `max_length` is cut to that.
+        Raises DataError for a tokenizer without offsets, and a stride that leaves no room.
+        """
+        room = max_length - max_length // 2 - SPECIAL_TOKENS
+        if not 0 < stride < room:
+            raise DataError(f"data.doc_stride ({stride}) must be less than {room} at data.sequence_length {max_length}")
+        if not self._tokenizer.is_fast:
+            raise DataError(f"tokenizer {self.name} knows no offsets: question answering needs a fast tokenizer")
+        questions = self._cut([question.lstrip() for question, _ in pairs], max_length // 2)
+        found = self._tokenizer(
+            questions,
+            [context for _, context in pairs],
+            truncation="only_second",
+            max_length=max_length,
+            stride=stride,
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        offsets = []
+        for i, pairs_ in enumerate(found["offset_mapping"]):
+            spans = np.array(pairs_, dtype=np.int32)
+            spans[[owner != 1 for owner in found.sequence_ids(i)]] = -1
+            offsets.append(spans)
+        return Windows(self._encodings(found), found["overflow_to_sample_mapping"], offsets)
+
+    def _cut(self, texts: list[str], most: int) -> list[str]:
+        found = self._tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return [
+            text if len(spans) <= most else text[: spans[most - 1][1]]
+            for text, spans in zip(texts, found["offset_mapping"], strict=True)
+        ]
+
+    def _encodings(self, found: Any) -> Encodings:
+        ids = found["input_ids"]
+        types = found.get("token_type_ids") or [[0] * len(row) for row in ids]
+        return Encodings(ids, [row.index(1) if 1 in row else len(row) for row in types])
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of each text, after `prefix` and without an end-of-document token."""
@@ -149,6 +229,33 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
     (temporary / "tokenizer.vocab").unlink()
     Tokenizer(_from_sentencepiece(temporary / SPIECE), str(folder)).save(temporary)
     shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Trains an uncased WordPiece tokenizer as BERT's into `folder`, renamed into place when whole.
+
+    Raises DataError where the texts are too few for anything but single characters.
+    """
+    special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+    core = Core(models.WordPiece(unk_token=special["unk"]))
+    core.normalizer = normalizers.BertNormalizer(lowercase=True)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    core.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False
+    )
+    core.train_from_iterator(texts, trainer)
+    if core.get_vocab_size() <= len(special):
+        raise DataError("no tokenizer can be trained: the data has no text")
+    ends = [(special[name], core.token_to_id(special[name])) for name in ("cls", "sep")]
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
+    fast = PreTrainedTokenizerFast(tokenizer_object=core, **{f"{name}_token": token for name, token in special.items()})
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    fast.save_pretrained(temporary)
     temporary.rename(folder)
 
 

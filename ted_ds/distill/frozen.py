@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ted_ds.batch import Batch
 from ted_ds.distill.collector import BlockTap
+from ted_ds.models.readout import Readout
 from ted_ds.models.structure import find_blocks
 from ted_ds.ops import Head
 from ted_ds.tasks.base import Task
@@ -25,12 +27,12 @@ class FrozenModule(nn.Module):
     ZeRO-3 each weight is whole only when its turn comes.
     """
 
-    def __init__(self, model: nn.Module, task: Task, filters: Iterable[nn.Module] = ()) -> None:
+    def __init__(self, model: PreTrainedModel, task: Task, filters: Iterable[nn.Module] = ()) -> None:
         super().__init__()
-        self.model = model
+        self.model: PreTrainedModel = model
         self.filters = nn.ModuleList(filters)
         self.structure = find_blocks(model)
-        self.readout = task.readout(model)
+        self.readout: Readout = task.readout(model)
         self.requires_grad_(False)
 
     def forward(self, *, batch: Batch, use_output: UseOutput | None = None) -> None:

@@ -13,6 +13,7 @@ from ted_ds.distill.collector import HiddenStateCollector
 from ted_ds.distill.frozen import FrozenModel
 from ted_ds.errors import ModelError
 from ted_ds.models.layer_map import LayerMap
+from ted_ds.models.readout import Readout
 from ted_ds.models.structure import find_blocks
 from ted_ds.ops import Head
 from ted_ds.tasks.base import LossWeights, Reading, Task, TaskLosses
@@ -35,7 +36,7 @@ class DistillationModel(nn.Module):
         self.weights = weights
         self.task = task
         self.structure = find_blocks(student)
-        self.readout = task.readout(student)
+        self.readout: Readout = task.readout(student)
         self._collector = HiddenStateCollector((), (), ())
         self._teacher: FrozenModel | None = None
         self._layer_scale: torch.Tensor | float = 1.0

@@ -23,6 +23,7 @@ def collect_outputs(engine: Any, batches: Iterable[Batch], num_rows: int, world:
     with torch.no_grad():
         for batch in batches:
             placed = batch.to(world.device)
+            assert placed.rows is not None
             found.append((placed.rows, engine(batch=placed).float()))
     engine.train()
     rows, outputs = (world.gather(torch.cat(parts)).cpu() for parts in zip(*found, strict=True))

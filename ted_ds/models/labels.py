@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -20,7 +21,8 @@ def label_order(config: PreTrainedConfig, labels: Sequence[str]) -> list[int] | 
     ("LABEL_0", ...) is taken to have the data's order, and the log says so.
     Raises ModelError where numbers or names differ.
     """
-    own = [config.id2label[i] for i in range(config.num_labels)]
+    names: Any = config.id2label
+    own = [str(names[i]) for i in range(len(names))]
     name = getattr(config, "_name_or_path", "") or config.model_type
     if len(own) != len(labels):
         raise ModelError(

@@ -16,7 +16,15 @@ from ted_ds.ops import Head
 T = TypeVar("T")
 
 
-class LogitHead(nn.Module):
+class Readout(nn.Module):
+    """How a task reads a model: `read` runs it, the forward hands over what `read` gave, with weights at hand."""
+
+    def read(self, batch: Batch) -> torch.Tensor:
+        """What the task's losses start from."""
+        raise NotImplementedError
+
+
+class LogitHead(Readout):
     """A causal LM read up to its last hidden state, and its LM head, which shares the model's parameters.
 
     The fused losses need the head's weight itself, not the module's output. Under ZeRO-3 a weight is whole
@@ -42,7 +50,7 @@ class LogitHead(nn.Module):
         return use(output, Head(self.weight, self.bias, softcap=self._softcap, scale=self._scale))
 
 
-class TaskReadout(nn.Module):
+class TaskReadout(Readout):
     """A model with a small task head, read up to its logits.
 
     order: for each label of the data the model's own number of it; None where they are the same.

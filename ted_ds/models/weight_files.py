@@ -66,6 +66,10 @@ class WeightReader:
         """The tensor, on the CPU, in the file's dtype."""
         return self._open(self._file_of[name]).get_tensor(name)
 
+    def read_all(self) -> dict[str, torch.Tensor]:
+        """Every tensor by name."""
+        return {name: self.read(name) for name in self._file_of}
+
     def _open(self, file: str) -> Any:
         if file not in self._files:
             path = find_file(self._model, file)

@@ -17,8 +17,15 @@ from ted_ds.train.loop import Rows
 class RunData(Protocol):
     """What a task brings to the stages."""
 
-    tokenizer: Tokenizer
-    task: Task
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The run's."""
+        ...
+
+    @property
+    def task(self) -> Task:
+        """Stage II's side of it."""
+        ...
 
     @property
     def num_rows(self) -> int:

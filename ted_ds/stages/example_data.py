@@ -80,7 +80,7 @@ class ExampleData:
         if self.spec.kind == "question-answering":
             return SpanHead(mask_padding=run.loss.mask_padding)
         # the frozen model's own config has its dropout taken out
-        path = frozen.module.model.config._name_or_path
+        path = str(frozen.module.model.name_or_path)
         dropout = run.filters.head_dropout
         pooler = find_pooler(
             AutoConfig.from_pretrained(path, trust_remote_code=_trusted(run, side)),

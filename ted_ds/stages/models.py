@@ -49,7 +49,7 @@ def ensure_models(run: RunConfig, tokenizer: Tokenizer, world: World) -> Models:
     Checkpoints in the layout of the paper's authors are taken apart in the run's folder.
     """
     published: dict[str, Path] = {}
-    teacher = run.teacher and _unpacked(run, "teacher", run.teacher.model, published, world)
+    teacher = _unpacked(run, "teacher", run.teacher.model, published, world) if run.teacher else None
     return Models(_ensure_student(run, tokenizer, teacher, published, world), teacher, published)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ted_ds.batch import Batch, BatchCounts
 from ted_ds.models.filters import Filter
+from ted_ds.models.readout import Readout
 from ted_ds.ops import Head
 
 
@@ -50,8 +51,8 @@ class TaskLosses(NamedTuple):
 class Task(Protocol):
     """Stage II's side of a task; see `ted_ds.tasks` for the three there are."""
 
-    def readout(self, model: Any) -> nn.Module:
-        """The module that reads `model`, a student or teacher of this task: `read(batch)`, `forward(output, use=)`."""
+    def readout(self, model: Any) -> Readout:
+        """The module that reads `model`, a student or teacher of this task."""
         ...
 
     def losses(

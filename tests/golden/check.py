@@ -26,9 +26,8 @@ from transformers.models.deberta_v2 import modeling_deberta_v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ted_ds.checkpoint.published import PublishedModel, read_published
-
 from ted_ds.batch import Batch, BatchCounts
+from ted_ds.checkpoint.published import PublishedModel, read_published
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.distill.frozen import FrozenModel, FrozenModule
 from ted_ds.distill.objective import DistillationModel

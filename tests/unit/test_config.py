@@ -136,7 +136,10 @@ def test_given_loss_weights_stay_and_zero_is_allowed(write):
         ({"train": {"stpes": 5}}, "train.stpes: unknown key; did you mean train.steps?"),
         ({"train": {"learning_rate": 5}}, "did you mean filters.learning_rate or optimizer.learning_rate?"),
         ({"metod": "kd"}, "metod: unknown key; did you mean method?"),
-        ({"train": {"qqqq": 5}}, "train.qqqq: unknown key; known are train.steps, train.epochs, train.global_batch_size"),
+        (
+            {"train": {"qqqq": 5}},
+            "train.qqqq: unknown key; known are train.steps, train.epochs, train.global_batch_size",
+        ),
         ({"method": "tedd"}, "method: 'tedd' is not allowed: should be 'ce', 'kd', 'lwd' or 'ted'"),
         ({"train": {"steps": "many"}}, "train.steps: 'many' is not allowed: should be a valid integer"),
         ({"train": {"steps": 0}}, "train.steps: 0 is not allowed: should be greater than 0"),

@@ -1,4 +1,4 @@
-"""launchers/pretrain.sh is one file for bash and for Python; a stub stands for the command behind it."""
+"""Each launcher is one file for bash and for Python; a stub stands for the command behind it."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ ARGUMENTS = ["--config", "a recipe.yaml", "--data.train=['a b.txt', \"$HOME\"]",
 """Spaces, both quotes, a dollar and an empty value: what a shell in between would spoil."""
 
 
-@pytest.fixture
-def clone(tmp_path: Path) -> Path:
-    """A copy of the launcher in a clone whose command prints what it was called with."""
+@pytest.fixture(params=["pretrain", "finetune"])
+def clone(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A copy of one launcher, as `launchers/it.sh`, in a clone whose command prints what it was called with."""
     root = tmp_path / "a clone"
     (root / "ted_ds/cli").mkdir(parents=True)
-    (root / "ted_ds/cli/pretrain.py").write_text(STUB)
+    (root / f"ted_ds/cli/{request.param}.py").write_text(STUB)
     (root / "launchers").mkdir()
-    shutil.copy(ROOT / "launchers/pretrain.sh", root / "launchers")
+    shutil.copy(ROOT / f"launchers/{request.param}.sh", root / "launchers/it.sh")
+    shutil.copy(ROOT / "launchers/start.sh", root / "launchers")
     return root
 
 
@@ -69,7 +70,7 @@ def calls(lines: list[str]) -> list[dict[str, object]]:
 
 
 def test_torchrun_starts_it_on_every_rank(clone):
-    script = clone / "launchers/pretrain.sh"
+    script = clone / "launchers/it.sh"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     lines = call([*launch, script, *ARGUMENTS])
     assert calls(lines) == [{"rank": r, "arguments": ARGUMENTS, "tools_first": True} for r in ("0", "1")]
@@ -78,20 +79,20 @@ def test_torchrun_starts_it_on_every_rank(clone):
 @pytest.mark.parametrize("how", [["bash"], []], ids=["bash", "./"])
 def test_bash_starts_deepspeed_with_the_ranks_asked_for(clone, tmp_path, how):
     tools = make_tools(tmp_path / "tools")
-    script = clone / "launchers/pretrain.sh"
+    script = clone / "launchers/it.sh"
     lines = call([*how, script, *ARGUMENTS], path=tools, TED_DS_RANKS="2", MASTER_PORT="29511")
     assert lines[0] == "options --num_gpus 2 --master_port 29511"
     assert calls(lines) == [{"rank": "0", "arguments": ["--local_rank=0", *ARGUMENTS], "tools_first": True}]
 
 
 def test_without_a_number_of_ranks_the_choice_is_deepspeeds(clone, tmp_path):
-    lines = call(["bash", clone / "launchers/pretrain.sh"], path=make_tools(tmp_path / "tools"))
+    lines = call(["bash", clone / "launchers/it.sh"], path=make_tools(tmp_path / "tools"))
     assert lines[0] == "options "
 
 
 def test_a_clones_own_environment_serves_where_path_has_none(clone):
     make_tools(clone / ".venv/bin")
-    assert calls(call(["bash", clone / "launchers/pretrain.sh", "x"]))[0]["arguments"] == [
+    assert calls(call(["bash", clone / "launchers/it.sh", "x"]))[0]["arguments"] == [
         "--local_rank=0",
         "x",
     ]
@@ -99,13 +100,13 @@ def test_a_clones_own_environment_serves_where_path_has_none(clone):
 
 def test_run_directly_by_a_launcher_it_is_a_rank(clone, tmp_path):
     """As under `deepspeed --no_python` and `torchrun --no-python`, which execute the file itself."""
-    lines = call([clone / "launchers/pretrain.sh", *ARGUMENTS], path=make_tools(tmp_path / "tools"), RANK="1")
+    lines = call([clone / "launchers/it.sh", *ARGUMENTS], path=make_tools(tmp_path / "tools"), RANK="1")
     assert calls(lines) == [{"rank": "1", "arguments": ARGUMENTS, "tools_first": True}]
 
 
 def test_without_an_environment_it_says_how_to_make_one(clone):
     done = subprocess.run(
-        ["bash", clone / "launchers/pretrain.sh"],
+        ["bash", clone / "launchers/it.sh"],
         env={"PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,

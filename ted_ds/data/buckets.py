@@ -1,0 +1,122 @@
+"""Rows of like length in a step, so that little padding is computed; a function of (seed, step) alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ted_ds.batch import Batch
+from ted_ds.data.encoded import EncodedRows
+from ted_ds.data.loader import row_order
+from ted_ds.errors import DataError
+
+MULTIPLE = 8
+"""Rows are padded to a multiple of it: GEMMs of such sizes are faster, and shapes repeat."""
+
+POOL_STEPS = 64
+"""Steps whose rows are ordered by length together. More of them leave less padding and less chance."""
+
+
+class BucketedRows:
+    """The training rows of every optimizer step, dealt to ranks and micro-batches.
+
+    The endless sequence of epochs, each an order of its own, is cut into pools of `POOL_STEPS` steps (fewer where
+    an epoch has fewer). A pool's rows are ordered by length, to `MULTIPLE` tokens, otherwise left in their order,
+    cut into steps, and the steps are shuffled. All of a step is padded to its longest row, whatever rank
+    computes it: ranks work alike, and nothing depends on the split. Micro-batch m of rank r holds the step's rows
+    (m * world_size + r) * mb on.
+
+    Raises DataError where an epoch has fewer rows than a step.
+    """
+
+    def __init__(
+        self,
+        rows: EncodedRows,
+        *,
+        seed: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+    ) -> None:
+        if len(rows) < global_batch_size:
+            raise DataError(
+                f"the training data has {len(rows)} rows, a step takes {global_batch_size}: set "
+                "train.global_batch_size lower, or give more data"
+            )
+        self._rows, self._seed = rows, seed
+        self._global, self._micro = global_batch_size, micro_batch_size
+        self._rank, self._world = rank, world_size
+        self._pool_steps = min(POOL_STEPS, len(rows) // global_batch_size)
+        self._pool: tuple[int, np.ndarray] | None = None
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of the 0-based `step`."""
+        rows = self.step_rows(step)
+        width = self.width(step)
+        starts = range(self._rank * self._micro, self._global, self._world * self._micro)
+        return [self._rows.batch(rows[start : start + self._micro], width) for start in starts]
+
+    def tokens(self, step: int) -> int:
+        """Real tokens of a step over all ranks."""
+        return int(self._rows.lengths[self.step_rows(step)].sum())
+
+    def width(self, step: int) -> int:
+        """S of a step: its longest row, rounded up, but never over the data's max_length."""
+        longest = int(self._rows.lengths[self.step_rows(step)].max())
+        return min(-(-longest // MULTIPLE) * MULTIPLE, self._rows.manifest.max_length)
+
+    def padding_share(self, steps: int) -> float:
+        """Padding's share of the tokens that the first `steps` steps compute."""
+        computed = sum(self._global * self.width(step) for step in range(steps))
+        return 1.0 - sum(self.tokens(step) for step in range(steps)) / computed
+
+    def step_rows(self, step: int) -> np.ndarray:
+        """[G] the numbers of a step's rows."""
+        number, place = divmod(step, self._pool_steps)
+        if self._pool is None or self._pool[0] != number:
+            self._pool = (number, self._make_pool(number))
+        return self._pool[1][place]
+
+    def _make_pool(self, number: int) -> np.ndarray:
+        """[steps, G] the rows of a pool."""
+        size = self._pool_steps * self._global
+        rows = np.array([self._row(position) for position in range(number * size, (number + 1) * size)])
+        order = np.argsort(-(-self._rows.lengths[rows] // MULTIPLE), kind="stable")
+        steps = rows[order].reshape(self._pool_steps, self._global)
+        return steps[np.random.default_rng([self._seed, number, 1]).permutation(self._pool_steps)]
+
+    def _row(self, position: int) -> int:
+        epoch, index = divmod(position, len(self._rows))
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, row_order(len(self._rows), self._seed, epoch))
+        return int(self._order[1][index])
+
+
+class ScoringRows:
+    """Held-out rows, each once over all ranks, the longest first: if they fit, all do.
+
+    Every rank gets as many batches of one size, the last ones possibly with fillers (`Batch.rows` -1): under
+    ZeRO-3 a forward is a collective.
+    """
+
+    def __init__(self, rows: EncodedRows, *, batch_size: int, rank: int, world_size: int) -> None:
+        self._rows, self._size, self._rank, self._world = rows, batch_size, rank, world_size
+        self._order = np.argsort(-rows.lengths, kind="stable")
+
+    def __len__(self) -> int:
+        """Batches of every rank."""
+        return -(-len(self._rows) // (self._size * self._world))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for turn in range(len(self)):
+            first = (turn * self._world + self._rank) * self._size
+            places = np.arange(first, first + self._size)
+            rows = self._order[places.clip(max=len(self._rows) - 1)]
+            longest = int(self._rows.lengths[rows].max())
+            batch = self._rows.batch(rows, min(-(-longest // MULTIPLE) * MULTIPLE, self._rows.manifest.max_length))
+            yield replace(batch, rows=torch.from_numpy(np.where(places < len(self._rows), rows, -1)))

@@ -1,0 +1,314 @@
+"""Labelled rows and windows as token ids in a memory-mapped Arrow file, with a manifest that later runs check."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ted_ds.batch import Batch
+from ted_ds.config.tasks import TaskSpec
+from ted_ds.data.prepare import MANIFEST, Entries, entry_names, file_sizes, refuse_differences
+from ted_ds.data.squad import Question, iter_questions
+from ted_ds.data.tables import iter_examples
+from ted_ds.data.tokenizers import Tokenizer
+from ted_ds.errors import DataError
+
+logger = logging.getLogger("ted_ds")
+
+ROWS, QUESTIONS = "rows.arrow", "questions.jsonl"
+
+GROUP = 4096
+"""Examples that are tokenized, and written as a record batch, at a time."""
+
+Columns = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What encoded rows were made of.
+
+    kind: of the task. cut: rows that had more tokens than `max_length`, whose rest is lost (a question's windows
+    lose nothing). pad_id: the tokenizer's.
+    """
+
+    task: str
+    kind: str
+    columns: tuple[str, ...]
+    labels: tuple[str, ...]
+    tokenizer: str
+    tokenizer_fingerprint: str
+    pad_id: int
+    max_length: int
+    stride: int
+    training: bool
+    rows: int
+    examples: int
+    cut: int
+    entries: tuple[str, ...]
+    sources: dict[str, int]
+
+
+class EncodedRows:
+    """The rows of one split, memory-mapped.
+
+    lengths: [rows] int32 tokens of each. targets: [rows] labels int64, values float32, or for questions the
+    positions where answers start, int64.
+    Raises DataError where the folder is not whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        try:
+            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            tuples = {name: tuple(values[name]) for name in ("columns", "labels", "entries")}
+            self.manifest = Manifest(**{**values, **tuples})
+            self._file = pa.ipc.open_file(pa.memory_map(str(folder / ROWS)))
+            self._groups = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            raise DataError(f"{folder} holds no whole prepared data ({error}): delete it to prepare it anew") from error
+        # zero-copy views of the map: a group's tokens one after another, and where each row of it begins
+        self._tokens = [_flat(group, "input_ids") for group in self._groups]
+        self._firsts = np.cumsum([0, *(group.num_rows for group in self._groups)])
+        self.lengths = np.concatenate([np.diff(starts) for _, starts in self._tokens]).astype(np.int32)
+        target = "start" if self.manifest.kind == "question-answering" else "label"
+        self.targets = self._column(target).astype(np.float32 if self.manifest.kind == "regression" else np.int64)
+        self._seconds = self._column("second")
+        if len(self) != self.manifest.rows:
+            raise DataError(f"{folder}: {ROWS} and {MANIFEST} differ in rows: delete the folder to prepare it anew")
+
+    def __len__(self) -> int:
+        return int(self._firsts[-1])
+
+    def batch(self, rows: np.ndarray, pad_to: int) -> Batch:
+        """The rows [B], padded on the right to `pad_to` tokens; `Batch.rows` is left out."""
+        shape = (len(rows), pad_to)
+        ids = np.full(shape, self.manifest.pad_id, dtype=np.int64)
+        for i, row in enumerate(rows.tolist()):
+            tokens = self._row(self._tokens, row)
+            ids[i, : len(tokens)] = tokens
+        positions = np.arange(pad_to)
+        mask = positions < self.lengths[rows][:, None]
+        types = mask & (positions >= self._seconds[rows][:, None])
+        questions = self.manifest.kind == "question-answering"
+        return Batch(
+            torch.from_numpy(ids),
+            torch.from_numpy(self.targets[rows]),
+            torch.from_numpy(mask.astype(np.int64)),
+            token_type_ids=torch.from_numpy(types.astype(np.int64)),
+            ends=torch.from_numpy(self._ends[rows]) if questions else None,
+        )
+
+    def questions(self) -> list[Question]:
+        """The questions of a held-out split, in order, for scoring."""
+        return self._questions
+
+    def window(self, row: int) -> tuple[int, np.ndarray]:
+        """(number of a window's question, the characters [S, 2] int32 of the context that its tokens stand for)."""
+        return int(self._question_numbers[row]), self._row(self._offsets, row).reshape(-1, 2)
+
+    @cached_property
+    def _questions(self) -> list[Question]:
+        lines = (self._folder / QUESTIONS).read_text(encoding="utf-8").splitlines()
+        found = (json.loads(line) for line in lines)
+        return [Question(**{**values, "answers": tuple(map(tuple, values["answers"]))}) for values in found]
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return self._column("end").astype(np.int64)
+
+    @cached_property
+    def _question_numbers(self) -> np.ndarray:
+        return self._column("question")
+
+    @cached_property
+    def _offsets(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [_flat(group, "offsets") for group in self._groups]
+
+    def _column(self, name: str) -> np.ndarray:
+        return np.concatenate([group.column(name).to_numpy() for group in self._groups])
+
+    def _row(self, column: list[tuple[np.ndarray, np.ndarray]], row: int) -> np.ndarray:
+        group = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        values, starts = column[group]
+        place = row - self._firsts[group]
+        return values[starts[place] : starts[place + 1]]
+
+
+def _flat(group: pa.RecordBatch, name: str) -> tuple[np.ndarray, np.ndarray]:
+    column = group.column(name)
+    return column.values.to_numpy(), column.offsets.to_numpy()
+
+
+def ensure_encoded(
+    entries: Entries,
+    spec: TaskSpec,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    max_length: int,
+    stride: int,
+    training: bool,
+) -> EncodedRows:
+    """The encoded rows in `folder`, made now if it does not exist; on one rank.
+
+    training: the split is trained on; a held-out one keeps what scoring needs of its questions.
+    Raises DataError where the data is missing, unreadable or unlabelled, and where the folder was made otherwise.
+    """
+    if not folder.exists():
+        _encode(entries, spec, tokenizer, folder, max_length, stride, training)
+    rows = EncodedRows(folder)
+    made = rows.manifest
+    question_answering = spec.kind == "question-answering"
+    columns = () if question_answering else (*spec.text_columns, spec.label_column)
+    wanted: list[tuple[str, object, object]] = [
+        ("task", made.task, spec.name),
+        ("columns", list(made.columns), list(columns)),
+        ("data.labels", list(made.labels), list(spec.labels)),
+        ("tokenizer", made.tokenizer_fingerprint, tokenizer.fingerprint),
+        ("data.sequence_length", made.max_length, max_length),
+        ("data.doc_stride", made.stride, stride if question_answering else 0),
+        ("data entries", list(made.entries), list(entry_names(entries))),
+        ("sizes of data files", made.sources, file_sizes(entries)),
+    ]
+    refuse_differences(folder, wanted)
+    return rows
+
+
+def _encode(
+    entries: Entries,
+    spec: TaskSpec,
+    tokenizer: Tokenizer,
+    folder: Path,
+    max_length: int,
+    stride: int,
+    training: bool,
+) -> None:
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    question_answering = spec.kind == "question-answering"
+    counts = {"rows": 0, "examples": 0, "cut": 0}
+    groups = (
+        _window_groups(entries, spec, tokenizer, temporary / QUESTIONS, max_length, stride, training)
+        if question_answering
+        else _text_groups(entries, spec, tokenizer, max_length)
+    )
+    writer = None
+    with pa.OSFile(str(temporary / ROWS), "wb") as sink:
+        for columns, examples, cut in groups:
+            group = pa.record_batch(columns)
+            writer = writer or pa.ipc.new_file(sink, group.schema)
+            writer.write_batch(group)
+            counts["rows"] += group.num_rows
+            counts["examples"] += examples
+            counts["cut"] += cut
+        assert writer is not None  # data without rows is an error of its reader
+        writer.close()
+    if counts["cut"]:
+        logger.info("%s: %d of %d rows are cut at %d tokens", folder.name, counts["cut"], counts["rows"], max_length)
+    manifest = Manifest(
+        task=spec.name,
+        kind=spec.kind,
+        columns=() if question_answering else (*spec.text_columns, spec.label_column),
+        labels=spec.labels,
+        tokenizer=tokenizer.name,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        pad_id=tokenizer.pad_id,
+        max_length=max_length,
+        stride=stride if question_answering else 0,
+        training=training,
+        entries=entry_names(entries),
+        sources=file_sizes(entries),
+        **counts,
+    )
+    (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+    temporary.rename(folder)
+
+
+def _text_groups(
+    entries: Entries, spec: TaskSpec, tokenizer: Tokenizer, max_length: int
+) -> Iterator[tuple[Columns, int, int]]:
+    """(columns, examples, cut ones) of one group after another."""
+    examples = iter_examples(entries, spec)
+    while group := list(islice(examples, GROUP)):
+        labels = []
+        for example in group:
+            if example.label is None:
+                raise DataError(f"{example.where} has no label: training and scoring need one in every row")
+            labels.append(example.label)
+        found = tokenizer.encode_texts([example.texts for example in group], max_length)
+        # a row that fills max_length was cut, or just fits: the one token's difference is not worth a second pass
+        cut = sum(len(ids) == max_length for ids in found.ids)
+        value = pa.float32() if spec.kind == "regression" else pa.int32()
+        yield {**_ids(found.ids, found.seconds), "label": pa.array(labels, value)}, len(group), cut
+
+
+def _window_groups(
+    entries: Entries,
+    spec: TaskSpec,
+    tokenizer: Tokenizer,
+    questions_path: Path,
+    max_length: int,
+    stride: int,
+    training: bool,
+) -> Iterator[tuple[Columns, int, int]]:
+    """(columns, questions, 0) of one group of windows after another; writes a held-out split's questions."""
+    done = 0
+    questions = iter_questions(entries, impossible=spec.name != "squad")
+    with questions_path.open("w", encoding="utf-8") as file:
+        while group := list(islice(questions, GROUP // 4)):
+            pairs = [(question.question, question.context) for question in group]
+            windows = tokenizer.encode_windows(pairs, max_length, stride)
+            spans = [
+                _answer_tokens(group[pair], offsets)
+                for pair, offsets in zip(windows.pairs, windows.offsets, strict=True)
+            ]
+            columns = {
+                **_ids(windows.encodings.ids, windows.encodings.seconds),
+                "start": pa.array([start for start, _ in spans], pa.int32()),
+                "end": pa.array([end for _, end in spans], pa.int32()),
+            }
+            if not training:
+                columns["question"] = pa.array([done + pair for pair in windows.pairs], pa.int32())
+                columns["offsets"] = _lists([offsets.reshape(-1) for offsets in windows.offsets])
+                file.writelines(json.dumps(asdict(question)) + "\n" for question in group)
+            done += len(group)
+            yield columns, len(group), 0
+
+
+def _answer_tokens(question: Question, offsets: np.ndarray) -> tuple[int, int]:
+    """(first, last) token of the first gold answer in a window; (0, 0) where there is none, or not whole in it."""
+    context = np.flatnonzero(offsets[:, 0] >= 0)
+    if not question.answers or not len(context):
+        return 0, 0
+    text, start = question.answers[0]
+    end = start + len(text)
+    starts, ends = offsets[context, 0], offsets[context, 1]
+    if start < starts[0] or end > ends[-1]:
+        return 0, 0
+    first = int(np.searchsorted(starts, start, side="right")) - 1
+    last = int(np.searchsorted(ends, end, side="left"))
+    return int(context[first]), int(context[last])
+
+
+def _ids(ids: list[list[int]], seconds: list[int]) -> Columns:
+    return {
+        "input_ids": _lists([np.array(row, dtype=np.int32) for row in ids]),
+        "second": pa.array(seconds, pa.int32()),
+    }
+
+
+def _lists(rows: list[np.ndarray]) -> pa.ListArray:
+    starts = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(starts), pa.array(np.concatenate(rows).astype(np.int32)))
