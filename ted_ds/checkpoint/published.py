@@ -16,6 +16,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ted_ds.errors import CheckpointError
@@ -23,8 +24,22 @@ from ted_ds.models.filters import FilterPlan
 from ted_ds.models.weight_files import INDEX, PICKLED, SINGLE, WeightReader, copy_companions, find_file
 
 MODEL_TYPE, PLAIN_TYPE = "ted-deberta-v2", "deberta-v2"
-OPTIONS = ("filter_interval", "filter_output_dim", "filter_nonlinear", "filter_disabled", "train_filters")
-_FILTER = re.compile(r"deberta\.encoder\.layer\.(\d+)\.filter\.(?:(0|2)\.)?(weight|bias)")
+OPTIONS = {
+    "filter_interval": 1,
+    "filter_output_dim": None,
+    "filter_nonlinear": False,
+    "filter_disabled": False,
+    "train_filters": False,
+}
+"""What their config says of filters, with the defaults of its class (configuration_ted_deberta_v2.py)."""
+
+_FILTER = re.compile(r"deberta\.encoder\.layer\.(\d+)\.filter\.(.+)")
+_PARTS = {
+    False: {"weight": "weight", "bias": "bias"},
+    True: {"inner_weight": "0.weight", "inner_bias": "0.bias", "weight": "2.weight", "bias": "2.bias"},
+}
+"""Nonlinear or not -> our name of a filter's tensor -> theirs; their nonlinear filter is an nn.Sequential."""
+
 _HEAD = ("filter_head.", "filter_pooler.")
 
 
@@ -47,7 +62,7 @@ class PublishedModel:
 
 def is_published(name_or_path: str) -> bool:
     """Whether a folder or hub model has the authors' layout."""
-    path = find_file(name_or_path, "config.json")
+    path = _config_file(name_or_path)
     if path is None:
         return False
     try:
@@ -57,125 +72,190 @@ def is_published(name_or_path: str) -> bool:
 
 
 def read_published(name_or_path: str) -> PublishedModel:
-    """A checkpoint from a folder or hub id, safetensors or pickled (`weights_only=True`), in host memory.
+    """A checkpoint from a folder or hub id, safetensors or pickled (`weights_only=True`), sharded or not, on the CPU.
 
-    Raises CheckpointError where there are no weights, or the filters are not those that its config describes.
+    Raises CheckpointError where config or weights are missing or unreadable, or the filters are not those that the
+    config describes.
     """
-    path = find_file(name_or_path, "config.json")
-    if path is None:
-        raise CheckpointError(f"{name_or_path} has no config.json: give a folder that save_pretrained wrote")
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    if theirs.get("model_type") != MODEL_TYPE:
-        raise CheckpointError(
-            f"{name_or_path} has model_type {theirs.get('model_type')!r}, not {MODEL_TYPE!r}: load it as a plain model"
-        )
+    theirs = _read_config(name_or_path)
     tensors = _read_tensors(name_or_path)
     config = {key: value for key, value in theirs.items() if key not in OPTIONS}
     config["model_type"] = PLAIN_TYPE
-    if "architectures" in theirs:
-        config["architectures"] = [name.removeprefix("TED") for name in theirs["architectures"] or ()]
+    if theirs.get("architectures"):
+        config["architectures"] = [name.removeprefix("TED") for name in theirs["architectures"]]
     options = {key: theirs[key] for key in OPTIONS if key in theirs}
     heads = {name: t for name, t in tensors.items() if name.startswith(_HEAD)}
     own = {name: t for name, t in tensors.items() if _FILTER.fullmatch(name)}
+    if heads and not own:
+        raise CheckpointError(
+            f"{name_or_path} has filter heads ({min(heads)}) but no filters: give the folder as Stage I saved it"
+        )
     weights = {name: t for name, t in tensors.items() if name not in own and name not in heads}
     plan = _plan(name_or_path, config, options, own) if own else None
-    filters = {_our_name(name, plan): t for name, t in own.items()} if plan else {}
+    filters = {ours: own[name] for ours, name in _their_names(plan).items()} if plan else {}
     return PublishedModel(config, options, weights, plan, filters, heads)
 
 
 def write_published(model: PublishedModel, folder: Path) -> None:
-    """Writes the authors' layout: their config.json and model.safetensors; renamed into place."""
+    """Writes the authors' layout: their config.json and model.safetensors; renamed into place.
+
+    Raises CheckpointError where `folder` exists, or the options do not describe the filters: the layout has no
+    place for filters that are not on every n-th layer, say.
+    """
     theirs = {**model.config, **model.options, "model_type": MODEL_TYPE}
-    if "architectures" in model.config:
+    if model.config.get("architectures"):
         theirs["architectures"] = [f"TED{name}" for name in model.config["architectures"]]
-    tensors = {**model.weights, **model.heads}
-    for name, tensor in model.filters.items():
-        assert model.plan is not None
-        tensors[_their_name(name, model.plan)] = tensor
+    names = _their_names(model.plan) if model.plan else {}
+    own = {names[ours]: tensor for ours, tensor in model.filters.items()}
+    if own:
+        _plan(str(folder), model.config, model.options, own)
     temporary = _temporary(folder)
-    (temporary / "config.json").write_text(json.dumps(theirs, indent=2) + "\n", encoding="utf-8")
-    save_file({name: t.contiguous() for name, t in tensors.items()}, temporary / SINGLE, metadata={"format": "pt"})
+    _write_json(theirs, temporary / "config.json")
+    _write_tensors({**model.weights, **own, **model.heads}, temporary / SINGLE)
     temporary.rename(folder)
 
 
 def unpack_published(name_or_path: str, folder: Path) -> None:
     """Writes folder/model, a plain Hugging Face folder, and folder/filters as Stage I leaves them; renamed into place.
 
-    Without filters in the checkpoint there is no folder/filters.
+    Without filters in the checkpoint there is no folder/filters; the filters' heads are not kept. Raises
+    CheckpointError where `folder` exists, and as `read_published`.
     """
     model = read_published(name_or_path)
     temporary = _temporary(folder)
-    for part in ("model", "filters")[: 2 if model.plan else 1]:
-        (temporary / part).mkdir()
+    (temporary / "model").mkdir()
+    # a constant of transformers before 4.31; later models have no such buffer in their files
     plain = {name: t for name, t in model.weights.items() if not name.endswith("position_ids")}
-    save_file(plain, temporary / "model" / SINGLE, metadata={"format": "pt"})
-    (temporary / "model/config.json").write_text(json.dumps(model.config, indent=2) + "\n", encoding="utf-8")
+    _write_tensors(plain, temporary / "model" / SINGLE)
+    _write_json(model.config, temporary / "model/config.json")
     copy_companions(name_or_path, temporary / "model")
     if model.plan is not None:
-        save_file(model.filters, temporary / "filters/filters.safetensors")
-        card = {"plan": asdict(model.plan), "source": name_or_path}
-        (temporary / "filters/filters.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+        (temporary / "filters").mkdir()
+        _write_tensors(model.filters, temporary / "filters/filters.safetensors")
+        _write_json({"plan": asdict(model.plan), "source": name_or_path}, temporary / "filters/filters.json")
     temporary.rename(folder)
 
 
-def _read_tensors(name_or_path: str) -> dict[str, torch.Tensor]:
-    if any(find_file(name_or_path, name) for name in (SINGLE, INDEX)):
-        return WeightReader(name_or_path).read_all()
-    path = find_file(name_or_path, PICKLED[0])
-    if path is None:
-        raise CheckpointError(f"{name_or_path} has no weights: expected {SINGLE}, {INDEX} or {PICKLED[0]}")
+def _config_file(name_or_path: str) -> Path | None:
     try:
-        tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return find_file(name_or_path, "config.json")
+    except OSError:  # neither a folder nor the name of a hub model
+        return None
+
+
+def _read_config(name_or_path: str) -> dict[str, Any]:
+    path = _config_file(name_or_path)
+    if path is None:
+        raise CheckpointError(f"{name_or_path} has no config.json: give a folder that save_pretrained wrote")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not valid JSON ({error}): copy or download it again") from error
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found != MODEL_TYPE:
+        raise CheckpointError(f"{name_or_path} has model_type {found!r}, not {MODEL_TYPE!r}: load it as a plain model")
+    return dict(config)
+
+
+def _read_tensors(name_or_path: str) -> dict[str, torch.Tensor]:
+    single, index = PICKLED
+    if any(find_file(name_or_path, name) for name in (SINGLE, INDEX)):
+        try:
+            return WeightReader(name_or_path).read_all()
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"the safetensors of {name_or_path} are torn ({error}): copy or download them again"
+            ) from error
+    if (path := find_file(name_or_path, single)) is not None:
+        return _read_pickled(path)
+    if (path := find_file(name_or_path, index)) is None:
+        raise CheckpointError(f"{name_or_path} has no weights: expected {SINGLE} or {single}, whole or in shards")
+    tensors: dict[str, torch.Tensor] = {}
+    for name in sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())):
+        if (shard := find_file(name_or_path, name)) is None:
+            raise CheckpointError(f"{name_or_path} lacks {name}, which its {index} names: copy or download it again")
+        tensors |= _read_pickled(shard)
+    return tensors
+
+
+def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of torch.save, memory-mapped; nothing that a pickle could run is run."""
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (UnpicklingError, RuntimeError, OSError, EOFError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as weights alone ({str(error).splitlines()[0]}): save it anew as {SINGLE}"
+            f"{path} is torn, or holds more than tensors, which is not loaded because it could run code: convert it "
+            f"to {SINGLE} where you trust it"
         ) from error
-    return tensors
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise CheckpointError(f"{path} does not hold tensors by name alone: save the model's state_dict() instead")
+    return dict(tensors)
 
 
 def _plan(
     name_or_path: str, config: dict[str, Any], options: dict[str, Any], own: dict[str, torch.Tensor]
 ) -> FilterPlan:
-    """The filters' shape from their tensors, checked against the config."""
+    """The filters' shape from their tensors; CheckpointError where these are not what the config describes."""
 
-    def fail(what: str) -> CheckpointError:
-        return CheckpointError(f"{name_or_path}: {what}: its config.json and its weights do not belong together")
+    def check(key: str, said: Any, means: Any, what: str, found: Any) -> None:
+        if found != means:
+            raise CheckpointError(
+                f"{name_or_path}: by its config ({key} {said}) {what} {means}, by its weights {found}: the two do not "
+                "belong together, give both as they were saved"
+            )
 
-    matches = {name: _FILTER.fullmatch(name) for name in own}
-    blocks = tuple(sorted({int(m[1]) for m in matches.values() if m}))
-    nonlinear = any(m[2] is not None for m in matches.values() if m)
-    width = int(config["hidden_size"])
-    output_dim = int(options.get("filter_output_dim") or width)
-    plan = FilterPlan(blocks, width, output_dim, nonlinear, config.get("hidden_act", "gelu"))
-    interval = int(options.get("filter_interval") or 1)
-    due = tuple(i for i in range(int(config["num_hidden_layers"])) if (i + 1) % interval == 0)
-    if blocks != due:
-        raise fail(f"filters are on layers {list(blocks)}, filter_interval {interval} means {list(due)}")
-    if "filter_nonlinear" in options and bool(options["filter_nonlinear"]) != nonlinear:
-        raise fail(f"filter_nonlinear is {options['filter_nonlinear']}, its filters are {'not ' * (not nonlinear)}so")
-    wanted = {_their_name(name, plan): tuple(t.shape) for name, t in plan.build().state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in own.items()}
-    if wanted != found:
-        name = min(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
-        raise fail(f"{name} has shape {found.get(name)}, expected {wanted.get(name)}")
+    for key in ("hidden_size", "num_hidden_layers"):
+        if not isinstance(config.get(key), int):
+            raise CheckpointError(
+                f"{name_or_path}: config.json has {key} {config.get(key)!r}, expected a number: restore it"
+            )
+    width, depth = config["hidden_size"], config["num_hidden_layers"]
+    said = {**OPTIONS, **options}
+    parts: dict[int, set[str]] = {}
+    for match in filter(None, map(_FILTER.fullmatch, own)):
+        parts.setdefault(int(match[1]), set()).add(match[2])
+    blocks = sorted(parts)
+    interval = said["filter_interval"]
+    due = [] if said["filter_disabled"] else [i for i in range(depth) if (i + 1) % interval == 0]
+    key = "filter_disabled" if said["filter_disabled"] else "filter_interval"
+    check(key, said[key], due, "filters are on layers", blocks)
+    nonlinear = bool(said["filter_nonlinear"])
+    for block in blocks:
+        names = sorted(_PARTS[nonlinear].values())
+        what = f"the filter of layer {block} has the tensors"
+        check("filter_nonlinear", nonlinear, names, what, sorted(parts[block]))
+    output_dim = said["filter_output_dim"] or width
+    plan = FilterPlan(tuple(blocks), width, output_dim, nonlinear, config.get("hidden_act", "gelu"))
+    shapes = {"weight": (output_dim, width), "bias": (output_dim,)}
+    shapes |= {"inner_weight": (width, width), "inner_bias": (width,)}
+    for ours, theirs in _their_names(plan).items():
+        part = ours.partition(".")[2]
+        key = "hidden_size" if part.startswith("inner") else "filter_output_dim"
+        dims = f"{said.get(key, width)}, hidden_size {width}" if key == "filter_output_dim" else width
+        check(key, dims, shapes[part], f"{theirs} has the shape", tuple(own[theirs].shape))
     return plan
 
 
-def _our_name(theirs: str, plan: FilterPlan) -> str:
-    match = _FILTER.fullmatch(theirs)
-    assert match is not None
-    inner = "inner_" if match[2] == "0" else ""
-    return f"{plan.blocks.index(int(match[1]))}.{inner}{match[3]}"
+def _their_names(plan: FilterPlan) -> dict[str, str]:
+    """Our name of each of the filters' tensors -> theirs."""
+    return {
+        f"{k}.{ours}": f"deberta.encoder.layer.{block}.filter.{theirs}"
+        for k, block in enumerate(plan.blocks)
+        for ours, theirs in _PARTS[plan.nonlinear].items()
+    }
 
 
-def _their_name(ours: str, plan: FilterPlan) -> str:
-    k, _, part = ours.partition(".")
-    stem, _, leaf = part.rpartition("_")
-    place = {"inner": "0.", "": "2." if plan.nonlinear else ""}[stem]
-    return f"deberta.encoder.layer.{plan.blocks[int(k)]}.filter.{place}{leaf}"
+def _write_json(content: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def _temporary(folder: Path) -> Path:
+    if folder.exists():
+        raise CheckpointError(f"{folder} exists already: delete it, or choose another folder")
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

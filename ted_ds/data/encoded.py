@@ -38,8 +38,9 @@ Columns = dict[str, Any]
 class Manifest:
     """What encoded rows were made of.
 
-    kind: of the task. cut: rows that had more tokens than `max_length`, whose rest is lost (a question's windows
-    lose nothing). pad_id: the tokenizer's.
+    kind: of the task. examples: rows of the data, or questions, which have a row for each window of their context.
+    cut: rows that had more tokens than `max_length`, whose rest is lost, or in training data questions whose answer
+    no window holds whole. pad_id: the tokenizer's.
     """
 
     task: str
@@ -171,6 +172,7 @@ def ensure_encoded(
     made = rows.manifest
     question_answering = spec.kind == "question-answering"
     columns = () if question_answering else (*spec.text_columns, spec.label_column)
+    sizes = file_sizes(entries) if made.entries == entry_names(entries) else {}
     wanted: list[tuple[str, object, object]] = [
         ("task", made.task, spec.name),
         ("columns", list(made.columns), list(columns)),
@@ -179,7 +181,8 @@ def ensure_encoded(
         ("data.sequence_length", made.max_length, max_length),
         ("data.doc_stride", made.stride, stride if question_answering else 0),
         ("data entries", list(made.entries), list(entry_names(entries))),
-        ("sizes of data files", made.sources, file_sizes(entries)),
+        ("sizes of data files", made.sources, sizes),
+        ("use (training: true or false)", made.training, training),
     ]
     refuse_differences(folder, wanted)
     return rows
@@ -216,7 +219,8 @@ def _encode(
         assert writer is not None  # data without rows is an error of its reader
         writer.close()
     if counts["cut"]:
-        logger.info("%s: %d of %d rows are cut at %d tokens", folder.name, counts["cut"], counts["rows"], max_length)
+        what = "answers are whole in no window" if question_answering else "rows were cut"
+        logger.info("%s: %d of %d %s at %d tokens", folder.name, counts["cut"], counts["examples"], what, max_length)
     manifest = Manifest(
         task=spec.name,
         kind=spec.kind,
@@ -248,8 +252,9 @@ def _text_groups(
                 raise DataError(f"{example.where} has no label: training and scoring need one in every row")
             labels.append(example.label)
         found = tokenizer.encode_texts([example.texts for example in group], max_length)
-        # a row that fills max_length was cut, or just fits: the one token's difference is not worth a second pass
-        cut = sum(len(ids) == max_length for ids in found.ids)
+        # those that fill max_length were cut or just fit; few do, so a second look costs little
+        full = [example.texts for example, ids in zip(group, found.ids, strict=True) if len(ids) == max_length]
+        cut = sum(length > max_length for length in tokenizer.lengths(full))
         value = pa.float32() if spec.kind == "regression" else pa.int32()
         yield {**_ids(found.ids, found.seconds), "label": pa.array(labels, value)}, len(group), cut
 
@@ -263,7 +268,11 @@ def _window_groups(
     stride: int,
     training: bool,
 ) -> Iterator[tuple[Columns, int, int]]:
-    """(columns, questions, 0) of one group of windows after another; writes a held-out split's questions."""
+    """(columns, questions, those whose answer is in no window) of one group after another.
+
+    Writes a held-out split's questions, whose ids must differ, for answers are scored by them.
+    """
+    ids: set[str] = set()
     done = 0
     questions = iter_questions(entries, impossible=spec.name != "squad")
     with questions_path.open("w", encoding="utf-8") as file:
@@ -279,12 +288,20 @@ def _window_groups(
                 "start": pa.array([start for start, _ in spans], pa.int32()),
                 "end": pa.array([end for _, end in spans], pa.int32()),
             }
-            if not training:
+            cut = 0
+            if training:
+                answered = {pair for pair, span in zip(windows.pairs, spans, strict=True) if span != (0, 0)}
+                cut = sum(bool(question.answers) and pair not in answered for pair, question in enumerate(group))
+            else:
+                for question in group:
+                    if question.id in ids:
+                        raise DataError(f"{question.where}: its id was there before: give every question its own")
+                    ids.add(question.id)
                 columns["question"] = pa.array([done + pair for pair in windows.pairs], pa.int32())
                 columns["offsets"] = _lists([offsets.reshape(-1) for offsets in windows.offsets])
                 file.writelines(json.dumps(asdict(question)) + "\n" for question in group)
             done += len(group)
-            yield columns, len(group), 0
+            yield columns, len(group), cut
 
 
 def _answer_tokens(question: Question, offsets: np.ndarray) -> tuple[int, int]:
@@ -297,8 +314,10 @@ def _answer_tokens(question: Question, offsets: np.ndarray) -> tuple[int, int]:
     starts, ends = offsets[context, 0], offsets[context, 1]
     if start < starts[0] or end > ends[-1]:
         return 0, 0
-    first = int(np.searchsorted(starts, start, side="right")) - 1
-    last = int(np.searchsorted(ends, end, side="left"))
+    # the first token that ends behind the answer's start, and the last that starts before its end: a character may
+    # be several tokens (bytes), and a token may begin with a space before the answer
+    first = int(np.searchsorted(ends, start, side="right"))
+    last = int(np.searchsorted(starts, end, side="left")) - 1
     return int(context[first]), int(context[last])
 
 

@@ -1,4 +1,4 @@
-"""Questions on a context: SQuAD's JSON, JSON lines, hub data sets."""
+"""Questions on a context: SQuAD's JSON, and rows of JSON lines, Parquet and hub data sets."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ted_ds.config.schema import HubDataset
-from ted_ds.data.sources import hub_rows, matching_files, opened
+from ted_ds.data.sources import file_kind, hub_rows, matching_files, numbered_lines, opened, readable
 from ted_ds.errors import DataError
 
 NEAR = 2
 """Characters by which `answer_start` may be off: some tools that wrote such files were."""
 
+Answers = Sequence[tuple[str, int]]
+
 
 @dataclass(frozen=True)
 class Question:
-    """A question with its gold answers: (text, character of the context at which it starts)."""
+    """A question with its gold answers: (text, character of the context at which it starts), none if `impossible`."""
 
     id: str
     question: str
@@ -31,87 +33,113 @@ class Question:
 def iter_questions(entries: Sequence[str | HubDataset], *, impossible: bool) -> Iterator[Question]:
     """The questions of all entries in order.
 
-    Files are SQuAD's JSON (1.1 or 2.0), or JSON lines with the columns of the hub's data sets: id, question,
-    context, answers {text, answer_start}. impossible: whether a question may have no answer.
+    A `.json` file is SQuAD's (1.1 or 2.0); a `.jsonl`, `.ndjson` or `.parquet` file has the columns of the hub's
+    data sets: id, question, context, answers {text, answer_start}. Compressed files are read as such.
+    impossible: whether a question may have no answer.
     Raises DataError naming the question and file of an answer that is not in its context, and of unreadable files.
     """
     for entry in entries:
-        found = False
-        for question in _questions(entry):
+        if isinstance(entry, HubDataset):
+            where, rows = hub_rows(entry)
+            yield from _checked(where, _flat(enumerate(rows, 1), where, "row"), impossible)
+            continue
+        for path in matching_files(entry):
+            yield from _checked(str(path), _file_questions(path), impossible)
+
+
+def _checked(source: str, questions: Iterator[Question], impossible: bool) -> Iterator[Question]:
+    found = False
+    with readable(source):
+        for question in questions:
             found = True
             if question.impossible and not impossible:
                 raise DataError(
-                    f"question {question.id} in {question.where} has no answer, and this task needs one: drop it, or "
-                    "use task: squad_v2"
+                    f"{question.where} has no answer, and this task needs one: drop it, or choose task: squad_v2"
                 )
             yield question
-        if not found:
-            name = entry if isinstance(entry, str) else f"data set {entry.hub}"
-            raise DataError(f"{name} has no questions: remove it from the recipe's data, or fill it")
-
-
-def _questions(entry: str | HubDataset) -> Iterator[Question]:
-    if isinstance(entry, HubDataset):
-        where, rows = hub_rows(entry)
-        for row in rows:
-            yield _flat(row, where)
-        return
-    for path in matching_files(entry):
-        yield from _file_questions(path)
+    if not found:
+        raise DataError(f"{source} has no questions: remove it from the recipe's data, or fill it")
 
 
 def _file_questions(path: Path) -> Iterator[Question]:
-    try:
-        with opened(path) as (plain, _):
-            text = plain.read().decode("utf-8-sig")
-    except Exception as error:  # each decompressor raises errors of its own
-        raise DataError(f"{path} cannot be read: {str(error) or type(error).__name__}") from error
-    try:
-        first = json.loads(text if text.lstrip().startswith("[") else text.splitlines()[0]) if text.strip() else {}
-        lines = isinstance(first, dict) and "context" in first
-    except ValueError:
-        lines = False  # a JSON file over several lines
-    if lines:
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                yield _flat(_parsed(line, f"{path}, line {number}"), f"{path}, line {number}")
+    kind = file_kind(path)
+    if kind == ".parquet":
+        import pyarrow.parquet as pq
+
+        with pq.ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
+            yield from _flat(enumerate(rows, 1), str(path), "row")
         return
+    with opened(path) as (plain, _):
+        lines = numbered_lines(plain, path)
+        if kind in (".jsonl", ".ndjson"):
+            records = ((n, _parsed(line, f"{path}, line {n}")) for n, line in lines if line.strip())
+            yield from _flat(records, str(path), "line")
+        elif kind == ".json":
+            yield from _nested("".join(line for _, line in lines), path)
+        else:
+            raise DataError(f"{path} has a suffix that says no format: give .json as SQuAD's, .jsonl or .parquet")
+
+
+def _nested(text: str, path: Path) -> Iterator[Question]:
+    """The questions of SQuAD's own JSON."""
     content = _parsed(text, str(path)) if text.strip() else {"data": []}
     try:
         for article in content["data"]:
             for paragraph in article["paragraphs"]:
                 for qa in paragraph["qas"]:
-                    answers = [(a["text"], a["answer_start"]) for a in qa["answers"]]
-                    yield _question(str(qa["id"]), qa["question"], paragraph["context"], answers, str(path))
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path} is not of SQuAD's form (no {error}): see data[].paragraphs[].qas[]") from error
-
-
-def _flat(row: Mapping[str, Any], where: str) -> Question:
-    try:
-        answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
-        return _question(str(row["id"]), row["question"], row["context"], answers, where)
-    except (KeyError, TypeError) as error:
-        there = ", ".join(row) if isinstance(row, Mapping) else type(row).__name__
+                    # 2.0 may give an impossible question answers that only seem to be some
+                    answers = [] if qa.get("is_impossible") else [(a["text"], a["answer_start"]) for a in qa["answers"]]
+                    where = f"question {qa['id']} in {path}"
+                    yield _question(str(qa["id"]), qa["question"], paragraph["context"], answers, where)
+    except (KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{where} has no column {error}, only {there}: expected id, question, context, answers"
+            f"{path} is not of SQuAD's form, data[].paragraphs[].qas[] ({_lacking(error)}): name JSON lines .jsonl"
         ) from error
 
 
-def _question(id_: str, question: str, context: str, answers: Sequence[tuple[str, int]], where: str) -> Question:
-    placed = tuple(_placed(id_, text, start, context, where) for text, start in answers)
+def _flat(rows: Iterator[tuple[int, Any]], source: str, unit: str) -> Iterator[Question]:
+    """The questions of rows with the hub's columns."""
+    for number, row in rows:
+        try:
+            answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
+            where = f"question {row['id']} in {source}, {unit} {number}"
+            yield _question(str(row["id"]), row["question"], row["context"], answers, where)
+        except (KeyError, TypeError, ValueError) as error:
+            there = f"only {', '.join(row)}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
+            raise DataError(
+                f"{source}, {unit} {number}: {_lacking(error)}, {there}: expected id, question, context and "
+                "answers {text, answer_start}"
+            ) from error
+
+
+def _lacking(error: Exception) -> str:
+    return f"no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def _question(id_: str, question: Any, context: Any, answers: Answers, where: str) -> Question:
+    for name, text in (("question", question), ("context", context)):
+        if not isinstance(text, str):
+            raise DataError(f"{where}: {name} is {text!r:.40}, not a string: fix or drop it")
+    placed = tuple(_placed(text, start, context, where) for text, start in answers)
     return Question(id_, question, context, placed, not placed, where)
 
 
-def _placed(id_: str, text: str, start: int, context: str, where: str) -> tuple[str, int]:
-    """The answer at its true place, which may be `NEAR` the one that the file says."""
-    for shift in sorted(range(-NEAR, NEAR + 1), key=abs):
-        if start + shift >= 0 and context.startswith(text, start + shift):
-            return text, start + shift
-    there = context[start : start + len(text)]
+def _placed(text: Any, start: Any, context: str, where: str) -> tuple[str, int]:
+    """The answer without white space around it, at its true place, which may be `NEAR` the one that the file says."""
+    if not isinstance(text, str) or not isinstance(start, int):
+        raise DataError(
+            f"{where}: the answer is {text!r:.40} at {start!r:.40}, not a string at a number: fix or drop it"
+        )
+    bare = text.strip()
+    for at in (start + len(text) - len(text.lstrip()), start):
+        for shift in sorted(range(-NEAR, NEAR + 1), key=abs):
+            if bare and at + shift >= 0 and context.startswith(bare, at + shift):
+                return bare, at + shift
+    there = context[max(0, start) :][: len(text)]
     raise DataError(
-        f"question {id_} in {where}: the answer {text!r:.60} is not at {start} of its context, which has {there!r:.60} "
-        "there: fix or drop it"
+        f"{where}: the answer {text!r:.60} is not at {start} of its context, which has {there!r:.60} there: fix or "
+        "drop it"
     )
 
 

@@ -98,10 +98,16 @@ class Tokenizer:
         columns = [list(column) for column in zip(*texts, strict=True)]
         return self._encodings(self._tokenizer(*columns, truncation=True, max_length=max_length, verbose=False))
 
+    def lengths(self, texts: list[tuple[str, ...]]) -> list[int]:
+        """Tokens of each row that is not cut."""
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        return [len(ids) for ids in self._tokenizer(*columns, verbose=False)["input_ids"]] if texts else []
+
     def encode_windows(self, pairs: list[tuple[str, str]], max_length: int, stride: int) -> Windows:
         """Overlapping windows of (question, context), in which the context alone is cut.
 
-        stride: tokens that neighbouring windows share. A question longer than half of `max_length` is cut to that.
+        stride: tokens that neighbouring windows share, as transformers' doc_stride (BERT's own script advances by
+            it). A question longer than half of `max_length` is cut to that.
         Raises DataError for a tokenizer without offsets, and a stride that leaves no room.
         """
         room = max_length - max_length // 2 - SPECIAL_TOKENS
@@ -159,6 +165,7 @@ class Tokenizer:
 
     def save(self, folder: Path) -> None:
         """Writes the files from which AutoTokenizer loads it."""
+        self._tokenizer("")  # the core would keep, and write, the last call's truncation
         self._tokenizer.save_pretrained(folder)
 
 
@@ -233,29 +240,41 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Trains an uncased WordPiece tokenizer as BERT's into `folder`, renamed into place when whole.
+    """Trains an uncased WordPiece tokenizer as BERT's and writes `folder`, renamed into place when whole.
 
-    Raises DataError where the texts are too few for anything but single characters.
+    The same texts give the same tokenizer; few texts give less than `vocab_size` pieces.
+    Raises DataError where there is no text.
     """
+    held = list(texts)
+    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    alphabet = sorted(set(normalizer.normalize_str("".join(sorted(set().union(*held))))) - {" "})
+    if not alphabet:
+        raise DataError(f"no tokenizer of {vocab_size} pieces from this corpus: it has no text")
     special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-    core = Core(models.WordPiece(unk_token=special["unk"]))
-    core.normalizer = normalizers.BertNormalizer(lowercase=True)
-    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    core.decoder = decoders.WordPiece()
+    # The trainer numbers the characters within words as a hash table gives them, and breaks ties of merges by
+    # these numbers, so that each run would make another tokenizer; what is named as special has its number.
+    within = [f"##{mark}" for mark in alphabet if len(splitter.pre_tokenize_str(f"a{mark}")) == 1]
+    scratch = Core(models.WordPiece(unk_token=special["unk"]))
+    scratch.normalizer, scratch.pre_tokenizer = normalizer, splitter
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False
+        vocab_size=vocab_size, special_tokens=[*special.values(), *within], show_progress=False
     )
-    core.train_from_iterator(texts, trainer)
-    if core.get_vocab_size() <= len(special):
-        raise DataError("no tokenizer can be trained: the data has no text")
+    scratch.train_from_iterator(held, trainer)
+    core = Core(models.WordPiece(scratch.get_vocab(), unk_token=special["unk"]))
+    core.normalizer, core.pre_tokenizer, core.decoder = normalizer, splitter, decoders.WordPiece()
     ends = [(special[name], core.token_to_id(special[name])) for name in ("cls", "sep")]
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
     )
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, **{f"{name}_token": token for name, token in special.items()})
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        **{f"{name}_token": token for name, token in special.items()},
+    )
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     fast.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 

@@ -83,7 +83,8 @@ class FilterLearner(nn.Module):
             with torch.enable_grad():
                 losses[index] = self.probes[index](inputs, loss=loss)
 
-        self._frozen.stream_blocks(batch, self._blocks, learn)
+        blocks = self._frozen.module.structure.blocks
+        self._frozen.stream_states(batch, [blocks[j] for j in self._blocks], learn)
         each = torch.stack([losses[k] for k in range(len(self.probes))])
         loss = each.mean()
         return loss, torch.cat([loss.detach()[None], each.detach()])

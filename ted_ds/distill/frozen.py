@@ -82,12 +82,11 @@ class FrozenModel:
         with torch.no_grad():
             self._engine(batch=batch, use_output=use_output and _with_grad(use_output))
 
-    def stream_blocks(
-        self, batch: Batch, blocks: Sequence[int], on_output: Callable[[int, torch.Tensor], None]
+    def stream_states(
+        self, batch: Batch, sources: Sequence[nn.Module], on_output: Callable[[int, torch.Tensor], None]
     ) -> None:
-        """One forward without gradients; `on_output(i, hidden)` as block `blocks[i]` ends."""
-        sources = self.module.sources
-        tap = BlockTap([sources[j] for j in blocks], on_output)
+        """One forward without gradients; `on_output(i, hidden)` as the model's module `sources[i]` ends."""
+        tap = BlockTap(sources, on_output)
         try:
             with tap.armed():
                 self.stream(batch)
@@ -114,5 +113,6 @@ def filtered_square_sums(
         squares = frozen.module.target(index, hidden).double().square().sum(-1)
         sums[index] = (squares if mask is None else squares * mask).sum()
 
-    frozen.stream_blocks(batch, blocks, add)
+    sources = frozen.module.sources
+    frozen.stream_states(batch, [sources[j] for j in blocks], add)
     return torch.stack([sums[k] for k in range(len(blocks))])

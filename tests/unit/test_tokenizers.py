@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,10 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from ted_ds.data.tokenizers import PROBES, Tokenizer, load_tokenizer, train_sentencepiece
+from ted_ds.data.prepare import prepare
+from ted_ds.data.tokenizers import PROBES, Tokenizer, load_tokenizer, train_sentencepiece, train_wordpiece
 from ted_ds.errors import DataError
 from tests.project import make_project
 
@@ -195,3 +197,126 @@ def test_a_corpus_too_small_for_the_vocabulary(tmp_path: Path, texts: list[str])
     with pytest.raises(DataError, match=r"^no tokenizer of 900 pieces from this corpus: ."):
         train_sentencepiece(texts, 900, tmp_path / "tokenizer")
     assert not (tmp_path / "tokenizer").exists()
+
+
+def test_packing_without_an_end_of_document_fails_before_it_begins(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two")
+    with pytest.raises(DataError, match="tokenizer named has no end-of-document token"):
+        prepare([str(tmp_path / "a.txt")], Tokenizer(word_level(eos=None), "named"), 4, tmp_path / "data")
+    assert not (tmp_path / "data").exists()
+
+
+def test_padding_is_the_tokenizer_s_own_or_the_end_of_document() -> None:
+    padded = word_level(added=("<pad>",))
+    padded.pad_token = "<pad>"
+    assert [Tokenizer(fast, "t").pad_id for fast in (padded, word_level())] == [6, 0]
+    with pytest.raises(DataError, match="tokenizer named has no end-of-document token: set eos_token"):
+        _ = Tokenizer(word_level(eos=None), "named").pad_id
+
+
+@pytest.fixture(scope="module")
+def wordpiece(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wordpiece") / "tokenizer"
+    train_wordpiece(iter(CORPUS), 500, folder)
+    return folder
+
+
+def test_a_trained_wordpiece_tokenizer_gives_what_bert_s_would_with_its_vocabulary(
+    wordpiece: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(str(wordpiece))
+    plain = AutoTokenizer.from_pretrained(wordpiece)
+    numbers = plain.get_vocab()
+    vocabulary = sorted(numbers, key=numbers.__getitem__)
+    assert vocabulary[:5] == ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    assert (len(vocabulary), tokenizer.vocab_size, tokenizer.pad_id) == (500, 500, 0)
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "BertTokenizer"}))
+    bert = AutoTokenizer.from_pretrained(tmp_path)
+    first, second = awkward(), awkward()[::-1]
+    for texts in ((first,), (first, second)):
+        ours = plain(*texts)
+        assert dict(ours) == dict(bert(*texts)) and set(ours) == {"input_ids", "token_type_ids", "attention_mask"}
+    assert "[UNK]" not in plain.tokenize(CORPUS[0])
+    assert plain.decode(plain("The Test,\nThe").input_ids).startswith("[CLS] the test, the [SEP]")
+
+
+def test_training_wordpiece_twice_gives_one_tokenizer(wordpiece: Path, tmp_path: Path) -> None:
+    train_wordpiece(CORPUS, 500, tmp_path / "again")
+    assert {path.name for path in wordpiece.iterdir()} == {"tokenizer.json", "tokenizer_config.json"}
+    for path in wordpiece.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    assert not (tmp_path / "again.tmp").exists()
+
+
+@pytest.mark.parametrize("texts", [[], ["", " \n"]])
+def test_no_text_trains_no_wordpiece_tokenizer(tmp_path: Path, texts: list[str]) -> None:
+    with pytest.raises(DataError, match="^no tokenizer of 90 pieces from this corpus: it has no text"):
+        train_wordpiece(texts, 90, tmp_path / "tokenizer")
+    assert not (tmp_path / "tokenizer").exists()
+
+
+def pairing() -> Tokenizer:
+    """Single letters, ids from 3: a 3, b 4, and so on; "<c> A <s> B <s>" with <c> 1 and <s> 2."""
+    vocabulary = {piece: i for i, piece in enumerate(["<p>", "<c>", "<s>", *"abcdefghijklmnopqrstuvwxyz"])}
+    core = Core(models.WordLevel(vocabulary, unk_token="<p>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single="<c> $A <s>", pair="<c> $A <s> $B:1 <s>:1", special_tokens=[("<c>", 1), ("<s>", 2)]
+    )
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=core, model_input_names=names, pad_token="<p>"), "t")
+
+
+def letters(text: str) -> list[int]:
+    return [3 + ord(letter) - ord("a") for letter in text]
+
+
+def test_texts_get_their_special_tokens_and_the_longer_one_is_cut() -> None:
+    tokenizer = pairing()
+    found = tokenizer.encode_texts([("a b", "c"), ("a", "c d e f g"), ("", "c d e f g")], 7)
+    assert found.ids == [[1, 3, 4, 2, 5, 2], [1, 3, 2, 5, 6, 7, 2], [1, 2, 5, 6, 7, 8, 2]]
+    assert found.seconds == [4, 3, 2]
+    assert tokenizer.lengths([("a b", "c"), ("a", "c d e f g")]) == [6, 9] and tokenizer.lengths([]) == []
+    alone = tokenizer.encode_texts([("a b c",), ("a b c d e f g",)], 5)
+    assert alone.ids == [[1, 3, 4, 5, 2], [1, 3, 4, 5, 2]]
+    assert alone.seconds == [5, 5]
+
+
+def test_saving_after_encoding_writes_no_truncation(tmp_path: Path) -> None:
+    tokenizer = pairing()
+    tokenizer.encode_texts([("a b c d e",)], 4)
+    tokenizer.save(tmp_path)
+    assert Core.from_file(str(tmp_path / "tokenizer.json")).encode("a b c d e").ids == [1, 3, 4, 5, 6, 7, 2]
+
+
+def test_windows_of_a_context_share_stride_tokens_and_know_their_characters() -> None:
+    # room for the context: 20 - 3 special - 2 of the question = 15; the second window begins 15 - 4 = 11 on, with l
+    context = " ".join("abcdefghijklmnopqrstuvwxyz")
+    windows = pairing().encode_windows([("  x y", context), ("z", "a  b")], 20, 4)
+    assert windows.pairs == [0, 0, 1]
+    assert windows.encodings.ids == [
+        [1, *letters("xy"), 2, *letters("abcdefghijklmno"), 2],
+        [1, *letters("xy"), 2, *letters("lmnopqrstuvwxyz"), 2],
+        [1, *letters("z"), 2, *letters("ab"), 2],
+    ]
+    assert windows.encodings.seconds == [4, 4, 3]
+    outside = [-1, -1]
+    for window, first in ((0, 0), (1, 11)):
+        spans = [[2 * i, 2 * i + 1] for i in range(first, first + 15)]
+        assert windows.offsets[window].tolist() == [*[outside] * 4, *spans, outside]
+    assert windows.offsets[2].tolist() == [*[outside] * 3, [0, 1], [3, 4], outside]
+
+
+def test_a_long_question_is_cut_to_half_a_window() -> None:
+    (ids,) = pairing().encode_windows([("a b c d e f g h i j k l", "x")], 20, 4).encodings.ids
+    assert ids == [1, *letters("abcdefghij"), 2, *letters("x"), 2]
+
+
+def test_windows_need_room_and_offsets() -> None:
+    with pytest.raises(DataError, match=r"data\.doc_stride \(6\) must be less than 6 at data\.sequence_length 20: set"):
+        pairing().encode_windows([("a", "b")], 20, 6)
+    slow = Tokenizer(ByT5Tokenizer(), "slow")
+    with pytest.raises(DataError, match="tokenizer slow knows no offsets: question answering needs a fast tokenizer"):
+        slow.encode_windows([("a", "b")], 40, 4)
+    assert slow.encode_texts([("a", "b")], 9).ids == [[100, 1, 101, 1]]

@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import logging
+import lzma
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ted_ds.config.schema import HubDataset
+from ted_ds.config.tasks import TASKS, TaskSpec
+from ted_ds.data.tables import Example, iter_examples
+from ted_ds.errors import DataError
+
+OWN = TASKS["classification"].with_columns(("text",), "class", ("bad", "good"))
+VALUES = TASKS["regression"].with_columns(("a", "b"), None, None)
+
+
+def examples(path: Path | HubDataset, spec: TaskSpec) -> list[Example]:
+    return list(iter_examples([path if isinstance(path, HubDataset) else str(path)], spec))
+
+
+def read(path: Path | HubDataset, spec: TaskSpec) -> list[tuple[Any, ...]]:
+    return [(*example.texts, example.label) for example in examples(path, spec)]
+
+
+def tsv(folder: Path, *rows: str) -> Path:
+    """A file of rows with cells separated by "|"."""
+    path = folder / "set.tsv"
+    path.write_text("".join(row.replace("|", "\t") + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+OFFICIAL: list[tuple[str, list[str], list[tuple[Any, ...]]]] = [
+    ("cola", ["gj04|1||It ran .", 'gj04|0|*|"ran It'], [("It ran .", 1), ('"ran It', 0)]),
+    ("cola", ["index|sentence", "0|It ran ."], [("It ran .", None)]),
+    ("sst2", ["sentence|label", 'a "fine" film |1', "dull|0"], [('a "fine" film ', 1), ("dull", 0)]),
+    ("sst2", ["index|sentence", "0|fine"], [("fine", None)]),
+    (
+        "mrpc",
+        ["\ufeffQuality|#1 ID|#2 ID|#1 String|#2 String", "1|7|8|A said .|B said .", '0|9|9|"A|B'],
+        [("A said .", "B said .", 1), ('"A', "B", 0)],
+    ),
+    ("qqp", ["id|qid1|qid2|question1|question2|is_duplicate", "1|2|3|Why?|How?|0"], [("Why?", "How?", 0)]),
+    (
+        "mnli",
+        ["index|genre|sentence1|sentence2|label1|gold_label", "0|x|P|H|neutral|contradiction", "1|x|P|H|-|entailment"],
+        [("P", "H", 2), ("P", "H", 0)],
+    ),
+    ("qnli", ["index|question|sentence|label", "0|Q|S|not_entailment"], [("Q", "S", 1)]),
+    ("rte", ["index|sentence1|sentence2|label", "0|A|B|entailment"], [("A", "B", 0)]),
+    ("wnli", ["index|sentence1|sentence2|label", "0|A|B|1"], [("A", "B", 1)]),
+    ("stsb", ["index|sentence1|sentence2|score", "0|A|B|3.250"], [("A", "B", 3.25)]),
+]
+
+
+@pytest.mark.parametrize(("name", "rows", "expected"), OFFICIAL)
+def test_glue_s_own_files(tmp_path: Path, name: str, rows: list[str], expected: list[tuple[Any, ...]]) -> None:
+    assert read(tsv(tmp_path, *rows), TASKS[name]) == expected
+
+
+def test_official_rows_that_lack_cells_are_passed_over_with_one_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tsv(tmp_path, "sentence1|sentence2|label", "A|B|entailment", "A|B", "C", "C|D|entailment")
+    with caplog.at_level(logging.WARNING, "ted_ds"):
+        found = examples(path, TASKS["rte"])
+    assert [(example.texts, example.where) for example in found] == [
+        (("A", "B"), f"{path}, line 2"),
+        (("C", "D"), f"{path}, line 5"),
+    ]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{path}: 2 rows lack cells and are passed over, the first in line 3"
+    ]
+    with pytest.raises(DataError, match=r"set\.tsv, line 3: 2 cells, the header has 3: fix or drop the row"):
+        examples(path, replace(TASKS["rte"], tsv=None))
+
+
+ROWS = [("one", "good"), ('tw\u00f6, "2"\nlines', "bad"), ("", "good")]
+
+
+def csv_bytes(rows: Sequence[tuple[str, str]]) -> bytes:
+    quoted = ((text.replace('"', '""'), label) for text, label in rows)
+    return ("id,text,class\r\n" + "".join(f'7,"{text}",{label}\r\n' for text, label in quoted)).encode()
+
+
+def json_bytes(rows: Sequence[tuple[str, str]]) -> bytes:
+    return "".join(json.dumps({"class": label, "text": text}) + "\n\n" for text, label in rows).encode()
+
+
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+}
+
+
+@pytest.mark.parametrize("bom", [b"", b"\xef\xbb\xbf"])
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "ndjson", "json"])
+def test_a_user_s_own_files(tmp_path: Path, kind: str, suffix: str, bom: bytes) -> None:
+    path = tmp_path / f"own.{kind}{suffix}"
+    path.write_bytes(COMPRESSIONS[suffix](bom + (csv_bytes(ROWS) if kind == "csv" else json_bytes(ROWS))))
+    found = examples(path, OWN)
+    assert [(e.texts, e.label) for e in found] == [
+        ((ROWS[0][0],), 1),
+        ((ROWS[1][0],), 0),
+        (("",), 1),
+    ]
+    # the second row of the CSV goes on over two lines; JSON lines have blank ones between
+    lines = [2, 3, 5] if kind == "csv" else [1, 3, 5]
+    assert [e.where for e in found] == [f"{path}, line {line}" for line in lines]
+
+
+def test_a_user_s_own_tsv_has_a_header_and_no_quotes(tmp_path: Path) -> None:
+    assert read(tsv(tmp_path, "class|text", 'good|"a\rb', "bad|c"), OWN) == [('"a\rb', 1), ("c", 0)]
+
+
+def test_parquet_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"b": ["x", "y"], "label": [0.5, None], "a": ["p", "q"]}), tmp_path / "own.parquet")
+    assert read(tmp_path / "own.parquet", VALUES) == [("p", "x", 0.5), ("q", "y", None)]
+    assert examples(tmp_path / "own.parquet", VALUES)[1].where == f"{tmp_path / 'own.parquet'}, row 2"
+
+
+@pytest.mark.parametrize(
+    ("label", "number"),
+    [("good", 1), (" good ", 1), ("1", 1), (1, 1), (0, 0), ("", None), (None, None), (-1, None), ("-1", None)],
+)
+def test_labels_are_names_or_numbers(tmp_path: Path, label: Any, number: int | None) -> None:
+    (tmp_path / "own.jsonl").write_text(json.dumps({"text": "t", "class": label}))
+    assert read(tmp_path / "own.jsonl", OWN) == [("t", number)]
+
+
+def test_a_label_that_is_called_a_number_is_meant_by_name(tmp_path: Path) -> None:
+    path = tsv(tmp_path, "text|class", "a|1", "b|-1", "c|3")
+    assert read(path, replace(OWN, labels=("3", "1", "-1"))) == [("a", 1), ("b", 2), ("c", 0)]
+
+
+@pytest.mark.parametrize("label", ["2", "Good", "1.0", "\u00b2", "-2"])
+def test_what_is_no_label_is_named_with_its_place(tmp_path: Path, label: str) -> None:
+    path = tsv(tmp_path, "text|class", "a|good", f"b|{label}")
+    said = (
+        f"{path}, line 3: the label is {label!r}, expected one of bad, good, or its number: fix or drop the row, or set"
+    )
+    with pytest.raises(DataError, match=re.escape(said)):
+        examples(path, OWN)
+
+
+def test_values_are_numbers_and_minus_one_is_none_in_stsb_alone(tmp_path: Path) -> None:
+    path = tsv(tmp_path, "a|b|label", "x|y|-1", "x|y|1e-1", "x|y|", "x|y|nan")
+    assert [row[2] for row in read(path, VALUES)] == [-1.0, 0.1, None, None]
+    assert read(tsv(tmp_path, "sentence1|sentence2|label", "x|y|-1.0"), TASKS["stsb"]) == [("x", "y", None)]
+    for wrong in ("high", "inf", "1,5"):
+        with pytest.raises(
+            DataError, match=rf"set\.tsv, line 2: the label is '{wrong}', expected a number: fix or drop"
+        ):
+            examples(tsv(tmp_path, "a|b|label", f"x|y|{wrong}"), VALUES)
+
+
+ERRORS: list[tuple[str, bytes, str]] = [
+    ("e.csv", b"", "e.csv has no rows: remove it"),
+    ("e.csv", b"text,class\n\n", "e.csv has no rows: remove it"),
+    ("e.tsv", b"\n", "e.tsv has no rows: remove it"),
+    ("e.jsonl", b"\n", "e.jsonl has no rows: remove it"),
+    ("e.csv", b"text,label\na,good\n", "e.csv has no column 'class', only text, label: set data.text_columns"),
+    ("e.tsv", b"Text\tclass\na\tgood\n", "e.tsv has no column 'text', only Text, class: set data.text_columns"),
+    ("e.jsonl", b'{"text": "a"}\n', "e.jsonl, line 1 has no column 'class', only text: set data.text_columns"),
+    ("e.csv", b"text,class\na,good\nb\n", "e.csv, line 3: 1 cells, the header has 2: fix or drop the row"),
+    ("e.csv", b"text,class\na,b,good\n", "e.csv, line 2: 3 cells, the header has 2: fix or drop the row"),
+    ("e.csv", b'text,class\n"a\n,good\n', "e.csv, line 2: not valid CSV (unexpected end of data): fix or drop"),
+    ("e.jsonl", b"[1]\n", "e.jsonl, line 1: not an object with columns: fix or drop the line"),
+    ("e.jsonl", b"\n{\n", "e.jsonl, line 2: not valid JSON (Expecting"),
+    ("e.jsonl", b'{"text": null, "class": 1}', "e.jsonl, line 1: 'text' is None, not a string: fix or drop the row"),
+    ("e.tsv", b"text\tclass\n\xff\tgood\n", "e.tsv, line 2: not UTF-8 (invalid start byte): convert the file"),
+    ("e.tsv.gz", b"text", "e.tsv.gz cannot be read: Not a gzipped file"),
+    ("e.parquet", b"text", "e.parquet cannot be read: Parquet"),
+    ("e.txt", b"text\tclass\n", "e.txt has a suffix that says no format: give .tsv, .csv, .jsonl or .parquet"),
+]
+
+
+@pytest.mark.parametrize(("name", "data", "message"), ERRORS)
+def test_errors_name_file_and_line(tmp_path: Path, name: str, data: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=f"^{re.escape(str(tmp_path / message))}"):
+        examples(tmp_path / name, OWN)
+
+
+def test_an_official_file_s_missing_column_is_named_with_those_it_has(tmp_path: Path) -> None:
+    path = tsv(tmp_path, "Quality|#1 String", "1|A")
+    with pytest.raises(DataError, match=r"set\.tsv has no column 'sentence2', only Quality, #1 String: set data\."):
+        examples(path, TASKS["mrpc"])
+
+
+def test_every_file_of_a_glob_has_rows(tmp_path: Path) -> None:
+    for name, data in (("a.csv", b"text,class\nx,good\n"), ("b.csv", b"")):
+        (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=r"b\.csv has no rows"):
+        examples(tmp_path / "*.csv", OWN)
+    assert len(list(iter_examples([str(tmp_path / "a.csv")] * 2, OWN))) == 2
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose Parquet file `datasets` loads like a hub repository, with named labels."""
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    features = Features({"text": Value("string"), "class": ClassLabel(names=["good", "bad"])})
+    rows = Dataset.from_dict({"text": ["a", "b", "c"], "class": [0, 1, -1]}, features=features)
+    (tmp_path / "hub").mkdir()
+    rows.to_parquet(tmp_path / "hub" / "train.parquet")
+    return tmp_path / "hub"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_hub_rows_are_numbered_by_the_names_of_their_labels(hub: Path, streaming: bool) -> None:
+    entry = HubDataset(hub=str(hub), streaming=streaming)
+    assert read(entry, OWN) == [("a", 1), ("b", 0), ("c", None)]
+    assert examples(entry, OWN)[1].where == f"data set {hub} (default, train), row 2"
+    with pytest.raises(DataError, match=r"hub \(default, train\) has the labels good, bad, the task yes, no: set data"):
+        examples(entry, replace(OWN, labels=("yes", "no")))
+    with pytest.raises(DataError, match=r"hub \(default, train\) has no column 'body', only text, class: set data\."):
+        examples(entry, replace(OWN, text_columns=("body",)))
+    with pytest.raises(DataError, match=r"hub \(default, test\) cannot be loaded: "):
+        examples(HubDataset(hub=str(hub), split="test", streaming=streaming), OWN)
