@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,23 @@ import pytest
 import torch
 from deepspeed.utils import safe_get_full_grad
 
+from ted_ds.batch import Batch
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
+from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.distributed import World
 from ted_ds.engine.loading import gathered
+from ted_ds.engine.trained import build_trained_engine
 from ted_ds.errors import TedError
 from ted_ds.stages.data import RunData, open_data, open_tokenizer
 from ted_ds.stages.distill import Plan, build_distillation_engine
 from ted_ds.stages.filters import learn_filters, plan_pairs
-from ted_ds.stages.models import ensure_models
+from ted_ds.stages.models import ensure_models, load_frozen, trained_config
 from ted_ds.stages.run import Goal, run_recipe
-from ted_ds.train.step import global_counts
+from ted_ds.tasks.base import Task
+from ted_ds.tasks.classification import Regression
+from ted_ds.train.step import global_counts, train_step
+from tests.golden.check import Case
 
 
 def pretrain_recipe(
@@ -86,3 +93,58 @@ def full_disk(world: World, path: Path, overrides: tuple[str, ...]) -> str:
         if world.is_main:
             patch.setattr(torch, "save", refuse)
         return pretrain_error(world, path, overrides)
+
+
+@dataclass(frozen=True)
+class TaskOnly:
+    """What Stage II needs of a run's data when its batches come from elsewhere."""
+
+    task: Task
+    tokenizer: Any = None
+
+
+def golden_losses(world: World, path: Path, case: Path) -> dict[str, list[float]]:
+    """The ten-step trajectories of a golden case through DeepSpeed's engines, its rows dealt to the ranks.
+
+    path: a recipe of the case's options, whose models are the case's own checkpoints.
+    """
+    run = load_config(path)
+    models = ensure_models(run, None, world)  # type: ignore[arg-type]  # published checkpoints need no tokenizer
+    pairs = plan_pairs(run, models)
+    assert pairs is not None and pairs.teacher is not None
+    golden = Case(case, torch.float32)
+    batches = [_share(golden.batch, world)]
+    losses: dict[str, list[float]] = {}
+    config = trained_config(run, world, learning_rate=1e-3, weight_decay=0.0)
+    task = golden.task()
+    if isinstance(task, Regression):
+        task = Regression(world.gather)
+    only: Any = TaskOnly(task)
+    for side, model, filters in (
+        ("teacher", models.teacher, pairs.teacher),
+        ("student", models.student, pairs.student),
+    ):
+        assert model is not None
+        frozen = load_frozen(run, world, model, task=task, tokenizer=None, trust_remote_code=False)  # type: ignore[arg-type]
+        learner = FilterLearner(filters.build(), frozen, filters.blocks, golden.head(side))
+        golden.load_probes(learner, side)
+        engine = build_trained_engine(learner, deepspeed_config=config, schedule=lambda step: 1.0)
+        losses[f"stage1_{side}"] = _eleven_steps(engine, batches, world, step=0)
+        engine.destroy()
+        frozen.close()
+    plan = Plan(models, pairs, {side: models.published[side] for side in ("teacher", "student")})
+    engine = build_distillation_engine(run, world, only, plan)
+    losses["ted"] = _eleven_steps(engine, batches, world)
+    engine.destroy()
+    return losses
+
+
+def _eleven_steps(engine: Any, batches: list[Batch], world: World, **inputs: Any) -> list[float]:
+    engine.train()
+    return [float(world.sum(train_step(engine, batches, world, **inputs))[0]) for _ in range(11)]
+
+
+def _share(batch: Batch, world: World) -> Batch:
+    """This rank's rows of a batch."""
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: t[world.rank :: world.size] for name, t in tensors.items() if t is not None})

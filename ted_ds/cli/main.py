@@ -15,11 +15,11 @@ COMMANDS = {
     "learn-filters": "Stage I: learn the teacher's and the student's filters",
     "distill": "all stages to the distilled student, as the launchers do",
     "export": "the last checkpoint's student as a Hugging Face folder, of a run that is not over",
-    "evaluate": "perplexity and LAMBADA of a Hugging Face folder",
+    "evaluate": "perplexity, LAMBADA or a task's metrics of a Hugging Face folder",
     "report": "table and curves of finished runs",
     "quickstart": "the whole pipeline on an embedded corpus",
 }
-GOALS = {"init-student": "student", "learn-filters": "filters", "distill": "distilled", "export": "export"}
+GOALS = {"init-student": "student", "learn-filters": "filters", "distill": "distilled"}
 
 
 def main() -> None:

@@ -112,7 +112,10 @@ class Tokenizer:
         """
         room = max_length - max_length // 2 - SPECIAL_TOKENS
         if not 0 < stride < room:
-            raise DataError(f"data.doc_stride ({stride}) must be less than {room} at data.sequence_length {max_length}")
+            raise DataError(
+                f"data.doc_stride ({stride}) must be less than {room} at data.sequence_length {max_length}: lower it, "
+                "or give longer rows"
+            )
         if not self._tokenizer.is_fast:
             raise DataError(f"tokenizer {self.name} knows no offsets: question answering needs a fast tokenizer")
         questions = self._cut([question.lstrip() for question, _ in pairs], max_length // 2)

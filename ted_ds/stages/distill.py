@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,13 +14,14 @@ import torch
 from torch import nn
 
 from ted_ds.checkpoint.best import BestStudent
-from ted_ds.checkpoint.export import export_student
+from ted_ds.checkpoint.export import export_student, replace_folder
+from ted_ds.checkpoint.published import published_model, published_options, write_published
 from ted_ds.checkpoint.store import Card, load_checkpoint, save_checkpoint, write_atomically
 from ted_ds.config.schema import RunConfig
 from ted_ds.distill.frozen import FrozenModel, filtered_square_sums
 from ted_ds.distill.objective import TERMS, DistillationModel
 from ted_ds.distributed import World, logger, seed_everything
-from ted_ds.engine.loading import checkpoint_activations, load_model
+from ted_ds.engine.loading import checkpoint_activations, load_model, whole_tensors
 from ted_ds.engine.trained import build_trained_engine
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.stages.data import RunData
@@ -71,6 +73,31 @@ def export_checkpoint(run: RunConfig, world: World, data: RunData, plan: Plan) -
     export_student(module.student, data.tokenizer, folder, world)
     engine.destroy()
     return {"steps": steps, "student": str(folder)}
+
+
+def export_published(run: RunConfig, world: World, data: RunData, plan: Plan) -> dict[str, Any]:
+    """Writes the last checkpoint's student *with its filters* in the layout of the paper's authors; a collective.
+
+    Returns {"steps", "published"}. Raises ModelError for models and layer maps that the layout cannot express.
+    """
+    module, engine = _build_student(run, world, data, plan)
+    filters = plan.pairs.student if plan.pairs else None
+    options = published_options(module.student.config, filters)
+    steps = load_checkpoint(engine, run.output_dir / "checkpoints", model=_fingerprint(module), world=world)
+    folder = run.output_dir / "student_published"
+    weights, bank = (dict(whole_tensors(part, keep=world.is_main)) for part in (module.student, module.filters))
+
+    def write() -> None:
+        model = published_model(module.student.config, options, weights, filters, bank)
+        new = folder.with_name(folder.name + ".new")
+        shutil.rmtree(new, ignore_errors=True)
+        write_published(model, new)
+        data.tokenizer.save(new)
+        replace_folder(folder, new)
+
+    world.on_main(write)
+    engine.destroy()
+    return {"steps": steps, "published": str(folder)}
 
 
 def build_distillation_engine(run: RunConfig, world: World, data: RunData, plan: Plan) -> Any:

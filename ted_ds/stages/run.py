@@ -18,7 +18,7 @@ from ted_ds.config.schema import RunConfig
 from ted_ds.distributed import World, logger
 from ted_ds.errors import CheckpointError, ConfigError
 from ted_ds.stages.data import open_data, open_tokenizer
-from ted_ds.stages.distill import Plan, distill, export_checkpoint
+from ted_ds.stages.distill import Plan, distill, export_checkpoint, export_published
 from ted_ds.stages.filters import learn_filters, plan_pairs
 from ted_ds.stages.models import check_models, ensure_models, trained_config
 
@@ -26,8 +26,10 @@ MAY_CHANGE = ("output_dir", "deepspeed", "logging", "environment")
 """Parts of a recipe that another start on the same folder may change; train and data: see `_settled`."""
 
 
-Goal = Literal["student", "filters", "distilled", "export"]
+Goal = Literal["student", "filters", "distilled", "export", "export-published"]
 """Stage 0 done; Stage I done; all done; the last checkpoint exported, whether or not all is done."""
+
+EXPORTS = {"export": export_checkpoint, "export-published": export_published}
 
 
 def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[str, Any] | None:
@@ -38,10 +40,10 @@ def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[s
     Raises a TedError, on every rank, where recipe, data or models are wrong.
     """
     _check_engines(run, world)
-    world.on_main(lambda: _claim(run, export=goal == "export"))
+    world.on_main(lambda: _claim(run, export=goal in EXPORTS))
     _check_shared(run.output_dir / "config.yaml", world)
     summary = world.on_main(lambda: _finished(run))
-    if summary is not None and goal != "export":
+    if summary is not None and goal not in EXPORTS:
         logger.info("%s is complete (%d steps); nothing to do", run.output_dir, summary["steps"])
         return summary
     tokenizer = open_tokenizer(run, world)
@@ -55,8 +57,7 @@ def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[s
     filters = learn_filters(run, world, data, pairs, models) if pairs else {}
     if goal == "filters":
         return None
-    finish = export_checkpoint if goal == "export" else distill
-    return finish(run, world, data, Plan(models, pairs, filters))
+    return EXPORTS.get(goal, distill)(run, world, data, Plan(models, pairs, filters))
 
 
 def _check_engines(run: RunConfig, world: World) -> None:

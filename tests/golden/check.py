@@ -27,7 +27,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ted_ds.batch import Batch, BatchCounts
-from ted_ds.checkpoint.published import PublishedModel, read_published
+from ted_ds.checkpoint.published import read_published
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.distill.frozen import FrozenModel, FrozenModule
 from ted_ds.distill.objective import DistillationModel
@@ -162,8 +162,8 @@ class Case:
         published = self.published[side]
         assert published.plan is not None
         frozen = FrozenModel(FrozenModule(self.model(side), self.task()))
-        learner = FilterLearner(self.filters(side), frozen, published.plan.blocks, self.head(side)).to(self.dtype)
-        self._load_heads(learner, published)
+        learner = FilterLearner(published.plan.build(), frozen, published.plan.blocks, self.head(side)).to(self.dtype)
+        self.load_probes(learner, side)
         counts = BatchCounts.of(self.batch)
         loss, _ = learner(batch=self.batch, counts=counts, step=0)
         self.errors.add("stage1_loss", "loss", _relative(loss, expected["loss"]))
@@ -174,12 +174,16 @@ class Case:
             "stage1", learner, lambda: learner(batch=self.batch, counts=counts, step=0), expected["trajectory"]
         )
 
-    def _load_heads(self, learner: FilterLearner, published: PublishedModel) -> None:
-        for name, parameter in learner.named_parameters():
-            theirs = self.theirs(name, published.plan)
-            if theirs in published.heads:
-                with torch.no_grad():
-                    parameter.copy_(published.heads[theirs])
+    def load_probes(self, learner: FilterLearner, side: str) -> None:
+        """The case's own filters and heads into a learner of fresh ones."""
+        published = self.published[side]
+        assert published.plan is not None
+        heads = dict(published.heads)
+        for name, tensor in published.filters.items():
+            heads[self.theirs(f"probes.{name}", published.plan)] = tensor
+        with torch.no_grad():
+            for name, parameter in learner.named_parameters():
+                parameter.copy_(heads[self.theirs(name, published.plan)])
 
     def stage2(self, variant: str) -> None:
         expected = self.manifest["stage2"][variant][self.name]

@@ -89,5 +89,7 @@ def test_dropout_is_drawn_in_training_alone() -> None:
 
 
 def test_a_family_without_a_known_pooler_is_named() -> None:
-    with pytest.raises(ModelError, match=r"xlnet is a model family without a pooler that Stage I knows .* lwd, kd or ce"):
+    with pytest.raises(
+        ModelError, match=r"xlnet is a model family without a pooler that Stage I knows .* lwd, kd or ce"
+    ):
         find_pooler(AutoConfig.for_model("xlnet"))

@@ -158,6 +158,7 @@ def test_transformers_loads_what_is_unpacked(case: str, kind: str, tmp_path: Pat
     assert not any(report.values()), report
     expected = {name: t for name, t in tensors.items() if "filter" not in name and "position_ids" not in name}
     _assert_same(student.state_dict(), expected)
+    _assert_same(load_file(tmp_path / "new/model/model.safetensors"), expected)
     assert student.config.num_labels == (2 if "head" in how else LABELS)
     assert (tmp_path / "new/model/spm.model").read_bytes() == b"pieces"
     model = read_published(source)

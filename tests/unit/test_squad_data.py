@@ -100,6 +100,7 @@ def test_rows_with_the_hub_s_columns(files: dict[str, tuple[Path | HubDataset, l
         ("  1890", YEAR - 2, YEAR),
         (" 1890", YEAR - 1, YEAR),
         (" 1890 ", YEAR, YEAR),
+        ("   1890", YEAR - 3, YEAR),
         ("\u6f22", CONTEXT.index("\u6f22"), CONTEXT.index("\u6f22")),
         ("C", 1, 0),
     ],
@@ -113,6 +114,8 @@ def test_an_answer_may_be_off_by_two_or_have_spaces(tmp_path: Path, text: str, s
 def test_the_nearest_place_of_an_answer_is_taken(tmp_path: Path) -> None:
     path = squad(tmp_path / "set.json", qa("a", ("aa", 1), ("b", 4)), context="aaab b")
     assert questions(path)[0].answers == (("aa", 1), ("b", 3))
+    path = squad(tmp_path / "set.json", qa("a", ("b", 0)), context="ab")  # not the place -1, which is the end
+    assert questions(path)[0].answers == (("b", 1),)
 
 
 ANSWERS: list[tuple[Any, Any, str]] = [

@@ -246,7 +246,11 @@ def test_stage1_is_plain_autograd_through_the_frozen_model(kind: str, family: st
         last = mask.sum(1) - 1
         token = filtered[torch.arange(len(last)), last] if family in ("llama", "qwen2") else filtered[:, 0]
         if family == "modernbert":
-            token = filtered[:, 0] if pooler.token == "first" else (filtered * mask[..., None]).sum(1) / mask.sum(1)[:, None]
+            token = (
+                filtered[:, 0]
+                if pooler.token == "first"
+                else (filtered * mask[..., None]).sum(1) / mask.sum(1)[:, None]
+            )
         if hasattr(probe, "pooler_weight"):
             token = F.linear(token, probe.pooler_weight, getattr(probe, "pooler_bias", None))
             token = token.tanh() if family in ("bert", "roberta", "xlm-roberta") else F.gelu(token)
@@ -301,8 +305,8 @@ def test_padding_does_not_matter_unless_it_is_asked_for() -> None:
 
 def test_filters_and_targets_of_different_widths_are_refused() -> None:
     model, frozen = build("classification", "bert", WEIGHTS)
-    other = DistillationModel(
-        model.student, FilterPlan((0, 1), 16, 9).build(), WEIGHTS, task=Classification(LABELS)
-    )
-    with pytest.raises(ModelError, match="the student's filters have width 9, the teacher's side 8: both must be one F"):
+    other = DistillationModel(model.student, FilterPlan((0, 1), 16, 9).build(), WEIGHTS, task=Classification(LABELS))
+    with pytest.raises(
+        ModelError, match="the student's filters have width 9, the teacher's side 8: both must be one F"
+    ):
         other.attach_teacher(frozen, PAIRS)

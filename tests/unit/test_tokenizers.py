@@ -251,7 +251,7 @@ def test_training_wordpiece_twice_gives_one_tokenizer(wordpiece: Path, tmp_path:
 
 @pytest.mark.parametrize("texts", [[], ["", " \n"]])
 def test_no_text_trains_no_wordpiece_tokenizer(tmp_path: Path, texts: list[str]) -> None:
-    with pytest.raises(DataError, match="^no tokenizer of 90 pieces from this corpus: it has no text"):
+    with pytest.raises(DataError, match=r"^no tokenizer of 90 pieces from this corpus: it has no text"):
         train_wordpiece(texts, 90, tmp_path / "tokenizer")
     assert not (tmp_path / "tokenizer").exists()
 
@@ -314,9 +314,16 @@ def test_a_long_question_is_cut_to_half_a_window() -> None:
 
 
 def test_windows_need_room_and_offsets() -> None:
-    with pytest.raises(DataError, match=r"data\.doc_stride \(6\) must be less than 6 at data\.sequence_length 20: set"):
+    with pytest.raises(DataError, match=r"data\.doc_stride \(6\) must be less than 6 at data\.sequence_length 20"):
         pairing().encode_windows([("a", "b")], 20, 6)
     slow = Tokenizer(ByT5Tokenizer(), "slow")
     with pytest.raises(DataError, match="tokenizer slow knows no offsets: question answering needs a fast tokenizer"):
         slow.encode_windows([("a", "b")], 40, 4)
     assert slow.encode_texts([("a", "b")], 9).ids == [[100, 1, 101, 1]]
+
+
+def test_spaces_before_a_question_are_dropped(trained: Path) -> None:
+    tokenizer = load_tokenizer(str(trained))
+    spaced, bare = (tokenizer.encode_windows([(question, " red")], 40, 4).encodings for question in ("  \n def", "def"))
+    assert spaced == bare
+    assert tokenizer.decode(bare.ids[0]) == "def red"
