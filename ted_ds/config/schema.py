@@ -383,8 +383,13 @@ class RunConfig(Section):
             if lm
             else {"filters.token_fraction": self.filters.token_fraction != 1.0}
         )
+        if self.spec.kind == "question-answering":
+            own = {name: getattr(self.data, name) for name in ("text_columns", "label_column", "labels")}
+            useless |= {f"data.{name}": value for name, value in own.items()}
         if used := [key for key, value in useless.items() if value]:
             raise ValueError(f"task: {self.task} has no use for {used[0]}: remove it")
+        if taken := {"train", "validation"} & self.data.extra_validation.keys():
+            raise ValueError(f"data.extra_validation: the name {min(taken)!r} is taken: choose another")
         if self.method == "ted" and self.student.init_from_pretrained:
             raise ValueError(
                 "method: ted learns the student's filters on a fine-tuned student, but student.init_from_pretrained is "

@@ -1,0 +1,173 @@
+"""Padding and time of TED steps: rows in buckets of length against random batches padded to their longest.
+
+`python -m benchmarks.bucketing --data train.tsv --tokenizer FOLDER --json OUT`: the padding of a whole epoch of a
+GLUE task (RTE unless said otherwise), and the time of forward and backward over a sample of its steps: a
+DeBERTa-v3-base-shaped teacher, an xsmall-shaped student, random weights. The sample takes steps at even quantiles of
+the tokens that they compute, for either order, and the two are timed in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
+
+from benchmarks.timing import environment, write_report
+from ted_ds.batch import Batch, BatchCounts
+from ted_ds.config.tasks import TASKS
+from ted_ds.data.buckets import BucketedRows
+from ted_ds.data.encoded import EncodedRows, ensure_encoded
+from ted_ds.data.loader import row_order
+from ted_ds.data.tokenizers import load_tokenizer
+from ted_ds.distill.frozen import FrozenModel, FrozenModule
+from ted_ds.distill.objective import DistillationModel
+from ted_ds.models.filters import FilterPlan
+from ted_ds.models.layer_map import resolve_layer_map
+from ted_ds.tasks.base import LossWeights
+from ted_ds.tasks.classification import Classification
+
+SHAPES = {"base": (768, 12, 3072), "xsmall": (384, 6, 1536)}
+"""Width, heads and FFN units of DeBERTa-v3's; both have 12 blocks."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step's rows and the tokens that each is padded to."""
+
+    rows: np.ndarray
+    width: int
+
+    @property
+    def computed(self) -> int:
+        return len(self.rows) * self.width
+
+
+def bucketed_steps(rows: EncodedRows, size: int) -> list[Step]:
+    """An epoch as ted_ds trains on it."""
+    loader = BucketedRows(rows, seed=0, global_batch_size=size, micro_batch_size=size, rank=0, world_size=1)
+    return [Step(loader.step_rows(step), loader.width(step)) for step in range(len(rows) // size)]
+
+
+def random_steps(rows: EncodedRows, size: int) -> list[Step]:
+    """An epoch in random batches, each padded to its longest row (dynamic padding)."""
+    order = row_order(len(rows), 0, 0)[: len(rows) // size * size].reshape(-1, size)
+    return [Step(batch, int(rows.lengths[batch].max())) for batch in order]
+
+
+def padding_share(steps: list[Step], rows: EncodedRows) -> float:
+    real = sum(int(rows.lengths[step.rows].sum()) for step in steps)
+    return 1.0 - real / sum(step.computed for step in steps)
+
+
+def sampled(steps: list[Step], count: int) -> list[Step]:
+    """Steps at even quantiles of the tokens that they compute."""
+    ordered = sorted(steps, key=lambda step: step.computed)
+    return [ordered[int((i + 0.5) * len(ordered) / count)] for i in range(count)]
+
+
+def build(labels: tuple[str, ...], blocks: int, output_dim: int, device: str) -> DistillationModel:
+    """A TED step's module: teacher and student of DeBERTa-v3's shapes, a pair a block."""
+    torch.manual_seed(0)
+    models = []
+    for width, heads, units in SHAPES.values():
+        config = DebertaV2Config(
+            vocab_size=128100,
+            hidden_size=width,
+            num_attention_heads=heads,
+            intermediate_size=units,
+            num_hidden_layers=blocks,
+            relative_attention=True,
+            position_buckets=256,
+            pos_att_type=["p2c", "c2p"],
+            share_att_key=True,
+            norm_rel_ebd="layer_norm",
+            position_biased_input=False,
+            type_vocab_size=0,
+            num_labels=len(labels),
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        models.append(DebertaV2ForSequenceClassification(config).to(device))
+    teacher, student = models[0].eval().requires_grad_(False), models[1]
+    layer_map = resolve_layer_map("uniform", blocks, blocks)
+    places = tuple(range(blocks))
+    banks = [FilterPlan(places, SHAPES[name][0], output_dim).build().to(device) for name in ("base", "xsmall")]
+    task = Classification(labels)
+    model = DistillationModel(student, banks[1], LossWeights(20.0, 50.0), task=task)
+    model.attach_teacher(FrozenModel(FrozenModule(teacher, task, banks[0])), layer_map)
+    return model
+
+
+def seconds_of(model: DistillationModel, batch: Batch) -> float:
+    counts = BatchCounts.of(batch)
+    start = time.perf_counter()
+    loss, _ = model(batch=batch, counts=counts)
+    loss.backward()
+    float(loss.detach())  # waits for the device
+    model.zero_grad()
+    return time.perf_counter() - start
+
+
+def measure(rows: EncodedRows, labels: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
+    epochs = {"bucketed": bucketed_steps(rows, options.batch_size), "random": random_steps(rows, options.batch_size)}
+    samples = {name: sampled(steps, options.steps) for name, steps in epochs.items()}
+    model = build(labels, options.blocks, options.output_dim, options.device)
+    seconds: dict[str, list[float]] = {name: [] for name in epochs}
+    for i in range(-1, options.steps):  # the first is a warm-up
+        for name, sample in samples.items():
+            step = sample[max(i, 0)]
+            took = seconds_of(model, rows.batch(step.rows, step.width).to(torch.device(options.device)))
+            if i >= 0:
+                seconds[name].append(took)
+    totals = {name: sum(values) for name, values in seconds.items()}
+    return {
+        "benchmark": "bucketing: rows of like length against random batches padded to their longest",
+        "task": options.task,
+        "rows": len(rows),
+        "batch_size": options.batch_size,
+        "max_length": options.max_length,
+        "padding_share": {name: round(padding_share(steps, rows), 4) for name, steps in epochs.items()},
+        "computed_tokens_an_epoch": {name: sum(step.computed for step in steps) for name, steps in epochs.items()},
+        "sampled_widths": {name: [step.width for step in sample] for name, sample in samples.items()},
+        "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
+        "time_ratio_bucketed_to_random": round(totals["bucketed"] / totals["random"], 3),
+        "environment": environment(torch.device(options.device)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", required=True, metavar="FILES")
+    parser.add_argument("--tokenizer", required=True, help="a folder or hub id")
+    parser.add_argument("--task", default="rte", choices=[n for n, t in TASKS.items() if t.kind == "classification"])
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--max-length", type=int, default=256)
+    parser.add_argument("--steps", type=int, default=6, help="sampled of an epoch")
+    parser.add_argument("--blocks", type=int, default=12)
+    parser.add_argument("--output-dim", type=int, default=768)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="where to write the report as well")
+    options = parser.parse_args()
+    spec = TASKS[options.task]
+    with tempfile.TemporaryDirectory() as folder:
+        rows = ensure_encoded(
+            options.data,
+            spec,
+            load_tokenizer(options.tokenizer),
+            Path(folder) / "rows",
+            max_length=options.max_length,
+            stride=0,
+            training=True,
+        )
+        write_report(measure(rows, spec.labels, options), options.json)
+
+
+if __name__ == "__main__":
+    main()
