@@ -320,6 +320,19 @@ def _resolve_length(section: TrainConfig | FiltersConfig, name: str, *, default:
         object.__setattr__(section, "steps", default)
 
 
+OWN_COLUMNS = ("data.text_columns", "data.label_column", "data.labels")
+
+LABELLED_ALONE = (
+    *OWN_COLUMNS,
+    *("student.pretrained", "student.init_from_pretrained", "student.head_dropout"),
+    *("filters.head_dropout", "data.extra_validation", "data.doc_stride", "loss.mask_padding"),
+)
+"""Keys that a causal LM has no use for."""
+
+LM_ALONE = ("filters.token_fraction", "data.text_column", "data.processes")
+"""Keys that labelled data has no use for."""
+
+
 class RunConfig(Section):
     """A whole recipe. `loss.kl_alpha` and `loss.mse_alpha` always hold numbers here, resolved by `method`."""
 
@@ -368,26 +381,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _keys_fit_the_task(self) -> Self:
-        lm = self.task == "causal-lm"
-        useless = (
-            {
-                "student.pretrained": self.student.pretrained,
-                "student.init_from_pretrained": self.student.init_from_pretrained,
-                "student.head_dropout": self.student.head_dropout,
-                "filters.head_dropout": self.filters.head_dropout,
-                "data.text_columns": self.data.text_columns,
-                "data.label_column": self.data.label_column,
-                "data.labels": self.data.labels,
-                "data.extra_validation": self.data.extra_validation,
-            }
-            if lm
-            else {"filters.token_fraction": self.filters.token_fraction != 1.0}
-        )
-        if self.spec.kind == "question-answering":
-            own = {name: getattr(self.data, name) for name in ("text_columns", "label_column", "labels")}
-            useless |= {f"data.{name}": value for name, value in own.items()}
-        if used := [key for key, value in useless.items() if value]:
-            raise ValueError(f"task: {self.task} has no use for {used[0]}: remove it")
+        lm, kind = self.task == "causal-lm", self.spec.kind
+        useless = LABELLED_ALONE if lm else LM_ALONE
+        if kind == "question-answering":
+            useless = (*useless, *OWN_COLUMNS)
+        for key in useless:
+            section, name = key.split(".")
+            value = getattr(self, section)
+            if getattr(value, name) != type(value).model_fields[name].default:
+                raise ValueError(f"task: {self.task} has no use for {key}: remove it")
         if taken := {"train", "validation"} & self.data.extra_validation.keys():
             raise ValueError(f"data.extra_validation: the name {min(taken)!r} is taken: choose another")
         if self.method == "ted" and self.student.init_from_pretrained:
@@ -395,11 +397,10 @@ class RunConfig(Section):
                 "method: ted learns the student's filters on a fine-tuned student, but student.init_from_pretrained is "
                 "true: remove it, or choose method: ce, kd or lwd"
             )
-        for key in ("text_columns", "labels"):
-            if not lm and not getattr(self.spec, key) and self.spec.kind in ("classification", "regression"):
-                if key == "labels" and self.spec.kind == "regression":
-                    continue
-                raise ValueError(f"task: {self.task} needs data.{key}: name them")
+        needed = {"classification": ("text_columns", "labels"), "regression": ("text_columns",)}.get(self.task, ())
+        for name in needed:
+            if getattr(self.data, name) is None:
+                raise ValueError(f"task: {self.task} needs data.{name}: name them")
         return self
 
     @property

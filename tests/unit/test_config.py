@@ -238,3 +238,115 @@ def test_one_section_from_overrides_alone():
 def test_python_users_build_a_run_without_a_file():
     run = RunConfig.model_validate(recipe(method="lwd"))
     assert run.loss.mse_alpha == 10
+
+
+def labelled(**changes: Any) -> dict[str, Any]:
+    return {
+        "task": "sst2",
+        "output_dir": "runs/demo",
+        "teacher": {"model": "t"},
+        "student": {"model": "s"},
+        "data": {"train": ["a.tsv"], "tokenizer": "t"},
+    } | changes
+
+
+def test_a_task_brings_its_columns_and_a_recipe_may_have_its_own(write):
+    run = load_config(write(labelled()))
+    assert (run.spec.kind, run.spec.text_columns, run.spec.labels) == (
+        "classification",
+        ("sentence",),
+        ("negative", "positive"),
+    )
+    data = {"train": ["a.csv"], "tokenizer": "t", "text_columns": ["x", "y"], "label_column": "z", "labels": ["n", "p"]}
+    run = load_config(write(labelled(task="classification", data=data)))
+    assert (run.spec.text_columns, run.spec.label_column, run.spec.labels) == (("x", "y"), "z", ("n", "p"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"task": "sst3"}, "task: 'sst3' is no task; did you mean sst2?"),
+        ({"task": "x"}, "task: 'x' is no task; known are causal-lm, cola, sst2"),
+        ({"filters": {"token_fraction": 0.5}}, "task: sst2 has no use for filters.token_fraction: remove it"),
+        ({"task": "squad", "data": {"train": ["a"], "tokenizer": "t", "labels": ["a", "b"]}}, "no use for data.labels"),
+        ({"task": "causal-lm", "loss": {"mask_padding": False}}, "task: causal-lm has no use for loss.mask_padding"),
+        ({"task": "classification"}, "task: classification needs data.text_columns: name them"),
+        (
+            {"task": "classification", "data": {"train": ["a"], "tokenizer": "t", "text_columns": ["x"]}},
+            "task: classification needs data.labels: name them",
+        ),
+        (
+            {"data": {"train": ["a"], "tokenizer": "t", "extra_validation": {"train": ["b"]}}},
+            "data.extra_validation: the name 'train' is taken",
+        ),
+        ({"train": {"steps": 5, "epochs": 2}}, "train.steps (5) and train.epochs (2) exclude each other"),
+        ({"filters": {"steps": 5, "epochs": 0.5}}, "filters.steps (5) and filters.epochs (0.5) exclude each other"),
+        ({"student": {"init_from_pretrained": True}}, "student.init_from_pretrained needs student.pretrained"),
+        (
+            {"student": {"pretrained": "p", "init_from_pretrained": True}},
+            "method: ted learns the student's filters on a fine-tuned student",
+        ),
+        ({"train": {"evaluate_every": "week"}}, "train.evaluate_every: 'week' is not allowed"),
+        ({"filters": {"learning_rate": -1}}, "filters.learning_rate: "),
+        ({"filters": {"learning_rate": {"teacher": 1.0}}}, "filters.learning_rate.student: is missing"),
+    ],
+)
+def test_faults_of_tasks_show_the_remedy(write, changes, message):
+    assert message in fault(write(labelled(**changes)))
+
+
+def test_each_method_may_have_its_own_values(write):
+    methods = {
+        "kd": {"loss": {"kl_alpha": 5}},
+        "ted": {"loss": {"kl_alpha": 4, "mse_alpha": 7}, "train": {"steps": 3}},
+    }
+    path = write(labelled(methods=methods, train={"steps": 9, "micro_batch_size": 2}))
+    ted, kd, ce = (load_config(path, [f"--method={m}"] if m != "ted" else []) for m in ("ted", "kd", "ce"))
+    assert (ted.loss.kl_alpha, ted.loss.mse_alpha, ted.train.steps, ted.train.micro_batch_size) == (4, 7, 3, 2)
+    assert (kd.loss.kl_alpha, kd.loss.mse_alpha, kd.train.steps) == (5, 0, 9)
+    assert (ce.loss.kl_alpha, ce.loss.mse_alpha) == (0, 0)
+    assert load_config(path, ["--loss.kl_alpha=1"]).loss.kl_alpha == 1
+    assert "methods.tedd: unknown method; known are ce, kd, lwd, ted" in fault(write(labelled(methods={"tedd": {}})))
+    assert "methods: is [1], not a mapping" in fault(write(labelled(methods=[1])))
+
+
+def test_epochs_become_steps_with_the_data(write):
+    train = {"epochs": 1.5, "global_batch_size": 32, "evaluate_every": "epoch", "save_every": 10}
+    run = load_config(write(labelled(train=train))).resolved(1000)
+    assert (run.train.steps, run.train.evaluate_every, run.train.save_every) == (47, 32, 10)
+    assert load_config(write(labelled())).resolved(1000).train.steps == 1000
+
+
+def test_one_value_serves_both_models(write):
+    run = load_config(write(labelled(filters={"learning_rate": 0.1, "warmup_steps": {"teacher": 3, "student": 0}})))
+    assert (run.filters.learning_rate.teacher, run.filters.learning_rate.student) == (0.1, 0.1)
+    assert run.filters.warmup_steps is not None
+    assert (run.filters.warmup_steps.teacher, run.filters.warmup_steps.student) == (3, 0)
+
+
+AUTHORS = {
+    # kl_alpha, mse_alpha of kd, lwd, ted; learning rate, batch, epochs or steps of warm-up of the student
+    "mnli": ((5, 0), (5, 100), (5, 7500), 7e-5, 64, 3, 1500),
+    "qqp": ((20, 0), (20, 20), (20, 1000), 6e-5, 64, 8, 5000),
+    "qnli": ((20, 0), (20, 10), (20, 100), 5e-5, 32, 3, 500),
+    "sst2": ((20, 0), (20, 20), (20, 20), 4e-5, 32, 6, 0),
+    "rte": ((20, 0), (20, 20), (20, 50), 6e-5, 16, 6, 0),
+    "cola": ((20, 0), (0, 5), (0, 10), 6e-5, 32, 6, 0),
+    "mrpc": ((20, 0), (20, 5), (20, 100), 7e-5, 32, 6, 0),
+    "stsb": ((20, 0), (20, 5), (20, 50), 1e-4, 16, 6, 100),
+    "squad_v2": ((10, 0), (10, 100), (10, 5000), 5e-5, 8, 3, 0),
+    "squad": ((10, 0), (10, 100), (10, 5000), 5e-5, 8, 3, 0),
+}
+
+
+@pytest.mark.parametrize("task", AUTHORS)
+def test_the_recipes_of_tasks_have_the_authors_hyper_parameters(task):
+    kd, lwd, ted, rate, batch, epochs, warmup = AUTHORS[task]
+    path = ROOT / f"launchers/recipes/{task}.yaml"
+    for method, alphas in (("kd", kd), ("lwd", lwd), ("ted", ted), ("ce", (0, 0))):
+        run = load_config(path, [f"--method={method}"])
+        assert (run.loss.kl_alpha, run.loss.mse_alpha) == alphas
+        assert (run.optimizer.learning_rate, run.optimizer.warmup_steps) == (rate, warmup)
+        assert (run.train.global_batch_size, run.train.epochs) == (batch, epochs)
+        assert (run.task, run.loss.layer_loss, run.loss.mask_padding, run.seed) == (task, "mse", False, 42)
+    assert load_config(path, ["--method=kd", "--student.init_from_pretrained=true"]).student.pretrained
