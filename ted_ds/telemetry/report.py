@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,10 @@ from typing import Any
 from ted_ds.errors import DataError
 from ted_ds.telemetry.recorder import read_metrics
 
-COLUMNS = ("run", "method", "steps", "tokens", "perplexity", "seconds", "peak GiB")
+BEFORE, AFTER = ("run", "method", "steps", "tokens"), ("seconds", "peak GiB")
+
+
+NO_SCORES = ("method", "steps", "tokens", "wall_seconds", "stage1_seconds", "peak_memory_gib", "best_step")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -23,39 +27,72 @@ def read_summary(folder: Path) -> dict[str, Any]:
 
 
 def summary_table(folders: Sequence[Path]) -> str:
-    """One line a run, and one for the initial student above the first run that started from it."""
+    """One line a run, with a column for each score; one for the initial student above the first run from it."""
     summaries = [read_summary(folder) for folder in folders]
+    names = list(dict.fromkeys(name for summary in summaries for name in _scores(summary)))
     # a `ce` run has an initial student of interest only where other methods started from the same one
-    shared = {_perplexity(s, "initial_") for s in summaries if s["method"] != "ce"} - {"-"}
-    rows: list[tuple[str, ...]] = [COLUMNS]
+    shared = {_cells(s, names, "initial_") for s in summaries if s["method"] != "ce"} - {("-",) * len(names)}
+    rows: list[tuple[str, ...]] = [(*BEFORE, *map(_column, names), *AFTER)]
     for folder, summary in zip(folders, summaries, strict=True):
-        initial = _perplexity(summary, "initial_")
+        initial = _cells(summary, names, "initial_")
         if initial in shared:
             shared.remove(initial)
-            rows.append(("initial student", "-", "0", "0", initial, "-", "-"))
-        counts = (str(summary["steps"]), f"{summary['tokens']:,}", _perplexity(summary, ""))
+            rows.append(("initial student", "-", "0", "0", *initial, "-", "-"))
+        counts = (str(summary["steps"]), f"{summary['tokens']:,}")
         costs = (f"{summary['wall_seconds']:.0f}", f"{summary['peak_memory_gib']:.2f}")
-        rows.append((folder.name, summary["method"], *counts, *costs))
+        rows.append((folder.name, summary["method"], *counts, *_cells(summary, names, ""), *costs))
+    return _aligned(rows, left=2)
+
+
+def spread_table(folders: Sequence[Path]) -> str:
+    """One line a method: its runs (seeds, say), and of each score the mean, the standard deviation and the range."""
+    summaries = [read_summary(folder) for folder in folders]
+    names = list(dict.fromkeys(name for summary in summaries for name in _scores(summary)))
+    rows: list[tuple[str, ...]] = [("method", "runs", "score", "mean", "sd", "lowest", "highest")]
+    for method in dict.fromkeys(summary["method"] for summary in summaries):
+        for name in names:
+            values = [s[name] for s in summaries if s["method"] == method and name in s]
+            if values:
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                numbers = (statistics.mean(values), spread, min(values), max(values))
+                rows.append((method, str(len(values)), _column(name), *(f"{value:.4f}" for value in numbers)))
+    return _aligned(rows, left=1)
+
+
+def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
+    """Rows of cells as text, all but the first `left` columns flush right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(w) if i > 1 else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    lines = []
+    for row in rows:
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)
 
 
-def _perplexity(summary: dict[str, Any], prefix: str) -> str:
-    value = summary.get(f"{prefix}validation_perplexity")
-    return "-" if value is None else f"{value:.2f}"
+def _column(name: str) -> str:
+    return "perplexity" if name == "validation_perplexity" else name.removeprefix("validation_")
+
+
+def _scores(summary: dict[str, Any]) -> list[str]:
+    """The names of a run's scores: of a text's the perplexity alone, of a task's all that its held-out sets have."""
+    if "validation_perplexity" in summary:
+        return ["validation_perplexity"]
+    return [name for name in summary if name not in NO_SCORES and not name.startswith(("initial_", "final_"))]
+
+
+def _cells(summary: dict[str, Any], names: Sequence[str], prefix: str) -> tuple[str, ...]:
+    values = [summary.get(prefix + name) for name in names]
+    return tuple("-" if v is None else f"{v:.2f}" if abs(v) >= 1.5 else f"{v:.4f}" for v in values)
 
 
 def plot_curves(folders: Sequence[Path], path: Path) -> None:
-    """Held-out perplexity and each loss term over steps, one line a run, as a PNG."""
+    """A held-out score (perplexity for text) and each loss term over steps, one line a run, as a PNG."""
     from matplotlib.figure import Figure
 
-    panels = ("validation_perplexity", "pred_loss", "kl_loss", "layer_loss")
     records = [(folder.name, read_metrics(folder)) for folder in folders]
+    scores = [name for _, lines in records for name in lines[0] if name.startswith("validation_")]
+    score = "validation_perplexity" if "validation_perplexity" in scores or not scores else scores[-1]
+    panels = (score, "pred_loss", "kl_loss", "layer_loss")
     figure = Figure(figsize=(12, 7), layout="constrained")
     for axes, name in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for i, (run, lines) in enumerate(records):
@@ -63,7 +100,7 @@ def plot_curves(folders: Sequence[Path], path: Path) -> None:
             if points:
                 marker = "." if name == panels[0] else None
                 axes.plot(*zip(*points, strict=True), color=f"C{i}", marker=marker, label=run)
-        axes.set(title=name, xlabel="step", yscale="log" if name == panels[0] else "linear")
+        axes.set(title=name, xlabel="step", yscale="log" if name == "validation_perplexity" else "linear")
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()

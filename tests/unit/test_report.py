@@ -7,7 +7,7 @@ import pytest
 
 from ted_ds.errors import DataError
 from ted_ds.telemetry.recorder import Recorder, read_metrics
-from ted_ds.telemetry.report import plot_curves, summary_table
+from ted_ds.telemetry.report import plot_curves, spread_table, summary_table
 
 RUNS = {"teacher": ("ce", 4000.0, 80.0), "ce": ("ce", 300.0, 120.5), "ted": ("ted", 300.0, 110.25)}
 
@@ -34,6 +34,24 @@ def test_the_table_names_the_initial_student_once(folders: list[Path]) -> None:
     assert cells[2] == ["initial student", "-", "0", "0", "300.00", "-", "-"]
     assert cells[4] == ["ted", "ted", "2", "4,096", "110.25", "13", "0.50"]
     assert "initial" not in summary_table(folders[:2])
+
+
+def test_scores_of_tasks_have_columns_and_seeds_a_spread(tmp_path: Path) -> None:
+    folders = []
+    for name, method, accuracy in (("a", "kd", 0.8), ("b", "kd", 0.9), ("c", "ted", 0.875)):
+        folder = tmp_path / name
+        folder.mkdir()
+        summary = {"method": method, "steps": 2, "tokens": 9, "wall_seconds": 1.0, "stage1_seconds": 0.0}
+        summary |= {"peak_memory_gib": 0.5, "final_loss": 1.0, "best_step": 1, "initial_validation_accuracy": 0.5}
+        (folder / "summary.json").write_text(json.dumps(summary | {"validation_accuracy": accuracy, "other_f1": 88.5}))
+        folders.append(folder)
+    table = [line.split() for line in summary_table(folders).splitlines()]
+    assert table[0] == ["run", "method", "steps", "tokens", "accuracy", "other_f1", "seconds", "peak", "GiB"]
+    assert table[1] == ["initial", "student", "-", "0", "0", "0.5000", "-", "-", "-"]
+    assert table[2] == ["a", "kd", "2", "9", "0.8000", "88.50", "1", "0.50"]
+    spread = [line.split() for line in spread_table(folders).splitlines()]
+    assert spread[1] == ["kd", "2", "accuracy", "0.8500", "0.0707", "0.8000", "0.9000"]
+    assert spread[3] == ["ted", "1", "accuracy", "0.8750", "0.0000", "0.8750", "0.8750"]
 
 
 def test_the_curves_are_a_png(folders: list[Path], tmp_path: Path) -> None:
