@@ -108,7 +108,7 @@ def model_folder(folder: Path, task: str, family: str, *, seed: int, **sizes: in
     model.save_pretrained(folder)
 
 
-def write_task_recipe(project: Path, task: str, output: str, **changes: Any) -> Path:
+def write_task_recipe(project: Path, task: str, output: str, /, **changes: Any) -> Path:
     """A recipe for the project as a YAML file; `changes` by dotted key with `__` for the dot."""
     suffix = "json" if task.startswith("squad") else "tsv"
     base: dict[str, Any] = {
