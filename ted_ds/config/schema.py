@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     NonNegativeFloat,
     NonNegativeInt,
+    PlainSerializer,
     PositiveFloat,
     PositiveInt,
     ValidatorFunctionWrapHandler,
@@ -50,7 +51,10 @@ def _null_passes(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 LossWeight = Annotated[float, Field(ge=0), WrapValidator(_null_passes)]
 """A weight of the loss: null until `RunConfig` resolves it, but typed as what its readers see."""
 
-Steps = Annotated[int, Field(gt=0), WrapValidator(_null_passes)]
+_AsIs = PlainSerializer(lambda value: value)
+"""Written as it stands: pydantic would warn of a null or a word where the type says a number."""
+
+Steps = Annotated[int, Field(gt=0), WrapValidator(_null_passes), _AsIs]
 """A number of steps: null where epochs are given, until the data is known; typed as what its readers see."""
 
 
@@ -60,7 +64,7 @@ def _epoch_passes(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
 
 EPOCH = "epoch"
 
-Every = Annotated[int, Field(ge=0), WrapValidator(_epoch_passes)]
+Every = Annotated[int, Field(ge=0), WrapValidator(_epoch_passes), _AsIs]
 """A number of steps or "epoch", until the data is known; typed as what its readers see."""
 
 

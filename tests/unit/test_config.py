@@ -310,10 +310,13 @@ def test_each_method_may_have_its_own_values(write):
     assert "methods: is [1], not a mapping" in fault(write(labelled(methods=[1])))
 
 
-def test_epochs_become_steps_with_the_data(write):
+def test_epochs_become_steps_with_the_data(write, tmp_path):
     train = {"epochs": 1.5, "global_batch_size": 32, "evaluate_every": "epoch", "save_every": 10}
     run = load_config(write(labelled(train=train))).resolved(1000)
     assert (run.train.steps, run.train.evaluate_every, run.train.save_every) == (47, 32, 10)
+    unresolved = load_config(write(labelled(train=train)))
+    dump_config(unresolved, tmp_path / "dumped.yaml", {})
+    assert load_config(tmp_path / "dumped.yaml") == unresolved
     assert load_config(write(labelled())).resolved(1000).train.steps == 1000
 
 
