@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -30,7 +31,7 @@ def label_order(config: PreTrainedConfig, labels: Sequence[str]) -> list[int] | 
             "use a model of this task"
         )
     if all(re.fullmatch(r"LABEL_\d+", label) for label in own):
-        logger.info("model %s does not name its labels: they are taken to be %s", name, ", ".join(labels))
+        _say_unnamed(name, tuple(labels))
         return None
     numbers = {_plain(label): i for i, label in enumerate(own)}
     missing = [label for label in labels if _plain(label) not in numbers]
@@ -41,6 +42,12 @@ def label_order(config: PreTrainedConfig, labels: Sequence[str]) -> list[int] | 
         )
     order = [numbers[_plain(label)] for label in labels]
     return None if order == list(range(len(labels))) else order
+
+
+@cache
+def _say_unnamed(name: str, labels: tuple[str, ...]) -> None:
+    """Once, however often a model is read."""
+    logger.info("model %s does not name its labels: they are taken to be %s", name, ", ".join(labels))
 
 
 def _plain(label: str) -> str:

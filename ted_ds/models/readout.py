@@ -71,7 +71,11 @@ class TaskReadout(Readout):
         if "start_logits" in output:
             return torch.stack([output.start_logits, output.end_logits], dim=1)
         logits: torch.Tensor = output.logits
-        return logits if self.order is None else logits.index_select(-1, self.order)
+        if self.order is None:
+            return logits
+        if self.order.device != logits.device:  # ZeRO-3 leaves buffers that it did not make where they are
+            self.order = self.order.to(logits.device)
+        return logits.index_select(-1, self.order)
 
     def forward(self, output: torch.Tensor, *, use: Callable[[torch.Tensor, None], T]) -> T:
         """`use(output, None)`: these logits need no weight any more; output: of `read`."""
