@@ -7,10 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, OPTConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DebertaV2ForSequenceClassification, OPTConfig
 
+from ted_ds.batch import Batch, BatchCounts
+from ted_ds.distill.filter_learner import FilterLearner
+from ted_ds.distill.frozen import FrozenModel, FrozenModule
 from ted_ds.errors import ModelError
-from ted_ds.models.structure import block_output, find_structure, set_dropout
+from ted_ds.models.filters import FilterPlan
+from ted_ds.models.pooler import find_pooler
+from ted_ds.models.structure import block_output, find_blocks, find_structure, set_dropout
+from ted_ds.tasks.classification import Classification, PoolerHead
+from tests.tiny_encoders import CLASSIFIERS, encoder_config, tiny_encoder
 from tests.tiny_models import FAMILIES, tiny_config, tiny_model
 
 SCALED: list[tuple[str, dict[str, Any]]] = [
@@ -19,6 +26,11 @@ SCALED: list[tuple[str, dict[str, Any]]] = [
     ("cohere", {"logit_scale": 0.25}),
 ]
 IDS = torch.arange(12).view(2, 6)
+WORDS = IDS + 3
+"""Ids without the tiny encoders' padding id 0."""
+
+NORMED = ("modernbert", "llama", "qwen2")
+"""Families with a norm behind the last block."""
 
 
 @pytest.mark.parametrize(("family", "extra"), [*((f, {}) for f in FAMILIES), *SCALED])
@@ -96,3 +108,65 @@ def test_missing_parts_are_named() -> None:
     model.model.more = nn.ModuleList([nn.Linear(1, 1)])
     with pytest.raises(ModelError, match=r"blocks were not found.*model\.layers, model\.more"):
         find_structure(model)
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_blocks_of_classifiers(family: str) -> None:
+    model = tiny_encoder(family, blocks=3, width=24)
+    parts = find_blocks(model)
+    assert (parts.width, parts.num_blocks) == (24, 3)
+    assert parts.backbone is model.base_model and model.get_submodule(parts.blocks_path) is parts.blocks
+    assert parts.hidden_state_sources() == list(parts.blocks)
+    outputs, states = outputs_and_states(model, parts.hidden_state_sources())
+    assert len(outputs) == len(states) == 3
+    assert all(torch.equal(output, state) for output, state in zip(outputs[:-1], states[:-1], strict=True))
+    # behind the last block a final norm changes the state, where the family has one
+    assert torch.equal(outputs[-1], states[-1]) == (family not in NORMED)
+
+
+def outputs_and_states(model: Any, modules: list[nn.Module]) -> tuple[list[torch.Tensor], tuple[torch.Tensor, ...]]:
+    """(what each module returned, transformers' own hidden state behind each block)."""
+    seen: list[torch.Tensor] = []
+    for module in modules:
+        module.register_forward_hook(lambda _m, _i, output: seen.append(block_output(output)))
+    with torch.no_grad():
+        return seen, model(input_ids=WORDS, output_hidden_states=True).hidden_states[1:]
+
+
+def convolved() -> Any:
+    """A DeBERTa-v2 with the convolution over its first block's output that the xlarge models have."""
+    config = AutoConfig.for_model(**encoder_config("deberta-v2"), conv_kernel_size=3, conv_act="gelu", num_labels=3)
+    torch.manual_seed(0)
+    return DebertaV2ForSequenceClassification(config).eval()
+
+
+def test_behind_debertas_convolution_the_hidden_state_is_the_convolutions() -> None:
+    model = convolved()
+    parts = find_blocks(model)
+    conv = model.deberta.encoder.conv
+    assert parts.hidden_state_sources() == [conv, parts.blocks[1]]
+    (block, convolution, last), states = outputs_and_states(model, [parts.blocks[0], conv, parts.blocks[1]])
+    assert torch.equal(convolution, states[0]) and torch.equal(last, states[1])
+    assert (block - states[0]).abs().max() > 0.1
+
+
+def test_filters_read_the_block_and_the_plain_layer_loss_the_convolution() -> None:
+    model = convolved()
+    blocks, conv = find_blocks(model).blocks, model.deberta.encoder.conv
+    task = Classification(("a", "b", "c"))
+    plan = FilterPlan((0, 1), 16, 8)
+    assert FrozenModule(model, task).sources == [conv, blocks[1]]
+    assert FrozenModule(model, task, plan.build()).sources == list(blocks)
+
+
+def test_stage1_reads_the_block_and_not_the_convolution() -> None:
+    model = convolved()
+    frozen = FrozenModel(FrozenModule(model, Classification(("a", "b", "c"))))
+    learner = FilterLearner(FilterPlan((0,), 16, 8).build(), frozen, (0,), PoolerHead(find_pooler(model.config), 3))
+    read: list[torch.Tensor] = []
+    learner.probes[0].register_forward_pre_hook(lambda _m, inputs: read.append(inputs[0]))
+    batch = Batch(WORDS, torch.tensor([0, 2]))
+    learner(batch=batch, counts=BatchCounts.of(batch), step=0)
+    (block, convolution), _ = outputs_and_states(model, [find_blocks(model).blocks[0], model.deberta.encoder.conv])
+    assert torch.equal(read[0], block[:, :1])  # the pooler's token
+    assert not torch.equal(read[0], convolution[:, :1])
