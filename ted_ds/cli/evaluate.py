@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", nargs="+", default=[], metavar="FILES", help="held-out text, or the task's files")
     parser.add_argument("--lambada", metavar="FILE", help="LAMBADA as JSONL with `text`")
     parser.add_argument("--tokenizer", help="where the model's folder has none")
-    parser.add_argument("--sequence-length", type=int, help="tokens a row (default 1024; other tasks: 256)")
+    parser.add_argument("--sequence-length", type=int, help="tokens a row (default 1024; tasks 256, questions 384)")
+    parser.add_argument("--doc-stride", type=int, default=128, help="of questions' windows (default 128)")
     parser.add_argument("--batch-size", type=int, default=4, help="rows a forward (default 4)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args(argv)
@@ -32,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.lambada and arguments.task != "causal-lm":
         parser.error(f"--lambada is for causal LMs, --task is {arguments.task}")
     if arguments.sequence_length is None:
-        arguments.sequence_length = 1024 if arguments.task == "causal-lm" else 256
+        arguments.sequence_length = {"causal-lm": 1024, "question-answering": 384}.get(TASKS[arguments.task].kind, 256)
     printed(lambda: _evaluate(arguments))
     return 0
 
@@ -46,7 +48,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from ted_ds.stages.models import check_fit
 
     world, kind = init_world(), TASKS[arguments.task].kind
-    model: Any = load_model(arguments.model, kind, dtype=arguments.dtype)
+    with _plain_model(arguments.model) as path:
+        model: Any = load_model(path, kind, dtype=arguments.dtype)
     model.to(world.device).eval()
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
     check_fit("model", arguments.model, model, kind, tokenizer, arguments.sequence_length if arguments.data else 1)
@@ -59,6 +62,19 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         scores = lambada(model, tokenizer, texts, batch_size=arguments.batch_size, device=world.device)
         results |= {f"lambada_{name}": value for name, value in scores.items()}
     return results
+
+
+@contextmanager
+def _plain_model(name_or_path: str) -> Iterator[str]:
+    """A model as transformers loads it; one in the layout of the paper's authors is taken apart for the while."""
+    from ted_ds.checkpoint.published import is_published, unpack_published
+
+    if not is_published(name_or_path):
+        yield name_or_path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        unpack_published(name_or_path, Path(folder) / "plain")
+        yield str(Path(folder) / "plain/model")
 
 
 def _perplexity(arguments: argparse.Namespace, model: Any, tokenizer: Any, world: Any) -> dict[str, float]:
@@ -81,11 +97,10 @@ def _task_scores(arguments: argparse.Namespace, model: Any, tokenizer: Any, worl
     from ted_ds.stages.example_data import make_task, score_outputs
 
     spec, length = TASKS[arguments.task], arguments.sequence_length
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_id
+    model.config.pad_token_id = tokenizer.pad_id
     with tempfile.TemporaryDirectory() as folder:
         split = Path(folder) / "rows"
-        options = {"max_length": length, "stride": max(1, length // 3), "training": False}
+        options = {"max_length": length, "stride": arguments.doc_stride, "training": False}
         rows = ensure_encoded(arguments.data, spec, tokenizer, split, **options)
         batches = ScoringRows(rows, batch_size=arguments.batch_size, rank=world.rank, world_size=world.size)
         outputs = collect_outputs(_scorer(model, make_task(spec, world)), batches, len(rows), world)

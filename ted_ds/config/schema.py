@@ -186,12 +186,16 @@ class StudentConfig(Section):
 
 
 class FiltersConfig(Section):
-    """The filters of `ted` and where pairs lie (`lwd` uses layer_map alone; its F is the teacher's width)."""
+    """The filters of `ted`, and where pairs lie. Of it all `lwd` uses layer_map and nonlinear: its filters, on the
+    student alone, are not learnt beforehand, and their F is the teacher's width.
+    """
 
     output_dim: PositiveInt | None = Field(
         default=None, description="filter width F, in channels; null: the teacher's width"
     )
-    nonlinear: bool = Field(default=False, description="Linear, activation, Linear in place of one Linear")
+    nonlinear: bool = Field(
+        default=False, description="Linear, the model's own activation, Linear in place of one Linear"
+    )
     layer_map: Literal["uniform", "last"] | Annotated[tuple[Pair, ...], Field(min_length=1)] = Field(
         default="uniform", description="policy, or pairs [student block, teacher block], 0-based"
     )
@@ -228,7 +232,9 @@ class LossConfig(Section):
         description="MSE over the mean square of the teacher's side, or the paper's raw MSE",
     )
     mask_padding: bool = Field(
-        default=True, description="false: padding positions count in the layer loss, as in the paper's code"
+        default=True,
+        description="false: padding positions count in the layer loss and in a question's distributions, and "
+        "DeBERTa's padding has a context of zeros, all as in the paper's code",
     )
 
 
@@ -406,6 +412,13 @@ class RunConfig(Section):
             if getattr(self.data, name) is None:
                 raise ValueError(f"task: {self.task} needs data.{name}: name them")
         return self
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether a loss compares with the teacher, or the student is cut out of it."""
+        init = self.student.init
+        cut = init is not None and init.config is None
+        return self.teacher is not None and bool(self.loss.kl_alpha or self.loss.mse_alpha or cut)
 
     @property
     def spec(self) -> TaskSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -23,11 +24,12 @@ POOL_STEPS = 64
 class BucketedRows:
     """The training rows of every optimizer step, dealt to ranks and micro-batches.
 
-    The endless sequence of epochs, each an order of its own, is cut into pools of `POOL_STEPS` steps (fewer where
-    an epoch has fewer). A pool's rows are ordered by length, to `MULTIPLE` tokens, otherwise left in their order,
-    cut into steps, and the steps are shuffled. All of a step is padded to its longest row, whatever rank
-    computes it: ranks work alike, and nothing depends on the split. Micro-batch m of rank r holds the step's rows
-    (m * world_size + r) * mb on.
+    Step s takes positions [s * G, (s + 1) * G) of the endless sequence of epochs, each an order of its own. The
+    steps that begin in an epoch are cut into pools of at most `POOL_STEPS`; a pool's rows are ordered by length, to
+    `MULTIPLE` tokens, otherwise left in their order, and dealt to its steps, which are shuffled. So after the last
+    step of an epoch every row has been read once more (and less than G of the next epoch's with it). All of a step
+    is padded to its longest row, whatever rank computes it: ranks work alike, and nothing depends on the split.
+    Micro-batch m of rank r holds the step's rows (m * world_size + r) * mb on.
 
     Raises DataError where an epoch has fewer rows than a step.
     """
@@ -50,8 +52,7 @@ class BucketedRows:
         self._rows, self._seed = rows, seed
         self._global, self._micro = global_batch_size, micro_batch_size
         self._rank, self._world = rank, world_size
-        self._pool_steps = min(POOL_STEPS, len(rows) // global_batch_size)
-        self._pool: tuple[int, np.ndarray] | None = None
+        self._pool: tuple[range, np.ndarray] | None = None
         self._order: tuple[int, np.ndarray] | None = None
 
     def micro_batches(self, step: int) -> list[Batch]:
@@ -70,25 +71,29 @@ class BucketedRows:
         longest = int(self._rows.lengths[self.step_rows(step)].max())
         return min(-(-longest // MULTIPLE) * MULTIPLE, self._rows.manifest.max_length)
 
-    def padding_share(self, steps: int) -> float:
-        """Padding's share of the tokens that the first `steps` steps compute."""
-        computed = sum(self._global * self.width(step) for step in range(steps))
-        return 1.0 - sum(self.tokens(step) for step in range(steps)) / computed
-
     def step_rows(self, step: int) -> np.ndarray:
         """[G] the numbers of a step's rows."""
-        number, place = divmod(step, self._pool_steps)
-        if self._pool is None or self._pool[0] != number:
-            self._pool = (number, self._make_pool(number))
-        return self._pool[1][place]
+        if self._pool is None or step not in self._pool[0]:
+            steps = self._pool_of(step)
+            self._pool = (steps, self._deal(steps))
+        steps, rows = self._pool
+        return rows[step - steps.start]
 
-    def _make_pool(self, number: int) -> np.ndarray:
+    def _pool_of(self, step: int) -> range:
+        """The steps of the pool that `step` is in: equal parts of an epoch's steps."""
+        epoch = step * self._global // len(self._rows)
+        first, end = (-(-e * len(self._rows) // self._global) for e in (epoch, epoch + 1))
+        pools = -(-(end - first) // POOL_STEPS)
+        bounds = [first + (end - first) * i // pools for i in range(pools + 1)]
+        number = bisect_right(bounds, step) - 1
+        return range(bounds[number], bounds[number + 1])
+
+    def _deal(self, steps: range) -> np.ndarray:
         """[steps, G] the rows of a pool."""
-        size = self._pool_steps * self._global
-        rows = np.array([self._row(position) for position in range(number * size, (number + 1) * size)])
+        rows = np.array([self._row(p) for p in range(steps.start * self._global, steps.stop * self._global)])
         order = np.argsort(-(-self._rows.lengths[rows] // MULTIPLE), kind="stable")
-        steps = rows[order].reshape(self._pool_steps, self._global)
-        return steps[np.random.default_rng([self._seed, number, 1]).permutation(self._pool_steps)]
+        dealt = rows[order].reshape(len(steps), self._global)
+        return dealt[np.random.default_rng([self._seed, steps.start, 1]).permutation(len(steps))]
 
     def _row(self, position: int) -> int:
         epoch, index = divmod(position, len(self._rows))

@@ -252,6 +252,9 @@ def _text_groups(
                 raise DataError(f"{example.where} has no label: training and scoring need one in every row")
             labels.append(example.label)
         found = tokenizer.encode_texts([example.texts for example in group], max_length)
+        if not all(found.ids):
+            where = group[found.ids.index([])].where
+            raise DataError(f"{where} has no text that makes a token: fix or drop the row")
         # those that fill max_length were cut or just fit; few do, so a second look costs little
         full = [example.texts for example, ids in zip(group, found.ids, strict=True) if len(ids) == max_length]
         cut = sum(length > max_length for length in tokenizer.lengths(full))

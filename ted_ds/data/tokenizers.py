@@ -94,14 +94,24 @@ class Tokenizer:
         return self.eos_id if found is None else int(found)
 
     def encode_texts(self, texts: list[tuple[str, ...]], max_length: int) -> Encodings:
-        """One or two texts a row, with the tokenizer's special tokens, the longer one cut first."""
-        columns = [list(column) for column in zip(*texts, strict=True)]
+        """One or two texts a row, with the tokenizer's special tokens, the longer one cut first.
+
+        A tokenizer that puts nothing between two texts (Qwen's) gets a line break there.
+        """
+        columns = self._columns(texts)
         return self._encodings(self._tokenizer(*columns, truncation=True, max_length=max_length, verbose=False))
 
     def lengths(self, texts: list[tuple[str, ...]]) -> list[int]:
         """Tokens of each row that is not cut."""
-        columns = [list(column) for column in zip(*texts, strict=True)]
+        columns = self._columns(texts)
         return [len(ids) for ids in self._tokenizer(*columns, verbose=False)["input_ids"]] if texts else []
+
+    def _columns(self, texts: list[tuple[str, ...]]) -> list[list[str]]:
+        columns = [list(column) for column in zip(*texts, strict=True)]
+        around = [self._tokenizer.num_special_tokens_to_add(pair=pair) for pair in (False, True)]
+        if len(columns) == 2 and around[0] == around[1]:
+            columns[1] = [f"\n{text}" for text in columns[1]]
+        return columns
 
     def encode_windows(self, pairs: list[tuple[str, str]], max_length: int, stride: int) -> Windows:
         """Overlapping windows of (question, context), in which the context alone is cut.

@@ -19,7 +19,7 @@ def label_order(config: PreTrainedConfig, labels: Sequence[str]) -> list[int] | 
     """For each of the data's `labels` the model's number of it; None where both have the same order.
 
     Names are compared without regard to case, "_", "-" and spaces. A model that was saved without names
-    ("LABEL_0", ...) is taken to have the data's order, and the log says so.
+    ("LABEL_0", ...) is taken to have the data's order, and a warning says so.
     Raises ModelError where numbers or names differ.
     """
     names: Any = config.id2label
@@ -47,7 +47,7 @@ def label_order(config: PreTrainedConfig, labels: Sequence[str]) -> list[int] | 
 @cache
 def _say_unnamed(name: str, labels: tuple[str, ...]) -> None:
     """Once, however often a model is read."""
-    logger.info("model %s does not name its labels: they are taken to be %s", name, ", ".join(labels))
+    logger.warning("model %s does not name its labels: they are taken to be %s", name, ", ".join(labels))
 
 
 def _plain(label: str) -> str:

@@ -32,7 +32,7 @@ def label_fields(spec: TaskSpec) -> dict[str, Any]:
     if spec.kind == "classification":
         names = dict(enumerate(spec.labels))
         return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-    return {"num_labels": 1} if spec.kind == "regression" else {}
+    return {} if spec.kind == "causal-lm" else {"num_labels": 1 if spec.kind == "regression" else 2}
 
 
 def start_from_pretrained(
@@ -53,15 +53,22 @@ def start_from_pretrained(
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         config = AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code, **label_fields(spec))
-        if config.pad_token_id is None:
-            config.pad_token_id = tokenizer.pad_id
+        config.pad_token_id = tokenizer.pad_id
+        options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
+            fresh = AUTO_CLASSES[spec.kind].from_config(config, **options)
+            # sizes differ where the model has a head of another task
             model = AUTO_CLASSES[spec.kind].from_pretrained(
-                pretrained, config=config, dtype=torch.float32, trust_remote_code=trust_remote_code
+                pretrained, config=config, ignore_mismatched_sizes=True, **options
             )
     except (OSError, ValueError) as error:
         raise ModelError(f"student.pretrained {pretrained!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+    own = model.state_dict()
+    with torch.no_grad():
+        for name, tensor in fresh.state_dict().items():
+            if not name.startswith(f"{model.base_model_prefix}."):
+                own[name].copy_(tensor)
     model.save_pretrained(temporary)
     tokenizer.save(temporary)
     temporary.rename(output_dir)

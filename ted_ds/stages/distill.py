@@ -218,6 +218,7 @@ def _summarise(run: RunConfig, best: dict[str, Any] | None) -> dict[str, Any]:
     first, last = lines[0], lines[-1]
     stage1 = sum(_training_seconds(read_metrics(run.output_dir / f"{side}_filters")) for side in ("teacher", "student"))
     summary = {
+        "task": run.task,
         "method": run.method,
         "steps": last["step"],
         "tokens": last["tokens"],

@@ -105,7 +105,7 @@ def score_outputs(spec: TaskSpec, rows: EncodedRows, outputs: np.ndarray) -> dic
     """The task's metrics of a model's outputs [rows, C] for all rows of a split."""
     if spec.kind == "question-answering":
         answers, no_answer = select_answers(outputs, rows.window, rows.questions())
-        impossible = spec.name != "squad"
+        impossible = spec.name == "squad_v2" or any(question.impossible for question in rows.questions())
         scores = squad_scores(answers, rows.questions(), no_answer=no_answer if impossible else None)
         return {name: float(value) for name, value in scores.items() if not name.endswith("total")}
     return glue_scores(spec.metrics, outputs[:, 0] if spec.kind == "regression" else outputs, rows.targets)

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save_file
 
@@ -55,17 +56,24 @@ def plan_pairs(run: RunConfig, models: Models) -> PairPlan | None:
     layer_map = resolve_layer_map(run.filters.layer_map, student.num_blocks, teacher.num_blocks)
     blocks_s, blocks_t = (tuple(pair[side] for pair in layer_map) for side in (0, 1))
     if run.method == "lwd":
-        return PairPlan(layer_map, None, FilterPlan(blocks_s, student.width, teacher.width))
+        return PairPlan(layer_map, None, _fresh(run, student, blocks_s, teacher.width))
     ready = {side: read_plan(folder) for side, folder in models.published.items()}
     widths = [plan.output_dim for plan in ready.values()]
     output_dim = run.filters.output_dim or next(iter(widths), teacher.width)
     plan = PairPlan(
         layer_map,
-        ready.get("teacher") or FilterPlan(blocks_t, teacher.width, output_dim, run.filters.nonlinear),
-        ready.get("student") or FilterPlan(blocks_s, student.width, output_dim, run.filters.nonlinear),
+        ready.get("teacher") or _fresh(run, teacher, blocks_t, output_dim),
+        ready.get("student") or _fresh(run, student, blocks_s, output_dim),
     )
     _check_ready(plan, ready, {"teacher": blocks_t, "student": blocks_s}, output_dim)
     return plan
+
+
+def _fresh(run: RunConfig, model: ModelStructure, blocks: tuple[int, ...], output_dim: int) -> FilterPlan:
+    """Filters to be learnt; nonlinear ones have the model's own activation (GPT-2's has another name: gelu)."""
+    config: Any = model.model.config
+    activation = getattr(config, "hidden_act", "gelu") if run.filters.nonlinear else "gelu"
+    return FilterPlan(blocks, model.width, output_dim, run.filters.nonlinear, activation)
 
 
 def _check_ready(

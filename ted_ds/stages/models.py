@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from ted_ds.checkpoint.published import is_published, unpack_published
 from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
 from ted_ds.config.schema import RunConfig
-from ted_ds.config.tasks import Kind
+from ted_ds.config.tasks import Kind, TaskSpec
 from ted_ds.data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenModel, FrozenModule
 from ted_ds.distributed import World, logger
@@ -24,6 +24,7 @@ from ted_ds.errors import CheckpointError, ModelError
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.labels import label_order
 from ted_ds.models.padding import zero_padding_context
+from ted_ds.models.pooler import find_pooler
 from ted_ds.models.pruning import init_student
 from ted_ds.models.structure import find_structure
 from ted_ds.models.task_head import label_fields, start_from_pretrained
@@ -49,8 +50,9 @@ def ensure_models(run: RunConfig, tokenizer: Tokenizer, world: World) -> Models:
     Checkpoints in the layout of the paper's authors are taken apart in the run's folder.
     """
     published: dict[str, Path] = {}
-    teacher = _unpacked(run, "teacher", run.teacher.model, published, world) if run.teacher else None
-    return Models(_ensure_student(run, tokenizer, teacher, published, world), teacher, published)
+    teacher = run.teacher if run.uses_teacher else None
+    path = None if teacher is None else _unpacked(run, "teacher", teacher.model, published, world)
+    return Models(_ensure_student(run, tokenizer, path, published, world), path, published)
 
 
 def _ensure_student(
@@ -123,9 +125,22 @@ def check_models(run: RunConfig, models: Models, tokenizer: Tokenizer) -> None:
         sides.append(("teacher", models.teacher, run.teacher.trust_remote_code))
     for role, path, trusted in sides:
         model = meta_model(path, run.spec.kind, trust_remote_code=trusted)
-        if run.spec.kind == "classification":
-            label_order(model.config, run.spec.labels)
+        _check_outputs(role, path, model, run.spec)
+        if run.method == "ted" and run.spec.kind in ("classification", "regression") and role not in models.published:
+            find_pooler(model.config)
         check_fit(role, path, model, run.spec.kind, tokenizer, run.data.sequence_length)
+
+
+def _check_outputs(role: str, path: str, model: PreTrainedModel, spec: TaskSpec) -> None:
+    """Raises ModelError for a head of another number of outputs, or other labels, than the task's."""
+    if spec.kind == "classification":
+        label_order(model.config, spec.labels)
+    wanted = {"regression": 1, "question-answering": 2}.get(spec.kind)
+    if wanted is not None and model.config.num_labels != wanted:
+        raise ModelError(
+            f"the {role} {path} has {model.config.num_labels} outputs, task: {spec.name} has {wanted}: use a model of "
+            "this task"
+        )
 
 
 def check_fit(
@@ -218,11 +233,10 @@ def load_frozen(
 
 
 def fit_to_run(model: PreTrainedModel, run: RunConfig, tokenizer: Tokenizer) -> None:
-    """Padding as the run has it: a decoder that classifies needs to know the padding's id."""
+    """Padding as the run has it: a decoder that classifies takes the last token that is not of this id."""
     if run.task == "causal-lm":
         return
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_id
+    model.config.pad_token_id = tokenizer.pad_id
     if not run.loss.mask_padding:
         zero_padding_context(model)
 

@@ -43,6 +43,8 @@ def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[s
     world.on_main(lambda: _claim(run, export=goal in EXPORTS))
     _check_shared(run.output_dir / "config.yaml", world)
     summary = world.on_main(lambda: _finished(run))
+    if summary is not None and goal == "export":
+        raise ConfigError(f"{run.output_dir} is complete: its student is in {run.output_dir / 'student'}")
     if summary is not None and goal not in EXPORTS:
         logger.info("%s is complete (%d steps); nothing to do", run.output_dir, summary["steps"])
         return summary

@@ -83,10 +83,10 @@ class Regression:
         The normaliser of q holds every rank's predictions, so a rank's own summands alone would miss what its
         predictions do to the others': d(sum)/dy = T (q - p).
         """
-        heat = temperature
-        log_q, log_p = (y / heat - torch.logsumexp(self._gather(y) / heat, dim=0) for y in (y_s.detach(), y_t))
-        value = heat**2 * (log_p.exp() * (log_p - log_q)).sum()
-        slope = heat * (log_q.exp() - log_p.exp())
+        scaled = (y_s.detach() / temperature, y_t / temperature)
+        log_q, log_p = (z - torch.logsumexp(self._gather(z), dim=0) for z in scaled)
+        value = temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
+        slope = temperature * (log_q.exp() - log_p.exp())
         carrier = (slope * y_s).sum()
         return value + carrier - carrier.detach()
 

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ted_ds.config.tasks import TASKS
 from ted_ds.errors import DataError
 from ted_ds.telemetry.recorder import read_metrics
 
 BEFORE, AFTER = ("run", "method", "steps", "tokens"), ("seconds", "peak GiB")
 
 
-NO_SCORES = ("method", "steps", "tokens", "wall_seconds", "stage1_seconds", "peak_memory_gib", "best_step")
+NO_SCORES = ("task", "method", "steps", "tokens", "wall_seconds", "stage1_seconds", "peak_memory_gib", "best_step")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
@@ -45,18 +46,18 @@ def summary_table(folders: Sequence[Path]) -> str:
 
 
 def spread_table(folders: Sequence[Path]) -> str:
-    """One line a method: its runs (seeds, say), and of each score the mean, the standard deviation and the range."""
+    """A line a task, method and score: over its runs (seeds, say) the mean, the standard deviation and the range."""
     summaries = [read_summary(folder) for folder in folders]
     names = list(dict.fromkeys(name for summary in summaries for name in _scores(summary)))
-    rows: list[tuple[str, ...]] = [("method", "runs", "score", "mean", "sd", "lowest", "highest")]
-    for method in dict.fromkeys(summary["method"] for summary in summaries):
+    rows: list[tuple[str, ...]] = [("task", "method", "runs", "score", "mean", "sd", "lowest", "highest")]
+    for task, method in dict.fromkeys((summary["task"], summary["method"]) for summary in summaries):
         for name in names:
-            values = [s[name] for s in summaries if s["method"] == method and name in s]
+            values = [s[name] for s in summaries if (s["task"], s["method"]) == (task, method) and name in s]
             if values:
                 spread = statistics.stdev(values) if len(values) > 1 else 0.0
                 numbers = (statistics.mean(values), spread, min(values), max(values))
-                rows.append((method, str(len(values)), _column(name), *(f"{value:.4f}" for value in numbers)))
-    return _aligned(rows, left=1)
+                rows.append((task, method, str(len(values)), _column(name), *(f"{value:.4f}" for value in numbers)))
+    return _aligned(rows, left=2)
 
 
 def _aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
@@ -77,7 +78,11 @@ def _scores(summary: dict[str, Any]) -> list[str]:
     """The names of a run's scores: of a text's the perplexity alone, of a task's all that its held-out sets have."""
     if "validation_perplexity" in summary:
         return ["validation_perplexity"]
-    return [name for name in summary if name not in NO_SCORES and not name.startswith(("initial_", "final_"))]
+    return [
+        name
+        for name in summary
+        if name not in NO_SCORES and not name.startswith(("initial_", "final_")) and not name.endswith("_thresh")
+    ]
 
 
 def _cells(summary: dict[str, Any], names: Sequence[str], prefix: str) -> tuple[str, ...]:
@@ -90,13 +95,13 @@ def plot_curves(folders: Sequence[Path], path: Path) -> None:
     from matplotlib.figure import Figure
 
     records = [(folder.name, read_metrics(folder)) for folder in folders]
-    scores = [name for _, lines in records for name in lines[0] if name.startswith("validation_")]
-    score = "validation_perplexity" if "validation_perplexity" in scores or not scores else scores[-1]
+    tasks = [TASKS[read_summary(folder)["task"]] for folder in folders]
+    score = next((f"validation_{task.best}" for task in tasks if task.best), "validation_perplexity")
     panels = (score, "pred_loss", "kl_loss", "layer_loss")
     figure = Figure(figsize=(12, 7), layout="constrained")
     for axes, name in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for i, (run, lines) in enumerate(records):
-            points = [(line["step"], line[name]) for line in lines if line.get(name)]
+            points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if points:
                 marker = "." if name == panels[0] else None
                 axes.plot(*zip(*points, strict=True), color=f"C{i}", marker=marker, label=run)

@@ -146,6 +146,41 @@ def test_a_run_leaves_the_best_student_and_goes_on_after_a_stop(projects: Callab
     assert {k: again[k] for k in card} == {k: summary[k] for k in card}
 
 
+@pytest.mark.parametrize(
+    ("task", "family", "dtype"),
+    [
+        ("stsb", "electra", "float32"),
+        ("mnli", "xlm-roberta", "bfloat16"),
+        ("squad_v2", "deberta-v2", "bfloat16"),
+        ("squad", "modernbert", "float32"),
+        ("mnli", "qwen2", "bfloat16"),
+    ],
+)
+def test_families_go_through_all_stages(
+    projects: Callable[..., Path], workers: Group, task: str, family: str, dtype: str
+) -> None:
+    project = projects(task, family)
+    short = {"train__steps": 2, "filters__steps": 2, "train__evaluate_every": 1, "train__micro_batch_size": 4}
+    losses = {}
+    for name in dict.fromkeys(("float32", dtype)):
+        dtypes = {"teacher__dtype": name, "student__dtype": name}
+        workers(2).run(pretrain_recipe, write_task_recipe(project, task, f"family-{name}", **short, **dtypes))
+        losses[name] = terms_of(project / f"family-{name}")[0]["loss"]
+    assert losses[dtype] == pytest.approx(losses["float32"], rel=0.1)
+    metrics = {"squad": "f1", "squad_v2": "f1", "stsb": "spearman"}
+    assert f"validation_{metrics.get(task, 'accuracy')}" in read_metrics(project / "family-float32")[-1]
+
+
+def test_a_finished_runs_best_student_is_not_exported_over(projects: Callable[..., Path], workers: Group) -> None:
+    project = projects("sst2")
+    # neither kl nor layers: the teacher is not looked at
+    changes = {"method": "ce", "loss__mse_alpha": None, "teacher__model": "no/where", "train__steps": 2}
+    path = write_task_recipe(project, "sst2", "over", **changes)
+    workers(2).run(pretrain_recipe, path)
+    (message, _) = workers(2).run(pretrain_error, path, (), "export")
+    assert "is complete: its student is in" in message
+
+
 def test_recipes_in_epochs(projects: Callable[..., Path], workers: Group) -> None:
     project = projects("sst2")
     changes = {"train__steps": None, "train__epochs": 1.5, "filters__steps": None, "filters__epochs": 1}
@@ -174,7 +209,13 @@ def test_a_student_starts_from_a_pretrained_model(tmp_path: Path, workers: Group
     start = {"method": "kd", "loss__mse_alpha": None, "student__pretrained": str(project / "pretrained")}
     path = write_task_recipe(project, "sst2", "fresh", **start, student__init_from_pretrained=True)
     workers(2).run(pretrain_recipe, path)
-    own = load_file(project / "fresh/initial_student/model.safetensors")
+    other = AutoModelForSequenceClassification.from_pretrained(project / "pretrained", num_labels=2)
+    other.save_pretrained(project / "headed")  # a head of its own does not count
+    start["student__pretrained"] = str(project / "headed")
+    headed = write_task_recipe(project, "sst2", "headed-run", **start, student__init_from_pretrained=True)
+    workers(2).run(pretrain_recipe, headed)
+    own, again = (load_file(project / n / "initial_student/model.safetensors") for n in ("fresh", "headed-run"))
+    assert all(torch.equal(own[name], again[name]) for name in own)
     base = load_file(project / "pretrained/model.safetensors")
     prefix = model.base_model_prefix
     assert all(torch.equal(own[f"{prefix}.{name}"], tensor) for name, tensor in base.items())
@@ -231,6 +272,7 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
         {"teacher__model": "xlnet"},
         "xlnet is a model family without a pooler",
     ),
+    "a model of other outputs": ("stsb", {"task": "sst2"}, "has 1 labels"),
     "K that differs": ("sst2", {"filters__layer_map": [[0, 1], [1, 4]]}, "pair [1, 4]"),
     "rows longer than the models' positions": ("sst2", {"data__sequence_length": 67}, "has 66 positions"),
     "more rows a step than there are": ("sst2", {"train__global_batch_size": 64}, "the training data has 48 rows"),

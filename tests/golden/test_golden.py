@@ -23,7 +23,9 @@ def test_the_papers_code_computes_the_same(case: Path) -> None:
     names = {f"{what}_{kind}" for what in ("ted", "lwd", "kd") for kind in ("loss", "gradient", "trajectory", "states")}
     names |= {"stage1_loss", "stage1_gradient", "stage1_trajectory", "ted_masked_layer_loss", "lwd_masked_layer_loss"}
     assert report["float32"].keys() == report["float64"].keys() == names
-    assert max(report["float64"][f"{what}_loss"] for what in ("ted", "lwd", "kd", "stage1")) < 1e-13
+    for kind, float32, float64 in (("loss", 2e-6, 1e-13), ("trajectory", 1e-5, 1e-13), ("gradient", 2e-6, 2e-6)):
+        for what in ("ted", "lwd", "kd", "stage1"):
+            assert report["float32"][f"{what}_{kind}"] < float32 and report["float64"][f"{what}_{kind}"] < float64
 
 
 def test_the_command_prints_a_line_a_case_and_fails_on_a_wrong_one(tmp_path: Path) -> None:

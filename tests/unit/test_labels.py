@@ -32,7 +32,7 @@ def test_spelling_does_not_matter() -> None:
 
 
 def test_a_model_without_names_is_taken_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="ted_ds"):
+    with caplog.at_level(logging.WARNING, logger="ted_ds"):
         assert label_order(AutoConfig.for_model("bert", num_labels=3), MNLI) is None
     assert "does not name its labels: they are taken to be entailment, neutral, contradiction" in caplog.text
 

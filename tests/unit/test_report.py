@@ -21,7 +21,14 @@ def folders(tmp_path: Path) -> list[Path]:
             recorder.log({"step": 0, "validation_perplexity": initial})
             for step in (1, 2):
                 recorder.log({"step": step, "pred_loss": 3.0 / step, "kl_loss": 1.0, "validation_perplexity": final})
-        summary = {"method": method, "steps": 2, "tokens": 4096, "wall_seconds": 12.6, "peak_memory_gib": 0.5}
+        summary = {
+            "task": "causal-lm",
+            "method": method,
+            "steps": 2,
+            "tokens": 4096,
+            "wall_seconds": 12.6,
+            "peak_memory_gib": 0.5,
+        }
         values = {"initial_validation_perplexity": initial, "validation_perplexity": final}
         (folder / "summary.json").write_text(json.dumps(summary | values))
     return [tmp_path / name for name in RUNS]
@@ -41,17 +48,26 @@ def test_scores_of_tasks_have_columns_and_seeds_a_spread(tmp_path: Path) -> None
     for name, method, accuracy in (("a", "kd", 0.8), ("b", "kd", 0.9), ("c", "ted", 0.875)):
         folder = tmp_path / name
         folder.mkdir()
-        summary = {"method": method, "steps": 2, "tokens": 9, "wall_seconds": 1.0, "stage1_seconds": 0.0}
+        summary = {
+            "task": "sst2",
+            "method": method,
+            "steps": 2,
+            "tokens": 9,
+            "wall_seconds": 1.0,
+            "stage1_seconds": 0.0,
+        }
         summary |= {"peak_memory_gib": 0.5, "final_loss": 1.0, "best_step": 1, "initial_validation_accuracy": 0.5}
-        (folder / "summary.json").write_text(json.dumps(summary | {"validation_accuracy": accuracy, "other_f1": 88.5}))
+        (folder / "summary.json").write_text(
+            json.dumps(summary | {"validation_accuracy": accuracy, "other_f1": 88.5, "f1_thresh": 0.3})
+        )
         folders.append(folder)
     table = [line.split() for line in summary_table(folders).splitlines()]
     assert table[0] == ["run", "method", "steps", "tokens", "accuracy", "other_f1", "seconds", "peak", "GiB"]
     assert table[1] == ["initial", "student", "-", "0", "0", "0.5000", "-", "-", "-"]
     assert table[2] == ["a", "kd", "2", "9", "0.8000", "88.50", "1", "0.50"]
     spread = [line.split() for line in spread_table(folders).splitlines()]
-    assert spread[1] == ["kd", "2", "accuracy", "0.8500", "0.0707", "0.8000", "0.9000"]
-    assert spread[3] == ["ted", "1", "accuracy", "0.8750", "0.0000", "0.8750", "0.8750"]
+    assert spread[1] == ["sst2", "kd", "2", "accuracy", "0.8500", "0.0707", "0.8000", "0.9000"]
+    assert spread[3] == ["sst2", "ted", "1", "accuracy", "0.8750", "0.0000", "0.8750", "0.8750"]
 
 
 def test_the_curves_are_a_png(folders: list[Path], tmp_path: Path) -> None:

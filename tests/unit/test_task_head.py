@@ -1,0 +1,140 @@
+"""Stage 0 of a task from a pre-trained model: its weights, a fresh head that the seed alone decides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from ted_ds.config.tasks import TASKS
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ted_ds.engine.loading import load_model
+from ted_ds.errors import ModelError
+from ted_ds.models.task_head import label_fields, start_from_pretrained
+from tests.task_project import write_tokenizer
+from tests.tiny_encoders import tiny_encoder
+from tests.tiny_models import tiny_model
+
+HEADS = {
+    "sst2": {"classifier.weight": (2, 16), "classifier.bias": (2,)},
+    "mnli": {"classifier.weight": (3, 16), "classifier.bias": (3,)},
+    "stsb": {"classifier.weight": (1, 16), "classifier.bias": (1,)},
+    "squad": {"qa_outputs.weight": (2, 16), "qa_outputs.bias": (2,)},
+}
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Tokenizer:
+    write_tokenizer(tmp_path / "tokenizer")
+    return load_tokenizer(str(tmp_path / "tokenizer"))
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> Path:
+    """A model without a task head."""
+    tiny_encoder("bert", num_labels=2).base_model.save_pretrained(tmp_path / "pretrained")
+    return tmp_path / "pretrained"
+
+
+def started(pretrained: Path | str, task: str, folder: Path, tokenizer: Tokenizer, seed: int = 1) -> Any:
+    start_from_pretrained(str(pretrained), TASKS[task], folder, tokenizer=tokenizer, seed=seed, trust_remote_code=False)
+    return load_file(folder / "model.safetensors")
+
+
+def test_a_config_says_what_the_task_predicts() -> None:
+    assert label_fields(TASKS["mnli"]) == {
+        "num_labels": 3,
+        "id2label": dict(enumerate(TASKS["mnli"].labels)),
+        "label2id": {label: i for i, label in enumerate(TASKS["mnli"].labels)},
+    }
+    assert label_fields(TASKS["sst2"])["id2label"] == {0: "negative", 1: "positive"}
+    assert label_fields(TASKS["stsb"]) == {"num_labels": 1}
+    assert label_fields(TASKS["squad"]) == label_fields(TASKS["causal-lm"]) == {}
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_the_seed_decides_the_head_and_nothing_else(
+    task: str, pretrained: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    first = started(pretrained, task, tmp_path / "first", tokenizer)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    torch.rand(5)  # whatever was drawn before
+    again = started(pretrained, task, tmp_path / "again", tokenizer)
+    other = started(pretrained, task, tmp_path / "other", tokenizer, seed=2)
+    head = HEADS[task]
+    assert {name: tuple(first[name].shape) for name in head} == head
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    weight = next(name for name in head if name.endswith("weight"))
+    assert not torch.equal(first[weight], other[weight])
+    base = load_file(pretrained / "model.safetensors")
+    own = {name.removeprefix("bert."): t for name, t in first.items() if name not in head}
+    # a question answerer has no pooler
+    assert base.keys() - own.keys() == ({"pooler.dense.weight", "pooler.dense.bias"} if task == "squad" else set())
+    for found in (first, other):
+        assert all(torch.equal(found[f"bert.{name}"], base[name]) for name in own)
+
+
+def test_the_folder_is_a_model_of_the_task_with_its_tokenizer(
+    pretrained: Path, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (tmp_path / "student.tmp").mkdir()
+    (tmp_path / "student.tmp/leftover").touch()
+    started(pretrained, "sst2", tmp_path / "student", tokenizer)
+    config = json.loads((tmp_path / "student/config.json").read_text())
+    assert config["architectures"] == ["BertForSequenceClassification"]
+    assert config["id2label"] == {"0": "negative", "1": "positive"}
+    assert config["label2id"] == {"negative": 0, "positive": 1}
+    assert AutoTokenizer.from_pretrained(tmp_path / "student")("w7 w9")["input_ids"] == [2, 7, 9, 3]
+    model = load_model(str(tmp_path / "student"), "classification", dtype="float32")
+    assert model.config.num_labels == 2 and {p.dtype for p in model.parameters()} == {torch.float32}
+    assert not (tmp_path / "student/leftover").exists() and not (tmp_path / "student.tmp").exists()
+
+
+def test_a_model_in_half_precision_starts_in_full(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tiny_encoder("bert").base_model.bfloat16().save_pretrained(tmp_path / "half")
+    found = started(tmp_path / "half", "sst2", tmp_path / "student", tokenizer)
+    assert {t.dtype for t in found.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("own", "expected"), [(None, 0), (5, 5)])
+def test_padding_is_the_tokenizers_where_the_model_has_none(
+    own: int | None, expected: int, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    decoder = tiny_encoder("llama").base_model
+    decoder.config.pad_token_id = own
+    decoder.save_pretrained(tmp_path / "decoder")
+    started(tmp_path / "decoder", "sst2", tmp_path / "student", tokenizer)
+    assert json.loads((tmp_path / "student/config.json").read_text())["pad_token_id"] == expected
+
+
+@pytest.mark.parametrize("broken", ["nowhere", "no weights"])
+def test_a_model_that_cannot_be_loaded_is_named(broken: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / broken
+    if broken == "no weights":
+        tiny_encoder("bert").config.save_pretrained(folder)
+    with pytest.raises(ModelError, match=rf"student\.pretrained '{folder}' cannot be loaded: ") as caught:
+        started(folder, "sst2", tmp_path / "student", tokenizer)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_family_without_the_tasks_head_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tiny_model("cohere").base_model.save_pretrained(tmp_path / "cohere")
+    with pytest.raises(ModelError, match=r"cannot be loaded: Unrecognized .*CohereConfig") as caught:
+        started(tmp_path / "cohere", "squad", tmp_path / "student", tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "missing"), [("classification", r"classifier\.bias"), ("question-answering", r"qa_outputs\.bias")]
+)
+def test_a_model_without_a_head_is_no_model_of_the_task(kind: Any, missing: str, pretrained: Path) -> None:
+    with pytest.raises(ModelError, match=rf"pretrained' lacks {missing}: it was not fine-tuned.*init_from_pretrained"):
+        load_model(str(pretrained), kind, dtype="float32")
