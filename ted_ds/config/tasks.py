@@ -26,8 +26,8 @@ class TaskSpec:
     """What the data of a task looks like, and how it is scored.
 
     text_columns: one or two. labels: their names, numbered in this order; () for numbers and questions.
-    metrics: see `ted_ds.evaluation`; questions always get SQuAD's. best: the one by which the best weights are chosen; "" for text, whose
-    last weights are the result. tsv: None where there is no official TSV layout.
+    metrics: see `ted_ds.evaluation`; questions always get SQuAD's. best: the one by which the best weights are
+    chosen; "" for text, whose last weights are the result. tsv: None where there is no official TSV layout.
     """
 
     name: str

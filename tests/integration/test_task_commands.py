@@ -49,7 +49,7 @@ def test_the_launcher_fine_tunes_and_does_not_start_over(project: Path) -> None:
 
     spread = [line.split() for line in run(*TED_DS, "report", project / "ted", "--spread").stdout.splitlines()]
     number = f"{sum(hits) / 21:.4f}"
-    assert spread[1] == ["ted", "1", "accuracy", number, "0.0000", number, number]
+    assert spread[1] == ["sst2", "ted", "1", "accuracy", number, "0.0000", number, number]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,9 @@ def test_a_recipe_for_another_launcher_is_refused(project: Path, launcher: str, 
 def test_questions_are_scored_as_a_plain_loop_scores_them(tmp_path: Path) -> None:
     project = make_task_project(tmp_path, "squad_v2")
     command = [*TED_DS, "evaluate", project / "student", "--task", "squad_v2", "--data", project / "validation.json"]
-    found = json.loads(run(*command, "--tokenizer", project / "tokenizer", "--sequence-length", "60").stdout)
+    found = json.loads(
+        run(*command, "--tokenizer", project / "tokenizer", "--sequence-length", "60", "--doc-stride", "9").stdout
+    )
     model = AutoModelForQuestionAnswering.from_pretrained(project / "student").eval()
     tokenizer = AutoTokenizer.from_pretrained(project / "tokenizer")
     exact, shared, golds = [], [], []

@@ -37,7 +37,7 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 @pytest.fixture
 def pretrained(tmp_path: Path) -> Path:
     """A model without a task head."""
-    tiny_encoder("bert", num_labels=2).base_model.save_pretrained(tmp_path / "pretrained")
+    tiny_encoder("bert").base_model.save_pretrained(tmp_path / "pretrained")
     return tmp_path / "pretrained"
 
 
@@ -54,7 +54,8 @@ def test_a_config_says_what_the_task_predicts() -> None:
     }
     assert label_fields(TASKS["sst2"])["id2label"] == {0: "negative", 1: "positive"}
     assert label_fields(TASKS["stsb"]) == {"num_labels": 1}
-    assert label_fields(TASKS["squad"]) == label_fields(TASKS["causal-lm"]) == {}
+    assert label_fields(TASKS["squad"]) == {"num_labels": 2}
+    assert label_fields(TASKS["causal-lm"]) == {}
 
 
 @pytest.mark.parametrize("task", HEADS)
@@ -103,15 +104,33 @@ def test_a_model_in_half_precision_starts_in_full(tokenizer: Tokenizer, tmp_path
     assert {t.dtype for t in found.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize(("own", "expected"), [(None, 0), (5, 5)])
-def test_padding_is_the_tokenizers_where_the_model_has_none(
-    own: int | None, expected: int, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("own", [None, 5])
+def test_padding_is_the_tokenizers(own: int | None, tokenizer: Tokenizer, tmp_path: Path) -> None:
     decoder = tiny_encoder("llama").base_model
     decoder.config.pad_token_id = own
     decoder.save_pretrained(tmp_path / "decoder")
     started(tmp_path / "decoder", "sst2", tmp_path / "student", tokenizer)
-    assert json.loads((tmp_path / "student/config.json").read_text())["pad_token_id"] == expected
+    assert json.loads((tmp_path / "student/config.json").read_text())["pad_token_id"] == 0
+
+
+@pytest.mark.parametrize("num_labels", [2, 3])
+@pytest.mark.parametrize("family", ["bert", "deberta-v2"])
+def test_a_head_of_another_task_is_not_taken_over(
+    family: str, num_labels: int, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """Not where its sizes happen to be the same either, nor a part of it (DeBERTa's pooler belongs to the head)."""
+    model = tiny_encoder(family, num_labels=num_labels)
+    model.save_pretrained(tmp_path / "other")
+    model.base_model.save_pretrained(tmp_path / "bare")
+    from_other, from_bare = (
+        started(tmp_path / name, "sst2", tmp_path / f"from-{name}", tokenizer) for name in ("other", "bare")
+    )
+    assert from_other.keys() == from_bare.keys()
+    assert all(torch.equal(from_other[name], from_bare[name]) for name in from_bare)
+    old = dict(model.named_parameters())
+    heads = [name for name in from_bare if not name.startswith(f"{model.base_model_prefix}.")]
+    assert len(heads) == (2 if family == "bert" else 4)
+    assert not any(torch.equal(from_other[name], old[name]) for name in heads)
 
 
 @pytest.mark.parametrize("broken", ["nowhere", "no weights"])
