@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ted_ds.errors import CheckpointError, ModelError
 from ted_ds.models.filters import FilterPlan
@@ -182,16 +182,17 @@ def published_options(config: PreTrainedConfig, plan: FilterPlan | None) -> dict
 
 
 def published_model(
-    config: PreTrainedConfig,
+    student: PreTrainedModel,
     options: dict[str, Any],
     weights: dict[str, torch.Tensor],
     plan: FilterPlan | None,
     filters: dict[str, torch.Tensor],
 ) -> PublishedModel:
     """A student of ours as a checkpoint of theirs after Stage II; position ids are as their code expects them."""
-    ids = torch.arange(config.max_position_embeddings).expand(1, -1)
+    config = student.config.to_diff_dict() | {"architectures": [type(student).__name__]}
+    ids = torch.arange(student.config.max_position_embeddings).expand(1, -1)
     weights = {**weights, "deberta.embeddings.position_ids": ids}
-    return PublishedModel(config.to_diff_dict(), options, weights, plan, filters, {})
+    return PublishedModel(config, options, weights, plan, filters, {})
 
 
 def _read_tensors(name_or_path: str) -> dict[str, torch.Tensor]:

@@ -46,7 +46,8 @@ def start_from_pretrained(
 ) -> None:
     """Writes a pre-trained model with a head of its task, drawn under `seed`, as a Hugging Face folder; on one rank.
 
-    Written once and not drawn as the model is loaded, so that every method and number of ranks starts alike.
+    All outside the backbone is new, also where a model brings a masked LM's head or another task's. Written once and
+    not drawn as the model is loaded, so that every method and number of ranks starts alike.
     Raises ModelError where the model cannot be loaded with such a head.
     """
     temporary = output_dir.with_name(output_dir.name + ".tmp")

@@ -88,7 +88,7 @@ def export_published(run: RunConfig, world: World, data: RunData, plan: Plan) ->
     weights, bank = (dict(whole_tensors(part, keep=world.is_main)) for part in (module.student, module.filters))
 
     def write() -> None:
-        model = published_model(module.student.config, options, weights, filters, bank)
+        model = published_model(module.student, options, weights, filters, bank)
         new = folder.with_name(folder.name + ".new")
         shutil.rmtree(new, ignore_errors=True)
         write_published(model, new)

@@ -38,7 +38,7 @@ class Classification:
         pred = _cross_entropy_sum(z_s, batch.targets) / counts.targets.clamp_min(1)
         if teacher is None:
             return TaskLosses(pred, pred.detach(), torch.zeros_like(pred.detach()))
-        kl = kl_sum(z_s, wide(teacher.output).to(z_s.dtype), weights.temperature) / counts.rows
+        kl = kl_sum(z_s, teacher.output.to(z_s.dtype), weights.temperature) / counts.rows
         return TaskLosses(pred + weights.kl_alpha * kl, pred.detach(), kl.detach())
 
     def predict(self, student: Reading, batch: Batch) -> torch.Tensor:
@@ -69,7 +69,7 @@ class Regression:
         pred = _squared_error_sum(y_s, batch.targets) / counts.targets.clamp_min(1)
         if teacher is None:
             return TaskLosses(pred, pred.detach(), torch.zeros_like(pred.detach()))
-        y_t = wide(teacher.output).squeeze(-1).to(y_s.dtype)
+        y_t = teacher.output.squeeze(-1).to(y_s.dtype)
         kl = self._divergence(y_s, y_t, weights.temperature) / counts.rows
         return TaskLosses(pred + weights.kl_alpha * kl, pred.detach(), kl.detach())
 

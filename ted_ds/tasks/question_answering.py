@@ -32,7 +32,7 @@ class QuestionAnswering:
         pred = _span_cross_entropy(z_s, batch, counts)
         if teacher is None:
             return TaskLosses(pred, pred.detach(), torch.zeros_like(pred.detach()))
-        z_t = _masked(wide(teacher.output).to(z_s.dtype), mask)
+        z_t = _masked(teacher.output.to(z_s.dtype), mask)
         kl = kl_sum(z_s, z_t, weights.temperature) / (2 * counts.rows)
         return TaskLosses(pred + weights.kl_alpha * kl, pred.detach(), kl.detach())
 
@@ -75,10 +75,10 @@ class SpanHead:
 
 
 def _masked(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Logits [B, 2, S] with probability 0 at padding; finite, for 0 * inf is nan in the KL."""
+    """Logits [B, 2, S] with probability 0 at padding; finite at any temperature, for 0 * inf is nan in the KL."""
     if mask is None:
         return logits
-    return logits.masked_fill((mask == 0)[:, None], torch.finfo(logits.dtype).min / 4)
+    return logits.masked_fill((mask == 0)[:, None], -1e9)
 
 
 def _span_cross_entropy(logits: torch.Tensor, batch: Batch, counts: BatchCounts) -> torch.Tensor:

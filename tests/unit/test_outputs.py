@@ -1,4 +1,4 @@
-"""Outputs of all ranks in the order of the split; counts of a batch."""
+"""What tasks make of a model's outputs: gathered from all ranks in order, in half precision, without labels."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
 from ted_ds.evaluation.outputs import collect_outputs
+from ted_ds.models.filters import FilterPlan
+from ted_ds.models.pooler import find_pooler
+from ted_ds.tasks.base import DisposableHead, LossWeights, Reading, Task
+from ted_ds.tasks.classification import Classification, PoolerHead, Regression
+from ted_ds.tasks.question_answering import QuestionAnswering, SpanHead
 
 
 class Together:
@@ -94,7 +100,7 @@ MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]])
     [
         (Batch(IDS, torch.where(MASK == 0, IGNORED, 7)), 7, 0, 12),
         (Batch(IDS, torch.tensor([0, IGNORED, 2]), MASK), 2, 0, 7),
-        (Batch(IDS, torch.tensor([0.0, float("nan"), -100.0]), MASK), 2, 0, 7),
+        (Batch(IDS, torch.tensor([float("nan"), float("nan"), -100.0]), MASK), 1, 0, 7),
         # position 4 is beyond the four of the row, and IGNORED is no position here
         (Batch(IDS, torch.tensor([0, 4, 3]), MASK, ends=torch.tensor([3, 4, 9])), 2, 1, 7),
     ],
@@ -111,3 +117,112 @@ def test_a_batch_moves_whole() -> None:
     moved = batch.to(torch.device("meta"))
     assert moved.token_type_ids is None
     assert all(t.is_meta for t in (moved.input_ids, moved.targets, moved.attention_mask, moved.ends, moved.rows))
+
+
+TASKS: dict[str, tuple[Task, tuple[int, ...]]] = {
+    "classification": (Classification(("a", "b", "c")), (3, 3)),
+    "regression": (Regression(lambda y: y), (3, 1)),
+    "questions": (QuestionAnswering(), (3, 2, 4)),
+}
+HEADS: dict[str, DisposableHead] = {
+    "classification": PoolerHead(find_pooler(AutoConfig.for_model("bert"), 0.0), 3),
+    "regression": PoolerHead(find_pooler(AutoConfig.for_model("bert"), 0.0), 1, regression=True),
+    "questions": SpanHead(mask_padding=True),
+}
+WEIGHTS = LossWeights(0.7, 0.0, 2.5)
+
+
+def labelled(kind: str, *, nothing: bool = False) -> Batch:
+    """Three rows, or the same without a label."""
+    if kind == "questions":
+        places = torch.tensor([4, 4, 4]) if nothing else torch.tensor([1, 0, 0])
+        return Batch(IDS, places, MASK, ends=places.clone())
+    if kind == "regression":
+        return Batch(IDS, torch.tensor([float("nan")] * 3) if nothing else torch.tensor([1.0, 4.0, 2.5]), MASK)
+    return Batch(IDS, torch.tensor([IGNORED] * 3) if nothing else torch.tensor([2, 0, 1]), MASK)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_losses_of_half_precision_outputs_are_computed_in_single(kind: str) -> None:
+    task, shape = TASKS[kind]
+    batch = labelled(kind)
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, *shape).mul(3).bfloat16().unbind()
+    half, single = (
+        task.losses(Reading(s, None), Reading(t, None), batch, BatchCounts.of(batch), WEIGHTS)
+        for s, t in ((student, teacher), (student.float(), teacher.float()))
+    )
+    assert {term.dtype for term in half} == {torch.float32}
+    assert half == single
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_stage1_s_losses_of_half_precision_states_are_computed_in_single(kind: str) -> None:
+    head, batch = HEADS[kind], labelled(kind)
+    torch.manual_seed(0)
+    tensors = {name: t.detach().bfloat16() for name, t in head.tensors(FilterPlan((0,), 8, 8).build()[0]).items()}
+    states = torch.randn(3, 4 if kind == "questions" else 1, 8).bfloat16()
+    loss = head.loss(states, batch.targets, tensors, batch, BatchCounts.of(batch), training=False)
+    assert loss.dtype == torch.float32
+    assert float(loss) != float(loss.bfloat16())  # no half-precision number that was cast up
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_a_batch_without_labels_costs_nothing_and_keeps_its_kl(kind: str) -> None:
+    """A global batch of rows without labels (unlabelled data, answers cut off) must not make the loss nan."""
+    task, shape = TASKS[kind]
+    batch = labelled(kind, nothing=True)
+    counts = BatchCounts.of(batch)
+    assert int(counts.targets) == int(counts.ends) == 0
+    student, teacher = torch.randn(2, *shape).unbind()
+    alone = task.losses(Reading(student, None), None, batch, counts, WEIGHTS)
+    assert (float(alone.total), float(alone.pred_loss), float(alone.kl_loss)) == (0.0, 0.0, 0.0)
+    both = task.losses(Reading(student, None), Reading(teacher, None), batch, counts, WEIGHTS)
+    assert float(both.pred_loss) == 0.0 and float(both.kl_loss) > 0
+    assert float(both.total) == pytest.approx(0.7 * float(both.kl_loss))
+    head = HEADS[kind]
+    tensors = {name: t.detach() for name, t in head.tensors(FilterPlan((0,), 8, 8).build()[0]).items()}
+    states = torch.randn(3, 4 if kind == "questions" else 1, 8)
+    assert float(head.loss(states, batch.targets, tensors, batch, counts, training=True)) == 0.0
+
+
+def test_no_answer_is_found_in_padding() -> None:
+    logits = torch.zeros(3, 2, 4)
+    logits[:, :, 3] = 9.0  # padding in two rows
+    logits[:, 0, 1], logits[:, 1, 0] = 2.0, 3.0
+    candidates = QuestionAnswering().predict(Reading(logits, None), labelled("questions"))
+    assert candidates.shape == (3, 81)
+    assert candidates[:, 0].tolist() == [3.0, 1.0, 0.0] and candidates[:, 40].tolist() == [3.0, 0.0, 0.0]
+    assert candidates[:, 20].tolist() == [9.0, 2.0, 0.0] and candidates[:, 60].tolist() == [9.0, 3.0, 3.0]
+    assert candidates[:, -1].tolist() == [3.0, 3.0, 3.0]
+
+
+def test_stage1_s_head_has_dropout_in_training_alone() -> None:
+    head = PoolerHead(find_pooler(AutoConfig.for_model("bert"), 0.5), 3)
+    batch = labelled("classification")
+    torch.manual_seed(0)
+    tensors = {name: t.detach() for name, t in head.tensors(FilterPlan((0,), 8, 8).build()[0]).items()}
+    states = torch.randn(3, 1, 8)
+    losses = {
+        training: {
+            float(head.loss(states, batch.targets, tensors, batch, BatchCounts.of(batch), training=training))
+            for _ in range(5)
+        }
+        for training in (True, False)
+    }
+    assert len(losses[True]) == 5 and len(losses[False]) == 1
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
+def test_padding_takes_no_part_in_a_question_s_kl_at_any_temperature(temperature: float) -> None:
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 1, 2, 4).unbind()
+    short, long = (slice(0, 3), slice(0, 4))
+    losses = []
+    for part in (short, long):
+        batch = Batch(IDS[:1, part], torch.tensor([1]), torch.tensor([[1, 1, 1, 0]])[:, part], ends=torch.tensor([2]))
+        readings = (Reading(logits[..., part], None) for logits in (student, teacher))
+        losses.append(
+            QuestionAnswering().losses(*readings, batch, BatchCounts.of(batch), LossWeights(1.0, 0.0, temperature))
+        )
+    torch.testing.assert_close(losses[1], losses[0])

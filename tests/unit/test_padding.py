@@ -12,7 +12,8 @@ from ted_ds.engine.loading import checkpoint_activations
 from ted_ds.models.padding import zero_padding_context
 from tests.tiny_encoders import tiny_encoder
 
-IDS = torch.tensor([[5, 7, 9, 11, 13, 15], [6, 8, 10, 0, 0, 0], [4, 0, 0, 0, 0, 0]])
+IDS = torch.tensor([[5, 7, 9, 11, 13, 15], [6, 8, 10, 0, 0, 0], [4, 0, 0, 0, 0, 0], [0, 0, 0, 6, 8, 10]])
+"""Without padding, with it on the right, and on the left."""
 MASK = (IDS != 0).long()
 PADDING = MASK == 0
 

@@ -69,7 +69,7 @@ def test_what_is_written_is_theirs_and_reads_as_ours(nonlinear: bool, tmp_path: 
     plan = FilterPlan((1, 3), 16, 24, nonlinear)
     bank = plan.build()
     model = published_model(
-        student.config,
+        student,
         published_options(student.config, plan),
         dict(whole_tensors(student, keep=True)),
         plan,
@@ -98,10 +98,11 @@ def test_a_student_without_filters_is_written_without(tmp_path: Path) -> None:
     student = tiny_encoder("deberta-v2")
     weights = dict(whole_tensors(student, keep=True))
     write_published(
-        published_model(student.config, published_options(student.config, None), weights, None, {}), tmp_path / "x"
+        published_model(student, published_options(student.config, None), weights, None, {}), tmp_path / "x"
     )
     read = read_published(str(tmp_path / "x"))
     assert read.plan is None and not read.filters and read.options["filter_disabled"]
+    assert read.config["architectures"] == [type(student).__name__]  # whatever the model's config said
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +139,10 @@ def test_filters_that_came_are_kept_and_their_width_is_f(project: Path) -> None:
 
 
 def test_hidden_states_alone_take_no_filters_of_the_teacher(project: Path) -> None:
-    plan = pairs_with(project, recipe={**ANY_WIDTH, "method": "lwd"}, teacher=TEACHERS, student=STUDENTS)
-    assert plan == PairPlan(((0, 1), (1, 3)), None, FilterPlan((0, 1), 16, 24))
+    for width in (None, 8):  # F is the teacher's width whatever the recipe says
+        recipe = {"filters__output_dim": width, "method": "lwd"}
+        plan = pairs_with(project, recipe=recipe, teacher=TEACHERS, student=STUDENTS)
+        assert plan == PairPlan(((0, 1), (1, 3)), None, FilterPlan((0, 1), 16, 24))
     kd = {**ANY_WIDTH, "method": "kd", "loss__mse_alpha": None}
     assert pairs_with(project, recipe=kd, teacher=TEACHERS) is None
 
@@ -186,3 +189,12 @@ def test_a_layer_map_as_the_message_says_it_is_accepted(project: Path) -> None:
         project, recipe={**ANY_WIDTH, "filters__layer_map": [[0, 0], [1, 1]]}, teacher=FilterPlan((0, 1), 24, 12)
     )
     assert plan is not None and plan.layer_map == ((0, 0), (1, 1))
+
+
+def test_nonlinear_filters_have_their_models_activation(project: Path, tmp_path: Path) -> None:
+    content = json.loads((project / "teacher/config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, "hidden_act": "silu"}))
+    run = load_config(write_task_recipe(project, "sst2", "activations", filters__nonlinear=True))
+    plan = plan_pairs(run, Models(str(project / "student"), str(tmp_path)))
+    assert plan is not None and plan.teacher is not None
+    assert (plan.teacher.activation, plan.student.activation) == ("silu", "gelu")

@@ -9,15 +9,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer
 
 from ted_ds.config.tasks import TASKS
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.engine.loading import load_model
 from ted_ds.errors import ModelError
+from ted_ds.models.labels import label_order
+from ted_ds.models.pooler import PoolerPlan, find_pooler, set_head_dropout
 from ted_ds.models.task_head import label_fields, start_from_pretrained
 from tests.task_project import write_tokenizer
-from tests.tiny_encoders import tiny_encoder
+from tests.tiny_encoders import CLASSIFIERS, tiny_encoder
 from tests.tiny_models import tiny_model
 
 HEADS = {
@@ -157,3 +160,63 @@ def test_a_family_without_the_tasks_head_is_named(tokenizer: Tokenizer, tmp_path
 def test_a_model_without_a_head_is_no_model_of_the_task(kind: Any, missing: str, pretrained: Path) -> None:
     with pytest.raises(ModelError, match=rf"pretrained' lacks {missing}: it was not fine-tuned.*init_from_pretrained"):
         load_model(str(pretrained), kind, dtype="float32")
+
+
+DENSE = {
+    "deberta-v2": "pooler.dense",
+    "bert": "bert.pooler.dense",
+    "modernbert": "head.dense",
+    "llama": "score",  # these classify a token's state as it is
+    "qwen2": "score",
+}
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_stage1_s_head_drops_out_where_the_familys_own_does(family: str) -> None:
+    model = tiny_encoder(family).train()
+    config = model.config
+    set_head_dropout(config, 0.375)
+    config.pooler_dropout = 0.25  # DeBERTa's alone
+    model = type(model)(config).train()
+    dense = model.get_submodule(DENSE.get(family, "classifier.dense"))
+    before, after = [], []
+    passed = []
+    dense.register_forward_hook(lambda *_: passed.append(True))
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p in (0.25, 0.375):
+            module.register_forward_hook(lambda m, *_: (after if passed else before).append(m.p))
+    model(input_ids=torch.tensor([[5, 6, 7]]))
+    plan = find_pooler(config)
+    assert (plan.dropout_before, plan.dropout_after) == (sum(before), sum(after))
+    given = find_pooler(config, 0.5)
+    decoder = family in ("llama", "qwen2")
+    assert given.dropout_before == {"deberta-v2": 0.25}.get(family, 0.5 if before else 0.0)
+    assert given.dropout_after == 0.5 and (bool(after) or decoder)
+    assert find_pooler(config, 0.0).dropout_after == 0.0
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.5, 0.0), (0.0, 0.5)])
+def test_both_dropouts_are_drawn_in_training(before: float, after: float) -> None:
+    plan, states = PoolerPlan("first", None, before, after), torch.ones(2, 1, 64)
+    assert set(plan.pool(states, None, {}, training=True).flatten().tolist()) == {0.0, 2.0}
+    assert set(plan.pool(states, None, {}).flatten().tolist()) == {1.0}
+
+
+def test_stage1_s_head_has_the_configs_activation() -> None:
+    for family, name in (("deberta-v2", "pooler_hidden_act"), ("modernbert", "classifier_activation")):
+        config = tiny_encoder(family).config
+        setattr(config, name, "silu")
+        assert find_pooler(config).activation == "silu"
+
+
+@pytest.mark.parametrize(
+    ("own", "labels"),
+    [
+        (("LABEL_0", "good"), ("bad", "good")),  # named in part: not the same as not named
+        (("not good", "not_good"), ("not good", "not_good")),  # one name, read without regard to spaces
+    ],
+)
+def test_labels_that_could_be_mistaken_are_refused(own: tuple[str, ...], labels: tuple[str, ...]) -> None:
+    config = AutoConfig.for_model("bert", id2label=dict(enumerate(own)))
+    with pytest.raises(ModelError, match="cannot be mapped by name"):
+        label_order(config, labels)

@@ -17,7 +17,7 @@ from ted_ds.errors import ModelError
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.pooler import find_pooler
 from ted_ds.models.structure import block_output, find_blocks
-from ted_ds.tasks.base import LossWeights, Task
+from ted_ds.tasks.base import LossWeights, Reading, Task
 from ted_ds.tasks.classification import Classification, PoolerHead, Regression
 from ted_ds.tasks.question_answering import QuestionAnswering, SpanHead
 from tests.project import relative
@@ -310,3 +310,14 @@ def test_filters_and_targets_of_different_widths_are_refused() -> None:
         ModelError, match="the student's filters have width 9, the teacher's side 8: both must be one F"
     ):
         other.attach_teacher(frozen, PAIRS)
+
+
+def test_a_questions_kl_is_finite_at_any_temperature() -> None:
+    model, _ = build("question-answering", "bert", LossWeights(1.0, 0.0, temperature=0.01))
+    batch = a_batch("question-answering")
+    assert model(batch=batch, counts=BatchCounts.of(batch))[1].isfinite().all()
+    logits = torch.randn(5, 2, 11)  # float32, whose range is smaller
+    losses = QuestionAnswering().losses(
+        Reading(logits, None), Reading(-logits, None), batch, BatchCounts.of(batch), model.weights
+    )
+    assert losses.kl_loss.isfinite() and losses.kl_loss > 0
