@@ -11,7 +11,7 @@ import torch
 
 from ted_ds.batch import Batch
 from ted_ds.data.encoded import EncodedRows
-from ted_ds.data.loader import row_order
+from ted_ds.data.loader import EndlessRows
 from ted_ds.errors import DataError
 
 MULTIPLE = 8
@@ -49,11 +49,10 @@ class BucketedRows:
                 f"the training data has {len(rows)} rows, a step takes {global_batch_size}: set "
                 "train.global_batch_size lower, or give more data"
             )
-        self._rows, self._seed = rows, seed
+        self._rows, self._seed, self._endless = rows, seed, EndlessRows(len(rows), seed)
         self._global, self._micro = global_batch_size, micro_batch_size
         self._rank, self._world = rank, world_size
         self._pool: tuple[range, np.ndarray] | None = None
-        self._order: tuple[int, np.ndarray] | None = None
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the 0-based `step`."""
@@ -90,16 +89,10 @@ class BucketedRows:
 
     def _deal(self, steps: range) -> np.ndarray:
         """[steps, G] the rows of a pool."""
-        rows = np.array([self._row(p) for p in range(steps.start * self._global, steps.stop * self._global)])
+        rows = self._endless.at(range(steps.start * self._global, steps.stop * self._global))
         order = np.argsort(-(-self._rows.lengths[rows] // MULTIPLE), kind="stable")
         dealt = rows[order].reshape(len(steps), self._global)
         return dealt[np.random.default_rng([self._seed, steps.start, 1]).permutation(len(steps))]
-
-    def _row(self, position: int) -> int:
-        epoch, index = divmod(position, len(self._rows))
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, row_order(len(self._rows), self._seed, epoch))
-        return int(self._order[1][index])
 
 
 class ScoringRows:

@@ -16,6 +16,24 @@ def row_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
 
 
+class EndlessRows:
+    """The rows in the order in which training reads them: epoch after epoch, each an order of its own."""
+
+    def __init__(self, num_rows: int, seed: int) -> None:
+        self._num_rows, self._seed = num_rows, seed
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def at(self, positions: range) -> np.ndarray:
+        """[len(positions)] the rows at these positions of the sequence."""
+        return np.array([self._row(position) for position in positions])
+
+    def _row(self, position: int) -> int:
+        epoch, index = divmod(position, self._num_rows)
+        if self._order is None or self._order[0] != epoch:
+            self._order = (epoch, row_order(self._num_rows, self._seed, epoch))
+        return int(self._order[1][index])
+
+
 class TrainingRows:
     """The training rows of every optimizer step, dealt to ranks and micro-batches.
 
@@ -33,10 +51,9 @@ class TrainingRows:
         rank: int,
         world_size: int,
     ) -> None:
-        self._blocks, self._seed = blocks, seed
+        self._blocks, self._endless = blocks, EndlessRows(len(blocks), seed)
         self._global, self._micro = global_batch_size, micro_batch_size
         self._rank, self._world = rank, world_size
-        self._order: tuple[int, np.ndarray] | None = None
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the 0-based `step`; a row's last position predicts nothing."""
@@ -48,17 +65,11 @@ class TrainingRows:
         return self._global * self._blocks.manifest.sequence_length
 
     def _batch(self, position: int) -> Batch:
-        rows = [self._row(position + i) for i in range(self._micro)]
-        ids = torch.from_numpy(self._blocks.rows(np.array(rows)))
+        rows = self._endless.at(range(position, position + self._micro))
+        ids = torch.from_numpy(self._blocks.rows(rows))
         targets = torch.full_like(ids, IGNORED)
         targets[:, :-1] = ids[:, 1:]
         return Batch(ids, targets)
-
-    def _row(self, position: int) -> int:
-        epoch, index = divmod(position, len(self._blocks))
-        if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, row_order(len(self._blocks), self._seed, epoch))
-        return int(self._order[1][index])
 
 
 class EvaluationRows:
