@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -100,7 +101,7 @@ class TaskOnly:
     """What Stage II needs of a run's data when its batches come from elsewhere."""
 
     task: Task
-    tokenizer: Any = None
+    tokenizer: Any
 
 
 def golden_losses(world: World, path: Path, case: Path) -> dict[str, list[float]]:
@@ -109,7 +110,8 @@ def golden_losses(world: World, path: Path, case: Path) -> dict[str, list[float]
     path: a recipe of the case's options, whose models are the case's own checkpoints.
     """
     run = load_config(path)
-    models = ensure_models(run, None, world)  # type: ignore[arg-type]  # published checkpoints need no tokenizer
+    tokenizer: Any = SimpleNamespace(pad_id=0)  # published checkpoints need no more of one
+    models = ensure_models(run, tokenizer, world)
     pairs = plan_pairs(run, models)
     assert pairs is not None and pairs.teacher is not None
     golden = Case(case, torch.float32)
@@ -119,13 +121,13 @@ def golden_losses(world: World, path: Path, case: Path) -> dict[str, list[float]
     task = golden.task()
     if isinstance(task, Regression):
         task = Regression(world.gather)
-    only: Any = TaskOnly(task)
+    only: Any = TaskOnly(task, tokenizer)
     for side, model, filters in (
         ("teacher", models.teacher, pairs.teacher),
         ("student", models.student, pairs.student),
     ):
         assert model is not None
-        frozen = load_frozen(run, world, model, task=task, tokenizer=None, trust_remote_code=False)  # type: ignore[arg-type]
+        frozen = load_frozen(run, world, model, task=task, tokenizer=tokenizer, trust_remote_code=False)
         learner = FilterLearner(filters.build(), frozen, filters.blocks, golden.head(side))
         golden.load_probes(learner, side)
         engine = build_trained_engine(learner, deepspeed_config=config, schedule=lambda step: 1.0)
