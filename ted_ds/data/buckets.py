@@ -17,7 +17,7 @@ from ted_ds.errors import DataError
 MULTIPLE = 8
 """Rows are padded to a multiple of it: GEMMs of such sizes are faster, and shapes repeat."""
 
-POOL_STEPS = 64
+POOL_STEPS = 128
 """Steps whose rows are ordered by length together. More of them leave less padding and less chance."""
 
 
