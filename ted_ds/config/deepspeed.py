@@ -21,13 +21,18 @@ QUIET = 10**9
 """`steps_per_print` that never prints: ted_ds has its own log."""
 
 
-def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-batches per rank per optimizer step. Raises ConfigError where the sizes do not divide."""
+def accumulation_steps(
+    global_batch_size: int, micro_batch_size: int, world_size: int, *, section: str = "train"
+) -> int:
+    """Micro-batches per rank per optimizer step. Raises ConfigError where the sizes do not divide.
+
+    section: of the recipe that names the global batch size.
+    """
     together = micro_batch_size * world_size
     if global_batch_size % together:
         near = max(1, round(global_batch_size / together)) * together
         raise ConfigError(
-            f"train.global_batch_size ({global_batch_size}) must be a multiple of train.micro_batch_size "
+            f"{section}.global_batch_size ({global_batch_size}) must be a multiple of train.micro_batch_size "
             f"({micro_batch_size}) * world_size ({world_size}) = {together}; {near} is the nearest"
         )
     return global_batch_size // together
@@ -53,7 +58,12 @@ def trained_engine_config(
     path = find_deepspeed_file(run.deepspeed)
     config = _read_json(path)
     optimizer, train = run.optimizer, run.train
-    accumulation = accumulation_steps(global_batch_size or train.global_batch_size, train.micro_batch_size, world_size)
+    accumulation = accumulation_steps(
+        global_batch_size or train.global_batch_size,
+        train.micro_batch_size,
+        world_size,
+        section="filters" if global_batch_size else "train",
+    )
     if run.spec.kind == "regression" and run.loss.kl_alpha and accumulation > 1 and global_batch_size is None:
         raise ConfigError(
             f"task: {run.task} with loss.kl_alpha {run.loss.kl_alpha:g} compares a step's rows with each other, but "

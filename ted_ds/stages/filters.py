@@ -146,8 +146,9 @@ def _learn(
 ) -> None:
     settings = run.filters
     rate: float = getattr(settings.learning_rate, side)
-    batch_size = getattr(settings.global_batch_size, side, run.train.global_batch_size)
-    steps = settings.steps if settings.epochs is None else math.ceil(settings.epochs * data.num_rows / batch_size)
+    batch_size: int | None = getattr(settings.global_batch_size, side, None)
+    rows = batch_size or run.train.global_batch_size
+    steps = settings.steps if settings.epochs is None else math.ceil(settings.epochs * data.num_rows / rows)
     config = trained_config(run, world, learning_rate=rate, weight_decay=0.0, global_batch_size=batch_size)
     seed_everything(run.seed)
     head = data.disposable_head(frozen, run, world, side)

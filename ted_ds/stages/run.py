@@ -64,7 +64,10 @@ def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[s
 
 def _check_engines(run: RunConfig, world: World) -> None:
     """Raises ConfigError for DeepSpeed files and batch sizes that cannot be, before hours are spent on data."""
-    trained_config(run, world, learning_rate=run.optimizer.learning_rate, weight_decay=run.optimizer.weight_decay)
+    own = run.filters.global_batch_size if run.method == "ted" else None
+    for size in (None, *(() if own is None else (own.teacher, own.student))):
+        rate, decay = run.optimizer.learning_rate, run.optimizer.weight_decay
+        trained_config(run, world, learning_rate=rate, weight_decay=decay, global_batch_size=size)
     if run.teacher is not None and run.teacher.sharding == "zero3":
         frozen_engine_config(run, world_size=world.size)
 

@@ -276,6 +276,11 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "K that differs": ("sst2", {"filters__layer_map": [[0, 1], [1, 4]]}, "pair [1, 4]"),
     "rows longer than the models' positions": ("sst2", {"data__sequence_length": 67}, "has 66 positions"),
     "more rows a step than there are": ("sst2", {"train__global_batch_size": 64}, "the training data has 48 rows"),
+    "a batch of Stage I that does not divide": (
+        "sst2",
+        {"filters__global_batch_size": {"teacher": 8, "student": 6}},
+        "filters.global_batch_size (6) must be a multiple of train.micro_batch_size (2) * world_size (2) = 4",
+    ),
     "a stride without room": ("squad", {"data__doc_stride": 30}, "data.doc_stride (30)"),
 }
 
