@@ -55,7 +55,8 @@ class DistillationModel(nn.Module):
         """
         if len(layer_map) != len(self.filters):
             raise ModelError(f"{len(self.filters)} student filters do not fit a layer map of {len(layer_map)} pairs")
-        widths = {int(filter_.output_dim) for filter_ in self.filters}  # type: ignore[arg-type]
+        bank: Any = self.filters
+        widths = {filter_.output_dim for filter_ in bank}
         if widths - {teacher.module.target_width}:
             raise ModelError(
                 f"the student's filters have width {max(widths)}, the teacher's side {teacher.module.target_width}: "

@@ -201,7 +201,9 @@ def test_training_counts_answers_that_are_whole_in_no_window(
 
 
 def test_an_answer_within_a_token_or_of_many_tokens_a_character() -> None:
-    question = lambda *answer: module.Question("q", "", "", (answer,), False, "")  # noqa: E731
+    def question(*answer: Any) -> Any:
+        return module.Question("q", "", "", (answer,), False, "")
+
     outside = [-1, -1]
     # question, "ab" with a space before it as byte-level tokenizers have it, two tokens of one character, "cd"
     offsets = np.array([outside, outside, [0, 3], [3, 4], [3, 4], [4, 6], outside], dtype=np.int32)
