@@ -7,7 +7,7 @@ student's states cost nothing extra, autograd keeps them anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,6 +61,8 @@ class HiddenStateCollector:
 
     student_blocks, teacher_blocks: the models' blocks in order.
     layer_map: K pairs (student block, teacher block); an empty map watches nothing.
+    last_teacher_block: the attribute that holds the module after which the teacher's forward may end, None without
+        pairs.
 
     Use: `with student_pass(): student(...)`, then `with teacher_pass(reduce) as reduced: teacher(...)`;
     `reduced[k]` is pair k's scalar after the teacher's forward.
@@ -71,10 +73,11 @@ class HiddenStateCollector:
     def __init__(
         self,
         student_blocks: Sequence[nn.Module] | nn.ModuleList,
-        teacher_blocks: Sequence[nn.Module] | nn.ModuleList,
+        teacher_blocks: Sequence[nn.Module] | nn.ModuleList | Mapping[int, nn.Module],
         layer_map: LayerMap,
     ) -> None:
         self.layer_map = layer_map
+        self.last_teacher_block = teacher_blocks[layer_map[-1][1]] if layer_map else None
         self._reduce: Reduce | None = None
         self._training = False
         self._waiting: dict[int, torch.Tensor] = {}

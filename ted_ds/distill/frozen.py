@@ -19,6 +19,10 @@ from ted_ds.tasks.base import Task
 UseOutput = Callable[[torch.Tensor, Head | None], None]
 
 
+class _EnoughSeen(Exception):
+    """Ends a frozen model's forward from a hook."""
+
+
 class FrozenModule(nn.Module):
     """A model of a task without gradients, and the filters on its blocks (none: `filters` empty).
 
@@ -35,11 +39,30 @@ class FrozenModule(nn.Module):
         self.readout: Readout = task.readout(model)
         self.requires_grad_(False)
 
-    def forward(self, *, batch: Batch, use_output: UseOutput | None = None) -> None:
-        """Runs the model over the batch; `use_output` runs with the head's weight gathered."""
+    def forward(self, *, batch: Batch, use_output: UseOutput | None = None, until: nn.Module | None = None) -> None:
+        """Runs the model over the batch; `use_output` runs with the head's weight gathered.
+
+        until: the forward ends once this module has run; no `use_output` then.
+        """
+        if until is not None:
+            self._read_until(batch, until)
+            return
         output = self.readout.read(batch)
         if use_output is not None:
             self.readout(output, use=use_output)
+
+    def _read_until(self, batch: Batch, last: nn.Module) -> None:
+        # caught here, not by the caller: ZeRO-3's hook on this module's forward must see it end
+        def end(module: nn.Module, inputs: Any, output: Any) -> None:
+            raise _EnoughSeen
+
+        handle = last.register_forward_hook(end)  # hooks run in the order of registration: the taps' are older
+        try:
+            self.readout.read(batch)
+        except _EnoughSeen:
+            pass
+        finally:
+            handle.remove()
 
     @property
     def sources(self) -> list[nn.Module]:
@@ -74,22 +97,41 @@ class FrozenModel:
         if self._engine is not self.module:
             self._engine.destroy()
 
-    def stream(self, batch: Batch, use_output: UseOutput | None = None) -> None:
+    @property
+    def target_width(self) -> int:
+        """F, see `FrozenModule`."""
+        return self.module.target_width
+
+    def target(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
+        """The teacher's side of a pair, see `FrozenModule`."""
+        return self.module.target(pair, hidden)
+
+    @property
+    def sources(self) -> list[nn.Module]:
+        """Per block the module whose output is compared, see `FrozenModule`."""
+        return self.module.sources
+
+    def stream(self, batch: Batch, use_output: UseOutput | None = None, *, until: nn.Module | None = None) -> None:
         """One forward without gradients; `use_output` runs with gradients enabled.
 
-        `no_grad`, not `inference_mode`: what the taps hand on takes part in the student's graph.
+        until: a module of the model; the forward ends as soon as it has run, the blocks after it are not run and
+        under ZeRO-3 not gathered. `no_grad`, not `inference_mode`: what the taps hand on takes part in the
+        student's graph.
         """
         with torch.no_grad():
-            self._engine(batch=batch, use_output=use_output and _with_grad(use_output))
+            self._engine(batch=batch, use_output=use_output and _with_grad(use_output), until=until)
 
     def stream_states(
         self, batch: Batch, sources: Sequence[nn.Module], on_output: Callable[[int, torch.Tensor], None]
     ) -> None:
-        """One forward without gradients; `on_output(i, hidden)` as the model's module `sources[i]` ends."""
+        """One forward without gradients; `on_output(i, hidden)` as the module `sources[i]` ends, up to the last.
+
+        sources: modules of the model, in the order in which they run.
+        """
         tap = BlockTap(sources, on_output)
         try:
             with tap.armed():
-                self.stream(batch)
+                self.stream(batch, until=sources[-1])
         finally:
             tap.remove()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ted_ds.batch import Batch, BatchCounts
 from ted_ds.distill.collector import HiddenStateCollector
-from ted_ds.distill.frozen import FrozenModel
+from ted_ds.distill.frozen import UseOutput
 from ted_ds.errors import ModelError
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.readout import Readout
@@ -20,6 +21,31 @@ from ted_ds.tasks.base import LossWeights, Reading, Task, TaskLosses
 
 TERMS = ("loss", "pred_loss", "kl_loss", "layer_loss")
 """The first entries of the terms that a micro-batch reports; the K pairs' layer losses follow."""
+
+
+class Teacher(Protocol):
+    """What Stage II asks of a teacher: a frozen model, or what was recorded of one."""
+
+    @property
+    def sources(self) -> Sequence[nn.Module] | Mapping[int, nn.Module]:
+        """By block, the module whose output is the teacher's side of a pair, before `target`."""
+        ...
+
+    @property
+    def target_width(self) -> int:
+        """F, the width of what `target` returns."""
+        ...
+
+    def target(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the filtered student is compared with, [B, S, F], from the output of the pair's source."""
+        ...
+
+    def stream(self, batch: Batch, use_output: UseOutput | None = None, *, until: nn.Module | None = None) -> None:
+        """Runs the sources in the order of the blocks under no_grad, then `use_output(output, head)` with gradients.
+
+        until: the source after which nothing is needed, where there is no `use_output`.
+        """
+        ...
 
 
 class DistillationModel(nn.Module):
@@ -38,12 +64,10 @@ class DistillationModel(nn.Module):
         self.structure = find_blocks(student)
         self.readout: Readout = task.readout(student)
         self._collector = HiddenStateCollector((), (), ())
-        self._teacher: FrozenModel | None = None
+        self._teacher: Teacher | None = None
         self._layer_scale: torch.Tensor | float = 1.0
 
-    def attach_teacher(
-        self, teacher: FrozenModel, layer_map: LayerMap, mean_squares: torch.Tensor | None = None
-    ) -> None:
+    def attach_teacher(self, teacher: Teacher, layer_map: LayerMap, mean_squares: torch.Tensor | None = None) -> None:
         """Hooks teacher and student together; call it after both engines are built.
 
         mean_squares: [K] mean squares of the teacher's filtered states, the divisors of the normalised
@@ -57,15 +81,15 @@ class DistillationModel(nn.Module):
             raise ModelError(f"{len(self.filters)} student filters do not fit a layer map of {len(layer_map)} pairs")
         bank: Any = self.filters
         widths = {filter_.output_dim for filter_ in bank}
-        if widths - {teacher.module.target_width}:
+        if widths - {teacher.target_width}:
             raise ModelError(
-                f"the student's filters have width {max(widths)}, the teacher's side {teacher.module.target_width}: "
+                f"the student's filters have width {max(widths)}, the teacher's side {teacher.target_width}: "
                 "both must be one F"
             )
         self._teacher = teacher
         self._layer_scale = 1.0 if mean_squares is None else mean_squares.clamp_min(1e-12).reciprocal()
         self._collector.remove()
-        self._collector = HiddenStateCollector(self.structure.blocks, teacher.module.sources, layer_map)
+        self._collector = HiddenStateCollector(self.structure.blocks, teacher.sources, layer_map)
 
     def forward(self, *, batch: Batch, counts: BatchCounts | None = None) -> Any:
         """One micro-batch's share of the global batch's loss: (loss, terms).
@@ -82,7 +106,7 @@ class DistillationModel(nn.Module):
 
         def squared_error(pair: int, hidden_s: torch.Tensor, hidden_t: torch.Tensor) -> torch.Tensor:
             assert self._teacher is not None
-            return self.filters[pair](hidden_s, self._teacher.module.target(pair, hidden_t), mask)
+            return self.filters[pair](hidden_s, self._teacher.target(pair, hidden_t), mask)
 
         with self._collector.teacher_pass(squared_error) as sums:
             losses = self._task_losses(batch, output, counts)
@@ -109,7 +133,7 @@ class DistillationModel(nn.Module):
             self._teacher.stream(batch, use)
         else:
             if self._teacher is not None:
-                self._teacher.stream(batch)
+                self._teacher.stream(batch, until=self._collector.last_teacher_block)
             use(None, None)
         return result[0]
 

@@ -164,7 +164,7 @@ def _mean_squares(
     counts = global_counts(batches, world)
     tokens = counts.tokens if masked else counts.positions
     assert isinstance(sums, torch.Tensor)
-    return (world.sum(sums) / (tokens * teacher.module.target_width)).float()
+    return (world.sum(sums) / (tokens * teacher.target_width)).float()
 
 
 def _train(run: RunConfig, world: World, data: RunData, engine: Any, best: BestStudent | None) -> None:

@@ -43,6 +43,10 @@ SHAPES: dict[str, dict[str, Any]] = {
         "loss__layer_loss": "mse",
         "loss__mse_alpha": 2.0,
     },
+    "no KL, and a teacher that ends at its third block": {
+        "filters__layer_map": [[0, 0], [1, 2]],
+        "loss__kl_alpha": 0.0,
+    },
     "lwd": {"method": "lwd"},
     "kd": {"method": "kd", "loss__temperature": 3.0, "loss__kl_alpha": 0.7},
     "ce": {"method": "ce"},

@@ -262,3 +262,19 @@ def test_a_token_fraction_is_unbiased() -> None:
     drawn = torch.tensor([loss(1 / 3, step) for step in range(400)])
     assert abs(float(drawn.mean()) - loss(1.0, 0)) < 4 * float(drawn.std()) / 400**0.5
     assert float(drawn.std()) > 0
+
+
+def test_the_teachers_forward_ends_where_nothing_after_it_is_needed() -> None:
+    """Without a KL no block after the last pair's runs; with one, all do; the layer losses are the same."""
+    batch = a_batch()
+    ran: list[int] = []
+    terms = {}
+    for kl_alpha in (0.0, 1.0):
+        model, frozen = build(LossWeights(kl_alpha, 3.0))
+        model.attach_teacher(frozen, ((0, 0), (1, 2)))
+        for i, block in enumerate(frozen.module.structure.blocks):
+            block.register_forward_hook(lambda m, inputs, out, i=i: ran.append(i))
+        terms[kl_alpha] = run(model, batch)[1]
+    assert ran == [0, 1, 2, 0, 1, 2, 3]
+    assert relative(terms[0.0][3:], terms[1.0][3:]) < 1e-12
+    assert not any(name.startswith("_") for name, _ in model.named_modules()), "the teacher is no part of the student"
