@@ -1,11 +1,23 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined: before anything imports one
+
 from tests.workers import Workers
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked requires_gpu are skipped, visibly, where there is none."""
+    for item in items:
+        if DEVICE == "cpu" and item.get_closest_marker("requires_gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture(autouse=True)

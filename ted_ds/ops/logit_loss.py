@@ -2,7 +2,7 @@
 
 Four GEMMs in all: student logits, teacher logits, d_hidden, d_weight. The gradients are computed in the
 forward, while a chunk's logits are at hand; backward multiplies them by the upstream gradient. The GEMMs
-and the chunks are here, the math between them in `logit_rows`.
+and the chunks are here, the math between them in `logit_rows` and, on CUDA, `logit_kernels`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,27 @@ from typing import Any
 
 import torch
 
+from ted_ds.ops.divergence import Divergence, TopK, top_k_of
 from ted_ds.ops.logit_rows import (
     Form,
     Mixture,
     Scratch,
     block_rows,
     losses_and_gradient,
+    scaled_logits,
     scores,
     weights_of,
 )
 
-_CHUNK_BYTES = {"cpu": 112 << 20, "cuda": 1 << 30}
+_CPU_CHUNK_BYTES = 112 << 20
 """Bytes that a chunk's buffers may take together, as long as `_MIN_CHUNK_TOKENS` fit."""
+
+_CUDA_CHUNK_SHARE = 1 / 64
+"""The same on CUDA as a share of the device's memory: 1.2 GiB of 80. Of all of it, not of what is free: a resumed run
+must cut the chunks that it cut before, or its sums round differently."""
+
+_GEMM_TILE = 128
+"""CUDA chunks are a multiple of it: tokens that a GEMM's block of threads works on."""
 
 _MIN_CHUNK_TOKENS = 256
 """Every chunk passes over d_weight once: C / 4 FLOPs a byte, whatever V and D. On 2 cores with V 50257 and
@@ -55,6 +64,8 @@ def linear_cross_entropy_kl(
     pred_scale: torch.Tensor | float,
     kl_scale: torch.Tensor | float = 0.0,
     temperature: float = 2.0,
+    divergence: Divergence = "forward",
+    top_k: int | TopK | None = None,
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -67,6 +78,9 @@ def linear_cross_entropy_kl(
 
     hidden_s: [N, D_s]; hidden_t: [N, D_t], a constant, or None (then kl_sum is 0); targets: [N] int64.
     pred_scale, kl_scale: constants, numbers or scalar tensors on the device, which are never read back.
+    divergence: what stands in the KL's place, see `Divergence`; its sum is kl_sum.
+    top_k: the KL is that over the teacher's k likeliest ids of each token and the event "any other id" (`TopK`); as
+        a TopK, what was recorded of a teacher at this temperature, in place of hidden_t and head_t.
     vocab_size: the first so many rows of both heads take part (padded vocabularies of one tokenizer);
         None: the smaller head's. The other rows' gradients are zero.
     chunk_tokens: tokens whose logits are alive at a time; None: see `default_chunk_tokens`.
@@ -74,23 +88,32 @@ def linear_cross_entropy_kl(
     Hidden states are cast to their head's dtype. GEMMs run in that dtype, the rest in float32 or wider;
     d_weight is summed over chunks in float32. Memory: two chunks of logits, and one gradient each of
     hidden_s, weight and bias (none of which needs no gradient; under no_grad only the forward GEMMs run).
-    Raises ValueError where shapes do not fit.
+    Raises ValueError where shapes do not fit, or for a top k of another divergence than the forward KL.
     """
     if (hidden_t is None) != (head_t is None):
         raise ValueError("linear_cross_entropy_kl: hidden_t and head_t come together; give both or neither")
-    lengths = {len(t) for t in (hidden_s, targets, hidden_t) if t is not None}
+    recorded = top_k if isinstance(top_k, TopK) else None
+    if recorded is not None and hidden_t is not None:
+        raise ValueError("linear_cross_entropy_kl: a recorded TopK stands for hidden_t and head_t; give one of them")
+    if top_k is not None and divergence != "forward":
+        raise ValueError(f"linear_cross_entropy_kl: top_k is for the forward KL, divergence is {divergence!r}")
+    given = (hidden_s, targets, hidden_t, recorded.ids if recorded else None)
+    lengths = {len(t) for t in given if t is not None}
     if len(lengths) != 1:
-        raise ValueError(f"linear_cross_entropy_kl: hidden_s, targets and hidden_t differ in length: {lengths}")
+        raise ValueError(f"linear_cross_entropy_kl: hidden_s, targets and the teacher's differ in length: {lengths}")
     vocab = _common_vocab(head_s, head_t, vocab_size)
     like = hidden_s.to(head_s.weight.dtype)
+    taught = head_t is not None or recorded is not None
     problem = _Problem(
         head_s=head_s,
         targets=targets,
         hidden_t=None if hidden_t is None or head_t is None else hidden_t.detach().to(head_t.weight.dtype),
         head_t=head_t,
         pred_scale=_scalar(pred_scale, like),
-        kl_scale=_scalar(kl_scale if head_t is not None else 0.0, like),
-        temperature=float(temperature) if head_t is not None else 1.0,
+        top_k=top_k,
+        kl_scale=_scalar(kl_scale if taught else 0.0, like),
+        temperature=float(temperature) if taught else 1.0,
+        divergence=divergence,
         vocab=vocab,
         chunk_tokens=chunk_tokens or default_chunk_tokens(len(like), vocab, like, head_t is not None),
         with_gradient=torch.is_grad_enabled(),
@@ -98,6 +121,36 @@ def linear_cross_entropy_kl(
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     result = _LinearCrossEntropyKL.apply(like, head_s.weight, head_s.bias, problem)
     return result
+
+
+@torch.no_grad()
+def teacher_top_k(
+    hidden_t: torch.Tensor,
+    head_t: Head,
+    k: int,
+    *,
+    temperature: float = 2.0,
+    vocab_size: int | None = None,
+    chunk_tokens: int | None = None,
+) -> TopK:
+    """What `linear_cross_entropy_kl` needs of a teacher where `top_k` is k, without gradients.
+
+    hidden_t: [N, D]. Returns ids [N, k] int32 and log-probabilities in float32 (float64 for float64 heads).
+    vocab_size and chunk_tokens: see `linear_cross_entropy_kl`.
+    """
+    vocab = _common_vocab(head_t, None, vocab_size)
+    hidden = hidden_t.to(head_t.weight.dtype)
+    chunk = chunk_tokens or default_chunk_tokens(len(hidden), vocab, hidden, False)
+    form = Form.of(head_t.softcap, head_t.scale, float(temperature))
+    logits = hidden.new_empty(min(chunk, len(hidden)), vocab)
+    found = [_top_k(_gemm_logits(hidden[rows], head_t, form, logits), form, k) for rows in _chunks(len(hidden), chunk)]
+    ids = torch.cat([part.ids for part in found]).int()
+    return TopK(ids, torch.cat([part.log_probs for part in found]), torch.cat([part.log_rest for part in found]))
+
+
+def _top_k(x_t: torch.Tensor, form: Form, k: int) -> TopK:
+    """The top k of a chunk's GEMM output; x_t [C, V] is overwritten."""
+    return top_k_of(scaled_logits(x_t, form, Scratch(len(x_t), x_t.shape[1], x_t), "teacher"), k)
 
 
 @torch.no_grad()
@@ -131,16 +184,19 @@ def token_scores(
 
 
 def default_chunk_tokens(tokens: int, vocab: int, like: torch.Tensor, with_teacher: bool) -> int:
-    """Equal chunks, at least two, as few as `_CHUNK_BYTES` and `_MIN_CHUNK_TOKENS` allow.
+    """Equal chunks, at least two, as few as the bytes of a chunk allow.
 
-    Buffers: the GEMMs' outputs, and off the CPU four more in float32, for whole chunks are one block there.
+    Buffers are the GEMMs' outputs. On CUDA a chunk has at least two rows for each multiprocessor, which the kernel
+    works on at a time, and is a multiple of `_GEMM_TILE`.
     """
-    logits_bytes = vocab * like.element_size() * (1 + with_teacher)
-    scratch_bytes = 0 if like.device.type == "cpu" else vocab * 4 * 4
-    limit = _CHUNK_BYTES.get(like.device.type, _CHUNK_BYTES["cuda"])
-    most = max(_MIN_CHUNK_TOKENS, limit // (logits_bytes + scratch_bytes))
-    chunks = max(2, -(-tokens // most))
-    return max(1, -(-tokens // chunks))
+    row_bytes = vocab * like.element_size() * (1 + with_teacher)
+    limit, least, tile = _CPU_CHUNK_BYTES, _MIN_CHUNK_TOKENS, 1
+    if like.is_cuda:
+        device = torch.cuda.get_device_properties(like.device)
+        limit = int(device.total_memory * _CUDA_CHUNK_SHARE)
+        least, tile = max(least, 2 * device.multi_processor_count), _GEMM_TILE
+    chunks = max(2, -(-tokens // max(least, limit // row_bytes)))
+    return max(1, -(-tokens // chunks // tile) * tile)
 
 
 @dataclass(frozen=True)
@@ -151,9 +207,11 @@ class _Problem:
     targets: torch.Tensor
     hidden_t: torch.Tensor | None
     head_t: Head | None
+    top_k: int | TopK | None
     pred_scale: torch.Tensor
     kl_scale: torch.Tensor
     temperature: float
+    divergence: Divergence
     vocab: int
     chunk_tokens: int
     with_gradient: bool
@@ -185,8 +243,14 @@ class _LinearCrossEntropyKL(torch.autograd.Function):
         found, factor = ctx.gradients, ctx.factor * upstream[0]
         ctx.gradients = None
         tensors = (found.hidden, found.weight, found.bias)
-        scaled = [None if g is None else g.mul_(factor).to(dtype) for g, dtype in zip(tensors, ctx.dtypes, strict=True)]
+        scaled = [None if g is None else _scaled_to(g, factor, t) for g, t in zip(tensors, ctx.dtypes, strict=True)]
         return (*scaled, None)
+
+
+def _scaled_to(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """factor * gradient in `dtype`, in one pass: in place, or into the narrower tensor that is asked for."""
+    out = gradient if gradient.dtype == dtype else torch.empty_like(gradient, dtype=dtype)
+    return torch.mul(gradient, factor, out=out)
 
 
 @dataclass
@@ -224,9 +288,15 @@ class _Gradients:
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
-    """total (+)= a @ b; where total is wider than a and b, the product is rounded once a chunk, the sum is not."""
+    """total (+)= a @ b; where total is wider than a and b, the sum is not rounded to their dtype.
+
+    CUDA's GEMM adds half-precision products to a float32 total itself (pytorch#167931); elsewhere the product is
+    made, and rounded, once a chunk.
+    """
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=0.0 if first else 1.0)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0.0 if first else 1.0, out=total)
     elif first:
         total.copy_(a @ b)
     else:
@@ -243,22 +313,39 @@ def _run_chunks(
     scratch = Scratch(block_rows(chunk, vocab, hidden.device), vocab, hidden)
     logits_s = hidden.new_empty(chunk, vocab)
     logits_t = None if hidden_t is None else hidden_t.new_empty(chunk, vocab)
-    forms = tuple(Form.of(h.softcap, h.scale, problem.temperature) for h in (head_s, head_t or head_s))
+    forms = (
+        Form.of(head_s.softcap, head_s.scale, problem.temperature),
+        Form.of(*((head_t.softcap, head_t.scale) if head_t else (None, 1.0)), problem.temperature),
+    )
     sums = torch.zeros(2, dtype=dtype, device=hidden.device)
     for rows in _chunks(len(hidden), chunk):
         x_s = _gemm_logits(hidden[rows], head_s, forms[0], logits_s)
-        x_t = None
+        teacher: torch.Tensor | TopK | None = None
         if hidden_t is not None and head_t is not None and logits_t is not None:
-            x_t = _gemm_logits(hidden_t[rows], head_t, forms[1], logits_t)
+            teacher = _gemm_logits(hidden_t[rows], head_t, forms[1], logits_t)
+            if isinstance(problem.top_k, int):
+                teacher = _top_k(teacher, forms[1], problem.top_k)
+        elif isinstance(problem.top_k, TopK):
+            teacher = problem.top_k.rows(rows)
         targets = problem.targets[rows]
-        losses = losses_and_gradient(
-            x_s, x_t, targets.clamp_min(0), (forms[0], forms[1]), problem.temperature, mixture, scratch
-        )
+        between = (x_s, teacher, targets.clamp_min(0), forms, problem.temperature, problem.divergence, mixture)
+        losses = _in_one_kernel(*between) if has_kernel(x_s) else losses_and_gradient(*between, scratch)
         counts = weights_of(targets, dtype)
         sums += torch.stack(losses) @ counts
         gradients.add_chunk(rows, x_s, hidden[rows], head_s.weight, counts)
     pred_sum, kl_sum = sums.unbind()
     return pred_sum.clone(), kl_sum.clone()
+
+
+def has_kernel(x: torch.Tensor) -> bool:
+    """Whether Triton kernels serve this tensor: on CUDA, but for float64, which they would round."""
+    return x.is_cuda and x.dtype != torch.float64
+
+
+def _in_one_kernel(*between: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    from ted_ds.ops.logit_kernels import fused_losses_and_gradient  # torch on a CPU comes without triton
+
+    return fused_losses_and_gradient(*between)
 
 
 def _gemm_logits(hidden: torch.Tensor, head: Head, form: Form, out: torch.Tensor) -> torch.Tensor:

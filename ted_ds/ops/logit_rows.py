@@ -1,8 +1,8 @@
 """The math between the GEMMs of the logit losses: logits of a few rows in, losses and d_logits out.
 
 A chunk of logits is [C, V]. On a CPU it is worked through in blocks of few rows, so that of the dozen
-passes over a block only the first read and the last write leave the cache. A fused kernel may replace
-`losses_and_gradient` whole.
+passes over a block only the first read and the last write leave the cache. On CUDA `logit_kernels` does all
+of `losses_and_gradient` in one kernel; this is its specification.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ted_ds.batch import IGNORED
+from ted_ds.ops.divergence import Divergence, ForwardKL, JensenShannon, ReverseKL, TopK, TopKForwardKL
 
 _CACHE_BYTES_PER_THREAD = 2 << 20
 """Level-2 cache that one thread may fill; server cores have 1 to 2 MiB, and misses cost little below that."""
@@ -78,27 +79,30 @@ def block_rows(chunk_tokens: int, vocab: int, device: torch.device) -> int:
 
 def losses_and_gradient(
     x_s: torch.Tensor,
-    x_t: torch.Tensor | None,
+    teacher: torch.Tensor | TopK | None,
     targets: torch.Tensor,
     forms: tuple[Form, Form],
     temperature: float,
+    divergence: Divergence,
     mixture: Mixture | None,
     scratch: Scratch,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """CE and T^2 KL of each row of a chunk, [C] and [C]; x_s becomes d_logits where a mixture is given.
+    """CE and T^2 times the divergence of each row of a chunk, [C] and [C]; x_s becomes d_logits with a mixture.
 
-    x_s, x_t: [C, V] GEMM outputs of student and teacher (see `Form`); both are overwritten.
+    x_s: [C, V] GEMM output of the student (see `Form`), overwritten.
+    teacher: the teacher's, likewise, or its top k (then `divergence` must be forward), or None.
     targets: [C] int64 below V; rows that do not count are the caller's to leave out.
-    temperature: must be 1 where x_t is None.
+    temperature: must be 1 where there is no teacher.
     """
     ce, kl = [], []
     for start in range(0, max(1, len(x_s)), scratch.rows):
         rows = slice(start, start + scratch.rows)
-        if x_t is None:
+        if teacher is None:
             ce.append(_cross_entropy(x_s[rows], targets[rows, None], forms[0], mixture, scratch))
             continue
+        own = teacher.rows(rows) if isinstance(teacher, TopK) else teacher[rows]
         ce_rows, kl_rows = _cross_entropy_kl(
-            x_s[rows], x_t[rows], targets[rows, None], forms, temperature, mixture, scratch
+            x_s[rows], own, targets[rows, None], forms, temperature, divergence, mixture, scratch
         )
         ce.append(ce_rows)
         kl.append(kl_rows)
@@ -111,7 +115,7 @@ def scores(x: torch.Tensor, targets: torch.Tensor, form: Form, scratch: Scratch)
     nll, greedy = [], []
     for start in range(0, max(1, len(x)), scratch.rows):
         rows = slice(start, start + scratch.rows)
-        z = _scaled_logits(x[rows], form, scratch, "student")
+        z = scaled_logits(x[rows], form, scratch, "student")
         target = targets[rows, None]
         greedy.append(z.argmax(-1) == target[:, 0])
         nll.append(_cross_entropy_of(z, target))
@@ -123,7 +127,7 @@ def weights_of(targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (targets != IGNORED).to(dtype)
 
 
-def _scaled_logits(x: torch.Tensor, form: Form, scratch: Scratch, name: str) -> torch.Tensor:
+def scaled_logits(x: torch.Tensor, form: Form, scratch: Scratch, name: str) -> torch.Tensor:
     """y = logits / T [R, V], float32 or wider: x itself where that will do; under a cap x becomes tanh."""
     if form.capped_factor is None:
         wide = x.dtype in (torch.float32, torch.float64)
@@ -151,7 +155,7 @@ def _cross_entropy(
     x: torch.Tensor, target: torch.Tensor, form: Form, mixture: Mixture | None, scratch: Scratch
 ) -> torch.Tensor:
     """CE alone: 1 exp; passes over [R, V]: max, softmax (read, write), max."""
-    y = _scaled_logits(x, form, scratch, "student")
+    y = scaled_logits(x, form, scratch, "student")
     ce = _cross_entropy_of(y, target)
     if mixture is not None:
         # The factor is 1 but for its sign, or 0; a pass in the cache buys one rule for all scales.
@@ -161,27 +165,24 @@ def _cross_entropy(
 
 def _cross_entropy_kl(
     x_s: torch.Tensor,
-    x_t: torch.Tensor,
+    teacher: torch.Tensor | TopK,
     target: torch.Tensor,
     forms: tuple[Form, Form],
     temperature: float,
+    divergence: Divergence,
     mixture: Mixture | None,
     scratch: Scratch,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """CE and KL, with q = softmax(y_s), p = softmax(y_t), y = logits / T.
+    """CE and divergence, with q = softmax(y_s), y = logits / T.
 
-    KL = sum p (y_t - y_s) - lse(y_t) + lse(y_s). At T = 2, exp(z) = exp(z / 2)^2, so softmax(z_s) =
-    q^2 / sum q^2 and CE needs no exp of its own: 2 exps a logit instead of 3 (naive autograd: 6).
-    Passes over [R, V] beyond the two softmaxes (read, write each) and four maxima: y_t - y_s, * p, sum;
-    the norm of q; and for the gradient q - p, * weight, q * weight, and one fused multiply-add.
+    At T = 2, exp(z) = exp(z / 2)^2, so softmax(z_s) = q^2 / sum q^2 and CE needs no exp of its own: with the
+    forward KL 2 exps a logit instead of 3 (naive autograd: 6). Passes over [R, V] beyond the two softmaxes (read,
+    write each) and four maxima: y_t - y_s, * p, sum; the norm of q; and for the gradient q - p, * weight,
+    q * weight, and one fused multiply-add.
     """
-    n = len(x_s)
-    y_s = _scaled_logits(x_s, forms[0], scratch, "student")
-    y_t = _scaled_logits(x_t, forms[1], scratch, "teacher")
-    p, work = scratch.get("probs", n), scratch.get("work", n)
-
-    lse_t = _softmax_(y_t, p)
-    cross = y_t.sub_(y_s).mul_(p).sum(-1, keepdim=True)
+    y_s = scaled_logits(x_s, forms[0], scratch, "student")
+    work = scratch.get("work", len(x_s))
+    distance = _divergence(y_s, teacher, forms[1], divergence, scratch)
     y_target = y_s.gather(1, target)
     if temperature == 2.0:
         lse_s = _softmax_(y_s, y_s)
@@ -191,19 +192,33 @@ def _cross_entropy_kl(
         z = torch.mul(y_s, temperature, out=work)
         ce = _cross_entropy_of(z, target)[:, None]
         lse_s = _softmax_(y_s, y_s)
-    kl = temperature**2 * (cross - lse_t + lse_s)
+    q = y_s
+    kl = temperature**2 * distance.value(q, lse_s)
 
     if mixture is not None:
-        # d_logits = a (softmax(z_s) - onehot) + b (q - p); the factor T of dKL/dz_s is in the mixture.
-        q = y_s
-        difference = torch.sub(q, p, out=p).mul_(mixture.divergence)
+        # d_logits = a (softmax(z_s) - onehot) + b d_divergence / dy_s; the factor T of d / dz_s is in the mixture.
+        gradient = distance.gradient(q).mul_(mixture.divergence)
         if temperature == 2.0:
             torch.mul(q, mixture.cross_entropy / sum_q2, out=work)
-            difference.addcmul_(q, work)
+            gradient.addcmul_(q, work)
         else:
-            difference.add_(work.mul_(mixture.cross_entropy))
-        _finish_gradient(x_s, difference, target, mixture.cross_entropy, forms[0], scratch)
+            gradient.add_(work.mul_(mixture.cross_entropy))
+        _finish_gradient(x_s, gradient, target, mixture.cross_entropy, forms[0], scratch)
     return ce[:, 0], kl[:, 0]
+
+
+def _divergence(
+    y_s: torch.Tensor, teacher: torch.Tensor | TopK, form: Form, divergence: Divergence, scratch: Scratch
+) -> ForwardKL | ReverseKL | JensenShannon | TopKForwardKL:
+    """The divergence, having taken what it needs of y_s before that becomes q."""
+    p = scratch.get("probs", len(y_s))
+    if isinstance(teacher, TopK):
+        return TopKForwardKL(y_s, teacher, p)
+    y_t = scaled_logits(teacher, form, scratch, "teacher")
+    lse_t = _softmax_(y_t, p)
+    if divergence == "jensen-shannon":
+        return JensenShannon(y_s, y_t, p, lse_t, scratch.get("log_q", len(y_s)))
+    return (ForwardKL if divergence == "forward" else ReverseKL)(y_s, y_t, p, lse_t)
 
 
 def _finish_gradient(

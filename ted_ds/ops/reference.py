@@ -5,10 +5,13 @@ These hold [N, V] tensors; training calls the functions beside this file instead
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 from ted_ds.batch import IGNORED
+from ted_ds.ops.divergence import Divergence
 
 
 def soft_capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -22,16 +25,41 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
 
 
 def kl_sum(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, temperature: float
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    divergence: Divergence = "forward",
 ) -> torch.Tensor:
     """T^2 * sum over predicted tokens of KL(softmax(z_t / T) || softmax(z_s / T)) (arXiv 2210.01351, 2.2).
 
     student_logits, teacher_logits: [N, V]; targets: [N] int64, whose `IGNORED` rows do not count.
+    divergence: another one in the KL's place.
     """
-    log_p_student = F.log_softmax(student_logits / temperature, dim=-1)
-    log_p_teacher = F.log_softmax(teacher_logits / temperature, dim=-1)
-    kl = F.kl_div(log_p_student, log_p_teacher, reduction="none", log_target=True).sum(-1)
-    return temperature**2 * (kl * (targets != IGNORED)).sum()
+    log_q = F.log_softmax(student_logits / temperature, dim=-1)
+    log_p = F.log_softmax(teacher_logits / temperature, dim=-1)
+    if divergence == "forward":
+        rows = _kl_rows(log_p, log_q)
+    elif divergence == "reverse":
+        rows = _kl_rows(log_q, log_p)
+    else:
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
+        rows = (_kl_rows(log_p, log_m) + _kl_rows(log_q, log_m)) / 2
+    return temperature**2 * (rows * (targets != IGNORED)).sum()
+
+
+def top_k_kl_sum(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, temperature: float, k: int
+) -> torch.Tensor:
+    """`kl_sum` over k + 1 events: the teacher's k likeliest ids, and all the others as one."""
+    q, p = (F.softmax(z / temperature, dim=-1) for z in (student_logits, teacher_logits))
+    top = torch.zeros_like(p, dtype=torch.bool).scatter_(1, p.topk(k).indices, True)
+    log_q, log_p = ((torch.cat([x[top].view(-1, k), (x * ~top).sum(-1, keepdim=True)], dim=1)).log() for x in (q, p))
+    return temperature**2 * (_kl_rows(log_p, log_q) * (targets != IGNORED)).sum()
+
+
+def _kl_rows(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
 def squared_error_sum(

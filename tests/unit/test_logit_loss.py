@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ted_ds.batch import IGNORED
-from ted_ds.ops import Head, linear_cross_entropy_kl, token_scores
-from ted_ds.ops.reference import cross_entropy_sum, kl_sum, soft_capped
+from ted_ds.ops import Head, linear_cross_entropy_kl, teacher_top_k, token_scores
+from ted_ds.ops.reference import cross_entropy_sum, kl_sum, soft_capped, top_k_kl_sum
 
 N, V, D_S, D_T = 41, 401, 19, 23
 UPSTREAM = 0.37
@@ -55,11 +55,23 @@ def logits(hidden: torch.Tensor, head: Head, vocab: int) -> torch.Tensor:
     return soft_capped(head.scale * (hidden @ head.weight.T + bias), head.softcap)[:, :vocab]
 
 
-def expected(case: Case, pred: float, kl: float, temperature: float, vocab: int) -> tuple[torch.Tensor, ...]:
+def expected(
+    case: Case,
+    pred: float,
+    kl: float,
+    temperature: float,
+    vocab: int,
+    divergence: Any = "forward",
+    top_k: int | None = None,
+) -> tuple[torch.Tensor, ...]:
     z_s = logits(case.hidden_s, case.head_s, vocab)
     z_t = logits(case.hidden_t, case.head_t, vocab).detach()
-    ce, divergence = cross_entropy_sum(z_s, case.targets), kl_sum(z_s, z_t, case.targets, temperature)
-    return pred * ce + kl * divergence, ce.detach(), divergence.detach()
+    ce = cross_entropy_sum(z_s, case.targets)
+    if top_k is None:
+        apart = kl_sum(z_s, z_t, case.targets, temperature, divergence)
+    else:
+        apart = top_k_kl_sum(z_s, z_t, case.targets, temperature, top_k)
+    return pred * ce + kl * apart, ce.detach(), apart.detach()
 
 
 def fused(case: Case, **options: Any) -> tuple[torch.Tensor, ...]:
@@ -88,7 +100,8 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def assert_equal_to_reference(
     case: Case, *, pred: float = PRED, kl: float = KL, temperature: float = 2.0, vocab: int = V, **options: Any
 ) -> None:
-    want = expected(case, pred, kl, temperature, vocab)
+    kind = {name: options[name] for name in ("divergence", "top_k") if name in options}
+    want = expected(case, pred, kl, temperature, vocab, **kind)
     want_gradients = gradients(case, want[0])
     got = fused(case, pred_scale=pred, kl_scale=kl, temperature=temperature, **options)
     got_gradients = gradients(case, got[0])
@@ -106,6 +119,56 @@ def assert_equal_to_reference(
 def test_losses_and_gradients(temperature: float, softcap: float | None, bias: bool) -> None:
     case = make_case(bias=bias, softcap=softcap, scale=0.7)
     assert_equal_to_reference(case, temperature=temperature, chunk_tokens=7)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 2.5])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("kind", [{"divergence": "reverse"}, {"divergence": "jensen-shannon"}, {"top_k": 5}])
+def test_other_divergences(temperature: float, softcap: float | None, kind: dict[str, Any]) -> None:
+    case = make_case(bias=True, softcap=softcap, scale=0.7)
+    assert_equal_to_reference(case, temperature=temperature, chunk_tokens=7, **kind)
+
+
+@pytest.mark.parametrize("kind", [{"divergence": "reverse"}, {"divergence": "jensen-shannon"}])
+def test_other_divergences_of_large_logits(kind: dict[str, Any]) -> None:
+    """Probabilities underflow on one side or on both; logarithms stay exact."""
+    assert_equal_to_reference(make_case(scale=300.0), **kind)
+
+
+def test_the_rest_of_a_top_k_is_exact() -> None:
+    """Where the top k have all but 1e-20, a rest taken as 1 minus the others would be 0, and its KL lost."""
+    case = make_case(scale=1.0)
+    sure = replace(case, head_t=replace(case.head_t, scale=30.0))
+    z = logits(sure.hidden_t, sure.head_t, V).detach() / 2.0
+    found = teacher_top_k(sure.hidden_t, sure.head_t, 3, chunk_tokens=8)
+    top = z.topk(3)
+    assert torch.equal(found.ids.long(), top.indices)
+    others = z.scatter(1, top.indices, -torch.inf).logsumexp(-1) - z.logsumexp(-1)
+    assert float(others.detach().min()) < -45 and distance(found.log_rest, others) < 1e-12
+    assert distance(found.log_probs, top.values - z.logsumexp(-1, keepdim=True)) < 1e-12
+
+
+def test_all_ids_are_the_whole_kl() -> None:
+    case = make_case()
+    assert distance(fused(case, top_k=V)[2], fused(case)[2]) < 1e-12
+    assert distance(fused(case, top_k=V + 7)[2], fused(case)[2]) < 1e-12
+    whole = gradients(case, fused(case)[0])
+    for a, b in zip(gradients(case, fused(case, top_k=V)[0]), whole, strict=True):
+        assert (a is None) == (b is None) and (a is None or b is None or distance(a, b) < 1e-12)
+
+
+@pytest.mark.parametrize("temperature", [2.0, 1.5])
+def test_a_recorded_top_k_stands_for_the_teacher(temperature: float) -> None:
+    case = make_case(bias=True, vocab_t=V + 4)
+    live = fused(case, top_k=6, temperature=temperature, vocab_size=V)
+    recorded = teacher_top_k(case.hidden_t, case.head_t, 6, temperature=temperature, vocab_size=V)
+    live_gradients = gradients(case, live[0])
+    options: Any = {"pred_scale": PRED, "kl_scale": KL, "temperature": temperature, "vocab_size": V}
+    got = linear_cross_entropy_kl(case.hidden_s, case.head_s, case.targets, top_k=recorded, chunk_tokens=7, **options)
+    for a, b in zip(got, live, strict=True):
+        assert distance(a, b) < 1e-12
+    for a, b in zip(gradients(case, got[0]), live_gradients, strict=True):
+        assert a is not None and b is not None and distance(a, b) < 1e-12
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 8, N - 1, N, 5 * N, None])
@@ -307,3 +370,7 @@ def test_shapes_that_do_not_fit() -> None:
         fused(case, vocab_size=V + 1)
     with pytest.raises(ValueError, match="give both or neither"):
         linear_cross_entropy_kl(case.hidden_s, case.head_s, case.targets, case.hidden_t, None, pred_scale=1.0)
+    with pytest.raises(ValueError, match="top_k is for the forward KL, divergence is 'reverse'"):
+        fused(case, top_k=3, divergence="reverse")
+    with pytest.raises(ValueError, match="stands for hidden_t and head_t"):
+        fused(case, top_k=teacher_top_k(case.hidden_t, case.head_t, 3))

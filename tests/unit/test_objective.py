@@ -191,7 +191,7 @@ class Allocations(TorchDispatchMode):
 
 def test_no_tensor_of_tokens_by_vocabulary_is_ever_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """V is chosen so large that [N, V] stands out, and the chunk budget so small that it must be cut."""
-    monkeypatch.setitem(logit_loss._CHUNK_BYTES, "cpu", 32 * 4001 * 4 * 2)
+    monkeypatch.setattr(logit_loss, "_CPU_CHUNK_BYTES", 32 * 4001 * 4 * 2)
     vocab, batch = 4001, a_batch(rows=4, length=64, vocab=4001)
     teacher, student = (tiny_model("llama", blocks=n, width=8, vocab=vocab) for n in (2, 1))
     frozen = FrozenModel(FrozenModule(teacher, CausalLM(vocab), FilterPlan((1,), 8, 8).build()))

@@ -1,0 +1,133 @@
+"""Divergences between a teacher's and a student's next-token distributions, a few rows at a time, in place.
+
+With q = softmax(y_s), p = softmax(y_t) and y = logits / T, each of them gives its value and its gradient with
+respect to y_s. Buffers belong to the caller, since fresh pages would cost more than the math.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+Divergence = Literal["forward", "reverse", "jensen-shannon"]
+"""forward: KL(p || q); reverse: KL(q || p); jensen-shannon: (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2."""
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A teacher's k likeliest ids of each position, and what is left for all others together.
+
+    ids: [N, k] int32 or int64, none twice in a row. log_probs: [N, k] log softmax(z_t / T) at them. log_rest: [N]
+    log of the probability of all other ids, -inf where k is the whole vocabulary.
+    """
+
+    ids: torch.Tensor
+    log_probs: torch.Tensor
+    log_rest: torch.Tensor
+
+    def rows(self, rows: slice) -> TopK:
+        """These positions' alone."""
+        return TopK(self.ids[rows], self.log_probs[rows], self.log_rest[rows])
+
+
+def top_k_of(y: torch.Tensor, k: int) -> TopK:
+    """The TopK of y [R, V]; y is spoilt. The rest is summed by itself: 1 minus the others would be rounding."""
+    values, ids = y.topk(min(k, y.shape[-1]), dim=-1)
+    rest = y.scatter_(1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    whole = torch.logaddexp(values.logsumexp(-1, keepdim=True), rest)
+    return TopK(ids, values - whole, (rest - whole)[:, 0])
+
+
+class ForwardKL:
+    """KL(p || q) = sum p (y_t - y_s) - lse(y_t) + lse(y_s); gradient q - p."""
+
+    def __init__(self, y_s: torch.Tensor, y_t: torch.Tensor, p: torch.Tensor, lse_t: torch.Tensor) -> None:
+        self._p, self._lse_t = p, lse_t
+        self._cross = y_t.sub_(y_s).mul_(p).sum(-1, keepdim=True)
+
+    def value(self, q: torch.Tensor, lse_s: torch.Tensor) -> torch.Tensor:
+        """[R, 1]."""
+        return self._cross - self._lse_t + lse_s
+
+    def gradient(self, q: torch.Tensor) -> torch.Tensor:
+        """[R, V], in p's buffer."""
+        return torch.sub(q, self._p, out=self._p)
+
+
+class ReverseKL:
+    """KL(q || p) = E - lse(y_s) + lse(y_t) with E = sum q (y_s - y_t); gradient q (y_s - y_t - E)."""
+
+    def __init__(self, y_s: torch.Tensor, y_t: torch.Tensor, p: torch.Tensor, lse_t: torch.Tensor) -> None:
+        self._work, self._lse_t = p, lse_t
+        self._apart = y_t.sub_(y_s).neg_()
+
+    def value(self, q: torch.Tensor, lse_s: torch.Tensor) -> torch.Tensor:
+        """[R, 1]."""
+        self._mean = torch.mul(q, self._apart, out=self._work).sum(-1, keepdim=True)
+        return self._mean - lse_s + self._lse_t
+
+    def gradient(self, q: torch.Tensor) -> torch.Tensor:
+        """[R, V], in p's buffer."""
+        return torch.sub(self._apart, self._mean, out=self._work).mul_(q)
+
+
+class JensenShannon:
+    """(KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2; gradient q (log(q / m) - KL(q || m)) / 2.
+
+    log_q: a buffer [R, V] of its own, for y_s becomes q.
+    """
+
+    def __init__(
+        self, y_s: torch.Tensor, y_t: torch.Tensor, p: torch.Tensor, lse_t: torch.Tensor, log_q: torch.Tensor
+    ) -> None:
+        self._p, self._log_p, self._log_q = p, y_t.sub_(lse_t), log_q.copy_(y_s)
+
+    def value(self, q: torch.Tensor, lse_s: torch.Tensor) -> torch.Tensor:
+        """[R, 1]."""
+        p, log_p, log_q = self._p, self._log_p, self._log_q.sub_(lse_s)
+        # log m = log p + log((1 + q / p) / 2) from the logarithms: m itself underflows where both are tiny
+        log_m = torch.logaddexp(log_p, log_q).sub_(_LOG_2)
+        kl_p = log_p.sub_(log_m).mul_(p).sum(-1, keepdim=True)
+        torch.mul(log_q.sub_(log_m), q, out=p)
+        self._kl_q = p.sum(-1, keepdim=True)
+        return (kl_p + self._kl_q).mul_(0.5)
+
+    def gradient(self, q: torch.Tensor) -> torch.Tensor:
+        """[R, V], in p's buffer."""
+        return torch.sub(self._log_q, self._kl_q, out=self._p).mul_(q).mul_(0.5)
+
+
+_LOG_2 = 0.6931471805599453
+
+
+class TopKForwardKL:
+    """KL(p || q) over the teacher's top k and one event "any other id", whose probabilities are exact on both sides.
+
+    That is the KL with a teacher whose other ids are as likely to each other as the student has them; gradient
+    q - p on the top k, q (1 - p_rest / q_rest) on the others.
+    """
+
+    def __init__(self, y_s: torch.Tensor, teacher: TopK, out: torch.Tensor) -> None:
+        self._ids, self._out = teacher.ids.long(), out
+        self._log_p, self._log_rest = teacher.log_probs.to(y_s.dtype), teacher.log_rest.to(y_s.dtype)[:, None]
+        self._y = y_s.gather(1, self._ids)
+        self._others = y_s.scatter_(1, self._ids, -torch.inf).logsumexp(-1, keepdim=True)
+        y_s.scatter_(1, self._ids, self._y)
+
+    def value(self, q: torch.Tensor, lse_s: torch.Tensor) -> torch.Tensor:
+        """[R, 1]."""
+        top = (self._log_p.exp() * (self._log_p - self._y + lse_s)).sum(-1, keepdim=True)
+        self._ratio = _log_ratio(self._log_rest, self._others - lse_s)
+        return top + torch.where(self._log_rest.isneginf(), 0.0, self._log_rest.exp() * self._ratio)
+
+    def gradient(self, q: torch.Tensor) -> torch.Tensor:
+        """[R, V], in `out`."""
+        gradient = torch.mul(q, 1.0 - self._ratio.exp(), out=self._out)
+        return gradient.scatter_(1, self._ids, q.gather(1, self._ids) - self._log_p.exp())
+
+
+def _log_ratio(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """log(p / q), -inf where p is 0 (then q may be 0 too)."""
+    return torch.where(log_p.isneginf(), log_p, log_p - log_q)
