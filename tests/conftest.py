@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
+from tests.workers import Workers
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read where a kernel is defined: before anything imports one
-
-from tests.workers import Workers
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

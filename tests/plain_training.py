@@ -19,6 +19,7 @@ from ted_ds.distill.filter_learner import FilterProbe
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.structure import find_structure
 from ted_ds.ops import Head
+from ted_ds.ops.reference import kl_sum, top_k_kl_sum
 from ted_ds.stages.filters import PairPlan, plan_pairs
 from ted_ds.stages.models import Models
 from ted_ds.tasks.causal_lm import LMHead
@@ -71,13 +72,10 @@ def plain_stage2(recipe: Path, *, steps: int) -> tuple[list[dict[str, float]], d
         mask = batch.targets != IGNORED
         z_s, z_t, targets = out_s.logits[mask], out_t.logits[mask], batch.targets[mask]
         pred = F.cross_entropy(z_s, targets)
-        heat = run.loss.temperature
-        kl = heat**2 * F.kl_div(
-            F.log_softmax(z_s / heat, -1),
-            F.log_softmax(z_t / heat, -1),
-            log_target=True,
-            reduction="batchmean",
-        )
+        if run.loss.kl_top_k:
+            kl = top_k_kl_sum(z_s, z_t, targets, run.loss.temperature, run.loss.kl_top_k) / len(targets)
+        else:
+            kl = kl_sum(z_s, z_t, targets, run.loss.temperature, run.loss.divergence) / len(targets)
         each = [F.mse_loss(s, t) / q for s, t, q in zip(states_s, states_t, squares, strict=True)]
         layer = torch.stack(each).mean() if each else torch.zeros(())
         loss = pred + run.loss.kl_alpha * kl + run.loss.mse_alpha * layer

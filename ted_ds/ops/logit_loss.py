@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ted_ds.ops.dispatch import has_kernel
 from ted_ds.ops.divergence import Divergence, TopK, top_k_of
 from ted_ds.ops.logit_rows import (
     Form,
@@ -335,11 +336,6 @@ def _run_chunks(
         gradients.add_chunk(rows, x_s, hidden[rows], head_s.weight, counts)
     pred_sum, kl_sum = sums.unbind()
     return pred_sum.clone(), kl_sum.clone()
-
-
-def has_kernel(x: torch.Tensor) -> bool:
-    """Whether Triton kernels serve this tensor: on CUDA, but for float64, which they would round."""
-    return x.is_cuda and x.dtype != torch.float64
 
 
 def _in_one_kernel(*between: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,7 +11,7 @@ from torch import nn
 from ted_ds.batch import Batch, BatchCounts
 from ted_ds.models.filters import Filter
 from ted_ds.models.readout import Readout
-from ted_ds.ops import Head
+from ted_ds.ops import Divergence, Head, ResidualDtype
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class LossWeights:
 
     kl_alpha, mse_alpha: 0 leaves the term, and whatever serves it alone, out.
     temperature: T of the KL term, which carries the factor T^2.
+    divergence, top_k: see `linear_cross_entropy_kl`; of causal LMs alone. residual_dtype: see `linear_squared_error`.
     mask_padding: False counts padding positions in the layer loss and in a question's positions, as the
         paper's code does.
     """
@@ -28,6 +29,9 @@ class LossWeights:
     mse_alpha: float
     temperature: float = 2.0
     mask_padding: bool = True
+    divergence: Divergence = "forward"
+    top_k: int | None = None
+    residual_dtype: ResidualDtype = "same"
 
 
 class Reading(NamedTuple):

@@ -12,7 +12,7 @@ from ted_ds.batch import Batch, BatchCounts, on_device
 from ted_ds.models.filters import Filter, fresh_linear
 from ted_ds.models.readout import LogitHead
 from ted_ds.models.structure import find_structure
-from ted_ds.ops import Head, linear_cross_entropy_kl, token_scores
+from ted_ds.ops import Head, TopK, linear_cross_entropy_kl, token_scores
 from ted_ds.tasks.base import LossWeights, Reading, TaskLosses
 
 
@@ -33,18 +33,23 @@ class CausalLM:
     def losses(
         self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, weights: LossWeights
     ) -> TaskLosses:
-        """CE and KL from hidden states and LM heads, in chunks of tokens."""
+        """CE and KL from hidden states and LM heads, in chunks of tokens; a recorded teacher may give a `TopK`."""
         assert student.head is not None
+        output_t: Any = None if teacher is None else teacher.output
+        recorded = isinstance(output_t, TopK)
+        hidden_t = None if teacher is None or recorded else output_t.flatten(0, -2)
         targets = counts.targets.clamp_min(1).to(torch.promote_types(student.output.dtype, torch.float32))
         total, pred_sum, kl_sum = linear_cross_entropy_kl(
             student.output.flatten(0, -2),
             student.head,
             batch.targets.flatten(),
-            None if teacher is None else teacher.output.flatten(0, -2),
+            hidden_t,
             None if teacher is None else teacher.head,
             pred_scale=1.0 / targets,
             kl_scale=weights.kl_alpha / targets,
             temperature=weights.temperature,
+            divergence=weights.divergence,
+            top_k=output_t if recorded else weights.top_k,
             vocab_size=self.vocab_size,
         )
         return TaskLosses(total, pred_sum / targets, kl_sum / targets)

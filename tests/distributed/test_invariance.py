@@ -49,6 +49,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "lwd": {"method": "lwd"},
     "kd": {"method": "kd", "loss__temperature": 3.0, "loss__kl_alpha": 0.7},
+    "reverse KL": {"method": "kd", "loss__divergence": "reverse"},
+    "top 5 of the teacher": {"method": "kd", "loss__kl_top_k": 5},
     "ce": {"method": "ce"},
 }
 

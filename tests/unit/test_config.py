@@ -279,6 +279,10 @@ def test_a_task_brings_its_columns_and_a_recipe_may_have_its_own(write):
             {"data": {"train": ["a"], "tokenizer": "t", "extra_validation": {"train": ["b"]}}},
             "data.extra_validation: the name 'train' is taken",
         ),
+        (
+            {"loss": {"kl_top_k": 64, "divergence": "reverse"}},
+            "loss.kl_top_k (64) is for the forward KL, loss.divergence is reverse: remove one of them",
+        ),
         ({"train": {"steps": 5, "epochs": 2}}, "train.steps (5) and train.epochs (2) exclude each other"),
         ({"filters": {"steps": 5, "epochs": 0.5}}, "filters.steps (5) and filters.epochs (0.5) exclude each other"),
         ({"student": {"init_from_pretrained": True}}, "student.init_from_pretrained needs student.pretrained"),
