@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from transformers import masking_utils
 
 from ted_ds.batch import Batch
 from ted_ds.models.structure import LMStructure
@@ -37,17 +39,40 @@ class LogitHead(Readout):
         self.bias = structure.lm_head.bias
         self._softcap, self._scale = structure.logit_softcap, structure.logit_scale
         self._backbone = (structure.backbone,)  # a tuple: it belongs to the model
+        backbone: Any = structure.backbone
+        # GPT-2 reads ids back to warn of padding without a mask; a causal LM's rows have none
+        backbone.warn_if_padding_and_no_attention_mask = _no_warning
 
     def read(self, batch: Batch) -> torch.Tensor:
         """[B, S, D] hidden states after the final norm, without logits and without a key-value cache."""
-        output = self._backbone[0](
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, return_dict=True
-        )
+        with _no_packed_positions():
+            output = self._backbone[0](
+                input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, return_dict=True
+            )
         return output.last_hidden_state
 
     def forward(self, output: torch.Tensor, *, use: Callable[[torch.Tensor, Head], T]) -> T:
         """`use(output, head)` with `head.weight` [V, D] whole; output: of `read`."""
         return use(output, Head(self.weight, self.bias, softcap=self._softcap, scale=self._scale))
+
+
+def _no_warning(*arguments: Any) -> None:
+    pass
+
+
+@contextmanager
+def _no_packed_positions() -> Iterator[None]:
+    """Spares a wait for the device in every forward.
+
+    Without a mask transformers reads back whether position ids start anew within a row; they never do here, the model
+    makes them itself.
+    """
+    search = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = search
 
 
 class TaskReadout(Readout):

@@ -278,3 +278,32 @@ def test_the_teachers_forward_ends_where_nothing_after_it_is_needed() -> None:
     assert ran == [0, 1, 2, 0, 1, 2, 3]
     assert relative(terms[0.0][3:], terms[1.0][3:]) < 1e-12
     assert not any(name.startswith("_") for name, _ in model.named_modules()), "the teacher is no part of the student"
+
+
+class Reads(TorchDispatchMode):
+    """Operations that on CUDA make the host wait for the device: values or shapes are read back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_micro_batch_reads_nothing_back(family: str) -> None:
+    batch = a_batch()
+    model, frozen = build(LossWeights(0.7, 3.0), family=family)
+    norm, head = resident_readout(frozen.module.model, torch.device("cpu"))
+    head_ = LMHead(norm, head, vocab_size=VOCAB, token_fraction=0.5)
+    learner = FilterLearner(FilterPlan((1,), 24, 8).build().double(), frozen, (1,), head_)
+    counts = BatchCounts.of(batch)
+    with Reads() as reads:
+        for module, inputs in ((model, {}), (learner, {"step": 0})):
+            loss, _ = module(batch=batch, counts=counts, **inputs)
+            loss.backward()
+    assert reads.seen == []
