@@ -18,6 +18,7 @@ import torch
 from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
+from ted_ds.batch import on_device
 from ted_ds.errors import TedError
 
 T = TypeVar("T")
@@ -45,13 +46,13 @@ class World:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over all ranks, on every rank; a collective."""
-        total = values.to(self.device, copy=True)
+        total = self._own_copy(values)
         torch.distributed.all_reduce(total)
         return total
 
     def min(self, values: torch.Tensor) -> torch.Tensor:
         """The elementwise minimum over all ranks, on every rank; a collective."""
-        least = values.to(self.device, copy=True)
+        least = self._own_copy(values)
         torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
         return least
 
@@ -60,6 +61,10 @@ class World:
         parts = [torch.empty_like(values) for _ in range(self.size)]
         torch.distributed.all_gather(parts, values.contiguous())
         return torch.cat(parts)
+
+    def _own_copy(self, values: torch.Tensor) -> torch.Tensor:
+        moved = on_device(values, self.device)
+        return moved.clone() if moved is values else moved
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Rank 0's result (small, picklable) of `work` on every rank, or its error; a collective.
