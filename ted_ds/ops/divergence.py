@@ -105,29 +105,38 @@ _LOG_2 = 0.6931471805599453
 class TopKForwardKL:
     """KL(p || q) over the teacher's top k and one event "any other id", whose probabilities are exact on both sides.
 
-    That is the KL with a teacher whose other ids are as likely to each other as the student has them; gradient
-    q - p on the top k, q (1 - p_rest / q_rest) on the others.
+    It is the KL with a teacher to whom the other ids are as likely, relative to each other, as to the student: that
+    is p, and the gradient q - p.
     """
 
-    def __init__(self, y_s: torch.Tensor, teacher: TopK, out: torch.Tensor) -> None:
-        self._ids, self._out = teacher.ids.long(), out
-        self._log_p, self._log_rest = teacher.log_probs.to(y_s.dtype), teacher.log_rest.to(y_s.dtype)[:, None]
-        self._y = y_s.gather(1, self._ids)
-        self._others = y_s.scatter_(1, self._ids, -torch.inf).logsumexp(-1, keepdim=True)
-        y_s.scatter_(1, self._ids, self._y)
+    def __init__(self, y_s: torch.Tensor, teacher: TopK, p: torch.Tensor) -> None:
+        ids = teacher.ids.long()
+        self._p = p
+        self._log_top, self._log_rest = teacher.log_probs.to(y_s.dtype), teacher.log_rest.to(y_s.dtype)[:, None]
+        self._y_top = y_s.gather(1, ids)
+        if ids.shape[1] < y_s.shape[1]:
+            self._lse_others = softmax_into(p, y_s.scatter_(1, ids, -torch.inf))
+            y_s.scatter_(1, ids, self._y_top)
+        else:
+            self._lse_others = torch.zeros_like(self._log_rest)  # of no ids; the teacher gives them nothing
+        p.mul_(self._log_rest.exp()).scatter_(1, ids, self._log_top.exp())
 
     def value(self, q: torch.Tensor, lse_s: torch.Tensor) -> torch.Tensor:
         """[R, 1]."""
-        top = (self._log_p.exp() * (self._log_p - self._y + lse_s)).sum(-1, keepdim=True)
-        self._ratio = _log_ratio(self._log_rest, self._others - lse_s)
-        return top + torch.where(self._log_rest.isneginf(), 0.0, self._log_rest.exp() * self._ratio)
+        top = (self._log_top.exp() * (self._log_top - self._y_top + lse_s)).sum(-1, keepdim=True)
+        rest = self._log_rest.exp() * (self._log_rest - self._lse_others + lse_s)
+        return top + torch.where(self._log_rest.isneginf(), 0.0, rest)
 
     def gradient(self, q: torch.Tensor) -> torch.Tensor:
-        """[R, V], in `out`."""
-        gradient = torch.mul(q, 1.0 - self._ratio.exp(), out=self._out)
-        return gradient.scatter_(1, self._ids, q.gather(1, self._ids) - self._log_p.exp())
+        """[R, V], in p's buffer."""
+        return torch.sub(q, self._p, out=self._p)
 
 
-def _log_ratio(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    """log(p / q), -inf where p is 0 (then q may be 0 too)."""
-    return torch.where(log_p.isneginf(), log_p, log_p - log_q)
+def softmax_into(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """softmax(y) into `out` (may be y); returns log-sum-exp(y) [R, 1].
+
+    The largest probability is 1 / sum exp(y - max), so two maxima give the log-sum-exp without an exp.
+    """
+    largest = y.amax(-1, keepdim=True)
+    torch.softmax(y, -1, out=out)
+    return largest - out.amax(-1, keepdim=True).log_()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ted_ds.batch import IGNORED
-from ted_ds.ops.divergence import Divergence, ForwardKL, JensenShannon, ReverseKL, TopK, TopKForwardKL
+from ted_ds.ops.divergence import Divergence, ForwardKL, JensenShannon, ReverseKL, TopK, TopKForwardKL, softmax_into
 
 _CACHE_BYTES_PER_THREAD = 2 << 20
 """Level-2 cache that one thread may fill; server cores have 1 to 2 MiB, and misses cost little below that."""
@@ -135,20 +135,10 @@ def scaled_logits(x: torch.Tensor, form: Form, scratch: Scratch, name: str) -> t
     return scratch.get(name, len(x)).copy_(x.tanh_()).mul_(form.capped_factor)
 
 
-def _softmax_(y: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """softmax(y) into `out` (may be y); returns log-sum-exp(y) [R, 1].
-
-    The largest probability is 1 / sum exp(y - max), so two maxima give the log-sum-exp without an exp.
-    """
-    largest = y.amax(-1, keepdim=True)
-    torch.softmax(y, -1, out=out)
-    return largest - out.amax(-1, keepdim=True).log_()
-
-
 def _cross_entropy_of(y: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """CE [R] of logits y, which become softmax(y)."""
     y_target = y.gather(1, target)
-    return (_softmax_(y, y) - y_target)[:, 0]
+    return (softmax_into(y, y) - y_target)[:, 0]
 
 
 def _cross_entropy(
@@ -185,13 +175,13 @@ def _cross_entropy_kl(
     distance = _divergence(y_s, teacher, forms[1], divergence, scratch)
     y_target = y_s.gather(1, target)
     if temperature == 2.0:
-        lse_s = _softmax_(y_s, y_s)
+        lse_s = softmax_into(y_s, y_s)
         sum_q2 = torch.linalg.vector_norm(y_s, dim=-1, keepdim=True).square_()
         ce = sum_q2.log() + 2.0 * (lse_s - y_target)
     else:
         z = torch.mul(y_s, temperature, out=work)
         ce = _cross_entropy_of(z, target)[:, None]
-        lse_s = _softmax_(y_s, y_s)
+        lse_s = softmax_into(y_s, y_s)
     q = y_s
     kl = temperature**2 * distance.value(q, lse_s)
 
@@ -215,7 +205,7 @@ def _divergence(
     if isinstance(teacher, TopK):
         return TopKForwardKL(y_s, teacher, p)
     y_t = scaled_logits(teacher, form, scratch, "teacher")
-    lse_t = _softmax_(y_t, p)
+    lse_t = softmax_into(p, y_t)
     if divergence == "jensen-shannon":
         return JensenShannon(y_s, y_t, p, lse_t, scratch.get("log_q", len(y_s)))
     return (ForwardKL if divergence == "forward" else ReverseKL)(y_s, y_t, p, lse_t)
