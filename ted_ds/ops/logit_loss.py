@@ -116,7 +116,8 @@ def linear_cross_entropy_kl(
         temperature=float(temperature) if taught else 1.0,
         divergence=divergence,
         vocab=vocab,
-        chunk_tokens=chunk_tokens or default_chunk_tokens(len(like), vocab, like, head_t is not None),
+        chunk_tokens=chunk_tokens
+        or default_chunk_tokens(len(like), vocab, like, sides=1 + (head_t is not None), widened=isinstance(top_k, int)),
         with_gradient=torch.is_grad_enabled(),
     )
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -141,7 +142,7 @@ def teacher_top_k(
     """
     vocab = _common_vocab(head_t, None, vocab_size)
     hidden = hidden_t.to(head_t.weight.dtype)
-    chunk = chunk_tokens or default_chunk_tokens(len(hidden), vocab, hidden, False)
+    chunk = chunk_tokens or default_chunk_tokens(len(hidden), vocab, hidden, sides=1, widened=True)
     form = Form.of(head_t.softcap, head_t.scale, float(temperature))
     logits = hidden.new_empty(min(chunk, len(hidden)), vocab)
     found = [_top_k(_gemm_logits(hidden[rows], head_t, form, logits), form, k) for rows in _chunks(len(hidden), chunk)]
@@ -170,7 +171,7 @@ def token_scores(
     """
     vocab = _common_vocab(head, None, vocab_size)
     hidden = hidden.to(head.weight.dtype)
-    chunk = chunk_tokens or default_chunk_tokens(len(hidden), vocab, hidden, False)
+    chunk = chunk_tokens or default_chunk_tokens(len(hidden), vocab, hidden, sides=1, widened=True)
     form = Form.of(head.softcap, head.scale, 1.0)
     logits = hidden.new_empty(min(chunk, len(hidden)), vocab)
     scratch = Scratch(block_rows(len(logits), vocab, hidden.device), vocab, hidden)
@@ -184,13 +185,14 @@ def token_scores(
     return torch.cat(nll), torch.cat(greedy)
 
 
-def default_chunk_tokens(tokens: int, vocab: int, like: torch.Tensor, with_teacher: bool) -> int:
+def default_chunk_tokens(tokens: int, vocab: int, like: torch.Tensor, *, sides: int, widened: bool = False) -> int:
     """Equal chunks, at least two, as few as the bytes of a chunk allow.
 
-    Buffers are the GEMMs' outputs. On CUDA a chunk has at least two rows for each multiprocessor, which the kernel
-    works on at a time, and is a multiple of `_GEMM_TILE`.
+    sides: GEMM outputs of a chunk. widened: whether torch, not the kernel, works on a side; off the CPU, where a chunk
+    is no row block, it takes one of them again in float32. On CUDA a chunk has at least two rows for each
+    multiprocessor, which the kernel works on at a time, and is a multiple of `_GEMM_TILE`.
     """
-    row_bytes = vocab * like.element_size() * (1 + with_teacher)
+    row_bytes = vocab * (like.element_size() * sides + 4 * (widened and like.is_cuda))
     limit, least, tile = _CPU_CHUNK_BYTES, _MIN_CHUNK_TOKENS, 1
     if like.is_cuda:
         device = torch.cuda.get_device_properties(like.device)
