@@ -11,7 +11,7 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts `peak_memory_gib` anew."""
+    """Starts the peaks anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -25,3 +25,8 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     lines = STATUS.read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**20  # KiB
+
+
+def peak_reserved_gib(device: torch.device) -> float:
+    """Peak since `reset_peak` of what torch's allocator held on CUDA, unused parts of its blocks included."""
+    return torch.cuda.max_memory_reserved(device) / 2**30

@@ -60,11 +60,16 @@ class Recorder:
             self._bar.update()
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, one point in every TensorBoard curve; `metrics` has `step`."""
+        """One line of metrics.jsonl, one point in every TensorBoard curve; `metrics` has `step`.
+
+        Of a field that is a dict, every part has a curve: `phase_ms/data`.
+        """
         if not self._enabled:
             return
         self._metrics.write(json.dumps(metrics) + "\n")
-        scalars = {key: value for key, value in metrics.items() if isinstance(value, float)}
+        parts = {key: value for key, value in metrics.items() if isinstance(value, dict)}
+        flat = metrics | {f"{key}/{name}": value for key, part in parts.items() for name, value in part.items()}
+        scalars = {key: value for key, value in flat.items() if isinstance(value, float)}
         if self._board is not None:
             for key, value in scalars.items():
                 self._board.add_scalar(key, value, metrics["step"])

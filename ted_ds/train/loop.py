@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -12,8 +11,9 @@ import torch
 from ted_ds.batch import Batch
 from ted_ds.distributed import World
 from ted_ds.errors import TrainingError
-from ted_ds.telemetry.memory import peak_memory_gib, reset_peak
+from ted_ds.telemetry.meters import Meters
 from ted_ds.telemetry.recorder import Recorder
+from ted_ds.telemetry.timeline import phase
 from ted_ds.train.step import train_step
 
 NEVER = torch.iinfo(torch.int64).max
@@ -75,6 +75,7 @@ def run_steps(
     evaluate: tuple[int, Callable[[int], dict[str, float]]] = (0, lambda step: {}),
     save: tuple[int, Callable[[int], None]] = (0, lambda step: None),
     step_inputs: Callable[[int], dict[str, Any]] = lambda step: {},
+    meters: Meters | None = None,
 ) -> dict[str, Any]:
     """Trains from step `start` (0-based, steps already done) to `steps`; returns the last record.
 
@@ -82,49 +83,45 @@ def run_steps(
     evaluate, save: (every, call): after every `every` steps and the last one, `call(steps done)` on every
     rank; what `evaluate` returns is recorded, and everything is recorded before it is saved.
     seed: with the step and the rank it decides what dropout draws, so that a resumed run draws the same.
+    meters: what is measured and recorded beside the losses; None: all that needs no count of FLOPs.
     Raises TrainingError where a loss or a gradient is not finite, at the latest when it would be logged
     or saved.
     """
+    meters = meters or Meters(world)
     guard = FiniteGuard(names, world.device)
     record: dict[str, Any] = {}
     engine.train()  # loaded models come in eval mode: without dropout, and without activation checkpointing
-    reset_peak(world.device)
     skipped_before, skipped_at = engine.skipped_steps, None
-    tokens = tokens_last = sum(rows.tokens(step) for step in range(start))
-    since, last = time.perf_counter(), start
-    for step in range(start, steps):
-        torch.manual_seed(int(np.random.SeedSequence([seed, step, world.rank]).generate_state(1)[0]))
-        learning_rate = float(engine.get_lr()[0])
-        terms = train_step(engine, rows.micro_batches(step), world, **step_inputs(step))
-        done = step + 1
-        tokens += rows.tokens(step)
-        guard.watch(terms, done)
-        if skipped_at is None and engine.skipped_steps > skipped_before:
-            skipped_at = done
-        recorder.advance()
-        evaluates, saves, logs = (_due(done, every, steps) for every in (evaluate[0], save[0], log_every))
-        if not (evaluates or saves or logs):
-            continue
-        values = world.sum(terms).tolist()
-        guard.check(world, skipped_at)
-        seconds = (time.perf_counter() - since) / (done - last)
-        record = {"step": done, "tokens": tokens, **dict(zip(names, values, strict=False))}
-        if len(values) > len(names):
-            record["layer_losses"] = values[len(names) :]
-        record |= {
-            "lr": learning_rate,
-            "grad_norm": _grad_norm(engine),
-            "step_ms": 1000 * seconds,
-            "tokens_per_second": (tokens - tokens_last) / (seconds * (done - last)),
-            "mfu": None,
-            "peak_memory_gib": _highest(peak_memory_gib(world.device), world),
-        }
-        if evaluates:
-            record |= evaluate[1](done)
-        recorder.log(record)
-        if saves:
-            save[1](done)
-        since, last, tokens_last = time.perf_counter(), done, tokens
+    tokens = sum(rows.tokens(step) for step in range(start))
+    with meters.running():
+        for step in range(start, steps):
+            torch.manual_seed(int(np.random.SeedSequence([seed, step, world.rank]).generate_state(1)[0]))
+            learning_rate = float(engine.get_lr()[0])
+            with phase("data"):
+                batches = rows.micro_batches(step)
+            terms = train_step(engine, batches, world, **step_inputs(step))
+            done = step + 1
+            tokens += rows.tokens(step)
+            meters.add_step(batches, rows.tokens(step))
+            guard.watch(terms, done)
+            if skipped_at is None and engine.skipped_steps > skipped_before:
+                skipped_at = done
+            recorder.advance()
+            evaluates, saves, logs = (_due(done, every, steps) for every in (evaluate[0], save[0], log_every))
+            if not (evaluates or saves or logs):
+                continue
+            values = world.sum(terms).tolist()
+            guard.check(world, skipped_at)
+            record = {"step": done, "tokens": tokens, **dict(zip(names, values, strict=False))}
+            if len(values) > len(names):
+                record["layer_losses"] = values[len(names) :]
+            record |= {"lr": learning_rate, "grad_norm": _grad_norm(engine), **meters.read()}
+            if evaluates:
+                record |= evaluate[1](done)
+            recorder.log(record)
+            if saves:
+                save[1](done)
+            meters.restart()
     return record
 
 
@@ -132,11 +129,6 @@ def _grad_norm(engine: Any) -> float | None:
     """The last step's global gradient norm before clipping; None under ZeRO-0 in float32, where DeepSpeed has none."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
-
-
-def _highest(value: float, world: World) -> float:
-    """The highest `value` of any rank; a collective."""
-    return -float(world.min(torch.tensor(-value, dtype=torch.float64)))
 
 
 def _due(done: int, every: int, steps: int) -> bool:

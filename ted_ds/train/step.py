@@ -9,6 +9,7 @@ import torch
 
 from ted_ds.batch import Batch, BatchCounts
 from ted_ds.distributed import World
+from ted_ds.telemetry.timeline import phase
 
 
 def global_counts(batches: Sequence[Batch], world: World) -> BatchCounts:
@@ -24,13 +25,19 @@ def train_step(engine: Any, batches: Sequence[Batch], world: World, **inputs: An
 
     engine: a DeepSpeed engine whose module returns (loss, terms) for `batch`, `counts` and `inputs`.
     """
-    counts = global_counts(batches, world)
+    with phase("data"):
+        counts = global_counts(batches, world)
     total: torch.Tensor | float = 0.0
     for batch in batches:
-        loss, terms = engine(batch=batch.to(world.device), counts=counts, **inputs)
-        # DeepSpeed averages over ranks and, unless told, micro-batches; our terms are global means already
-        engine.backward(loss * world.size, scale_wrt_gas=False)
-        engine.step()
+        with phase("data"):
+            moved = batch.to(world.device)
+        with phase("student_forward"):  # the module marks what is none of it
+            loss, terms = engine(batch=moved, counts=counts, **inputs)
+        with phase("backward"):
+            # DeepSpeed averages over ranks and, unless told, micro-batches; our terms are global means already
+            engine.backward(loss * world.size, scale_wrt_gas=False)
+        with phase("step"):
+            engine.step()
         total = total + terms
     assert isinstance(total, torch.Tensor)
     return total

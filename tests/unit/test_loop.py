@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +10,10 @@ import torch
 
 from ted_ds.batch import Batch
 from ted_ds.errors import TrainingError
+from ted_ds.telemetry.flops import BatchFlops
+from ted_ds.telemetry.meters import Meters
+from ted_ds.telemetry.nvml import GpuCounters
+from ted_ds.telemetry.recorder import Recorder, read_metrics
 from ted_ds.train.loop import run_steps
 
 NAMES = ("loss", "pred_loss")
@@ -106,3 +112,132 @@ def test_the_first_step_that_was_not_finite_is_named_before_anything_is_saved(ba
 def test_a_step_that_deepspeed_skipped_is_named_though_losses_are_finite() -> None:
     with pytest.raises(TrainingError, match="gradients not finite at step 2;"):
         run(Engine([3.0, 2.0, 1.0, 0.5], skips=2), log=4)
+
+
+class Timed(Engine):
+    """Every part of a step moves the clock, and so do evaluation and saving."""
+
+    now = 100.0
+
+    def __call__(self, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.now += 0.020
+        return super().__call__()
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        self.now += 0.003
+        return super().micro_batches(step)
+
+    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
+        self.now += 0.040
+
+    def step(self) -> None:
+        self.now += 0.007
+        super().step()
+
+    def aside(self, step: int) -> dict[str, float]:
+        self.now += 1000.0
+        return {}
+
+
+def test_a_line_says_where_the_time_of_its_steps_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two lines, of 2 steps and of 1; what evaluation and saving take is no step's."""
+    engine = Timed([3.0, 2.0, 1.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: engine.now)
+    meters = Meters(Alone(), BatchFlops(lambda length: 1.4e9 * length, torch.bfloat16))
+    run_steps(
+        engine,
+        engine,
+        Alone(),
+        engine,
+        names=NAMES,
+        start=0,
+        steps=3,
+        log_every=2,
+        seed=0,
+        evaluate=(2, engine.aside),
+        save=(2, engine.aside),
+        meters=meters,
+    )
+    phases = {"data": 3, "student_forward": 20, "teacher_forward": 0, "loss": 0, "backward": 40, "step": 7}
+    records = [event[1] for event in engine.events if event[0] == "log"]
+    assert [record["step"] for record in records] == [2, 3]
+    for record in records:
+        assert record["phase_ms"] == pytest.approx(phases)
+        assert record["step_ms"] == pytest.approx(70)
+        assert record["tokens_per_second"] == pytest.approx(2 / 0.070)
+        assert record["model_tflops"] == pytest.approx(2 * 1.4e9 / 0.070 / 1e12)
+        assert record["mfu"] is None and record["peak_memory_gib"] > 0
+        assert not [name for name in record if name.startswith(("gpu_", "peak_reserved", "joules"))]
+
+
+def test_without_a_count_of_flops_there_is_no_mfu() -> None:
+    last = run(Engine([3.0]))
+    assert last["model_tflops"] is None and last["mfu"] is None
+
+
+class Two(Alone):
+    """The first of two ranks with a GPU each, and what the second has."""
+
+    size, device = 2, torch.device("cuda")
+
+    def __init__(self, reserved: float, counters: list[float]) -> None:
+        self.reserved, self.counters = reserved, torch.tensor(counters)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        assert values.shape == (2, 4) and not values[1].any()
+        return torch.stack([values[0], self.counters.double()])
+
+    def min(self, values: torch.Tensor) -> torch.Tensor:
+        return torch.minimum(values, torch.tensor([-1.0, -self.reserved]).double())
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = iter([[40.0, 0.0, 90.0, 5000.0], [41.0, 95.0, 650.0, 5700.0]])
+    monkeypatch.setattr(GpuCounters, "__init__", lambda self, device: None)
+    monkeypatch.setattr(GpuCounters, "sample", lambda self: next(samples))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 << 30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 4 << 30)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize(
+    ("dtype", "share"),
+    [pytest.param(torch.bfloat16, 0.5, id="bfloat16"), pytest.param(torch.float32, None, id="float32")],
+)
+def test_gpus_of_two_ranks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, share: float | None) -> None:
+    world = Two(reserved=5.0, counters=[60.0, 75.0, 600.0, 300.0])
+    now = iter([10.0, 12.0])
+    meters = Meters(world, BatchFlops(lambda length: 989.4e12, dtype))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(now))
+    with meters.running():
+        meters.add_step([Batch(torch.zeros(1, 2), torch.zeros(1, 2))], tokens=4000)
+        measured = meters.read()
+    assert measured.pop("phase_ms").keys() == {"data", "student_forward", "teacher_forward", "loss", "backward", "step"}
+    assert measured == {
+        "step_ms": 2000.0,
+        "tokens_per_second": 2000.0,
+        "model_tflops": pytest.approx(989.4 / 2),
+        "mfu": share,
+        "peak_memory_gib": 3.0,
+        "peak_reserved_gib": 5.0,
+        "gpu_memory_gib": 60.0,
+        "gpu_utilization_percent": 85.0,
+        "gpu_power_w": 1250.0,
+        "joules_per_million_tokens": (700 + 300) * 250,
+    }
+
+
+def test_the_parts_of_a_field_have_curves(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"title": "", "steps": 3, "start_step": 0, "tensorboard": True, "enabled": True}
+    with Recorder(tmp_path, **options) as recorder:
+        recorder.log({"step": 3, "mfu": None, "loss": 2.0, "phase_ms": {"data": 1.5, "loss": 4.0}})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["loss", "phase_ms/data", "phase_ms/loss"]
+    (point,) = events.Scalars("phase_ms/data")
+    assert (point.step, point.value) == (3, 1.5)
+    assert read_metrics(tmp_path)[0]["phase_ms"] == {"data": 1.5, "loss": 4.0}
