@@ -19,6 +19,7 @@ setup(
         "accelerate>=1.1",  # transformers needs it to load straight into ZeRO-3 shards
         "datasets",
         "deepspeed>=0.19.8",  # frozen parameters beside checkpointed blocks need 0.19.4
+        "filelock",
         "fsspec",
         "matplotlib",
         "ninja",  # DeepSpeed compiles an op at the first start

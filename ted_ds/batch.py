@@ -22,7 +22,7 @@ class Batch:
     token_type_ids: [B, S] int64, 0 in the first text and 1 in the second, or None.
     ends: question answering alone, [B] int64: the position of the answer's last token. A position beyond the
         sequence is not predicted.
-    rows: [B] int64, when scoring: the number of each row within its split, -1 for a filler.
+    rows: [B] int64: the number of each row within its split, -1 for a filler; on the CPU, whatever the device.
     """
 
     input_ids: torch.Tensor
@@ -33,8 +33,8 @@ class Batch:
     rows: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; the copy does not block the host."""
-        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        """The same batch on `device`, all but `rows`, which the host reads; the copy does not block the host."""
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rows"}
         return replace(self, **{name: on_device(t, device) for name, t in given.items() if t is not None})
 
 

@@ -111,6 +111,11 @@ class TeacherConfig(Section):
     sharding: Sharding = Field(default="zero3", description="zero3: one copy over all ranks; replicated: a copy a rank")
     dtype: Dtype = "bfloat16"
     deepspeed: Path = Field(default=Path("ds_configs/teacher_zero3.json"), description="used by sharding zero3")
+    cache: Path | None = Field(
+        default=None,
+        description="folder of what Stage II needs of the teacher, recorded once if it is not there, and read in the "
+        "teacher's place",
+    )
     trust_remote_code: bool = False
 
 
@@ -227,15 +232,36 @@ class LossConfig(Section):
     kl_alpha: LossWeight = Field(default=None, validate_default=True, description="null: by method, see LOSS_WEIGHTS")
     mse_alpha: LossWeight = Field(default=None, validate_default=True, description="null: by method, see LOSS_WEIGHTS")
     temperature: PositiveFloat = Field(default=2.0, description="T of T^2 KL(softmax(z_t / T) || softmax(z_s / T))")
+    divergence: Literal["forward", "reverse", "jensen-shannon"] = Field(
+        default="forward",
+        description="of the teacher's and the student's distributions; forward: KL(teacher || student)",
+    )
+    kl_top_k: PositiveInt | None = Field(
+        default=None,
+        description="the KL over the teacher's k likeliest ids and all others as one; null: over the whole vocabulary",
+    )
     layer_loss: Literal["normalized_mse", "mse"] = Field(
         default="normalized_mse",
         description="MSE over the mean square of the teacher's side, or the paper's raw MSE",
+    )
+    residual_dtype: Literal["same", "bfloat16", "float8"] = Field(
+        default="same",
+        description="in which a pair's residual [tokens, F] waits for backward: as computed, or rounded to save memory",
     )
     mask_padding: bool = Field(
         default=True,
         description="false: padding positions count in the layer loss and in a question's distributions, and "
         "DeBERTa's padding has a context of zeros, all as in the paper's code",
     )
+
+    @model_validator(mode="after")
+    def _top_k_is_forward(self) -> Self:
+        if self.kl_top_k is not None and self.divergence != "forward":
+            raise ValueError(
+                f"loss.kl_top_k ({self.kl_top_k}) is for the forward KL, loss.divergence is {self.divergence}: "
+                "remove one of them"
+            )
+        return self
 
 
 class HubDataset(Section):
@@ -339,7 +365,10 @@ LABELLED_ALONE = (
 )
 """Keys that a causal LM has no use for."""
 
-LM_ALONE = ("filters.token_fraction", "data.text_column", "data.processes")
+LM_ALONE = (
+    *("filters.token_fraction", "data.text_column", "data.processes"),
+    *("loss.divergence", "loss.kl_top_k"),
+)
 """Keys that labelled data has no use for."""
 
 
@@ -411,6 +440,16 @@ class RunConfig(Section):
         for name in needed:
             if getattr(self.data, name) is None:
                 raise ValueError(f"task: {self.task} needs data.{name}: name them")
+        return self
+
+    @model_validator(mode="after")
+    def _padding_is_not_cached(self) -> Self:
+        questions = self.loss.kl_alpha and self.spec.kind == "question-answering"
+        counted = not self.loss.mask_padding and (self.loss.mse_alpha or questions)
+        if self.teacher is not None and self.teacher.cache is not None and counted:
+            raise ValueError(
+                "teacher.cache holds real tokens alone, but loss.mask_padding: false counts padding: remove one of them"
+            )
         return self
 
     @property

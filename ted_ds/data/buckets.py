@@ -59,7 +59,7 @@ class BucketedRows:
         rows = self.step_rows(step)
         width = self.width(step)
         starts = range(self._rank * self._micro, self._global, self._world * self._micro)
-        return [self._rows.batch(rows[start : start + self._micro], width) for start in starts]
+        return [self._batch(rows[start : start + self._micro], width) for start in starts]
 
     def tokens(self, step: int) -> int:
         """Real tokens of a step over all ranks."""
@@ -77,6 +77,9 @@ class BucketedRows:
             self._pool = (steps, self._deal(steps))
         steps, rows = self._pool
         return rows[step - steps.start]
+
+    def _batch(self, rows: np.ndarray, width: int) -> Batch:
+        return replace(self._rows.batch(rows, width), rows=torch.from_numpy(rows))
 
     def _pool_of(self, step: int) -> range:
         """The steps of the pool that `step` is in: equal parts of an epoch's steps."""

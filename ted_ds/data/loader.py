@@ -69,7 +69,7 @@ class TrainingRows:
         ids = torch.from_numpy(self._blocks.rows(rows))
         targets = torch.full_like(ids, IGNORED)
         targets[:, :-1] = ids[:, 1:]
-        return Batch(ids, targets)
+        return Batch(ids, targets, rows=torch.from_numpy(rows))
 
 
 class EvaluationRows:

@@ -18,6 +18,7 @@ from ted_ds.distill.frozen import FrozenModel
 from ted_ds.models.filters import Filter
 from ted_ds.ops import eager_gradients
 from ted_ds.tasks.base import DisposableHead
+from ted_ds.telemetry.timeline import phase
 
 HeadLoss = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]
 
@@ -80,11 +81,12 @@ class FilterLearner(nn.Module):
             def loss(states: torch.Tensor, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
                 return self._head.loss(states, targets, tensors, batch, counts, training=self.training)
 
-            with torch.enable_grad():
+            with torch.enable_grad(), phase("loss"):
                 losses[index] = self.probes[index](inputs, loss=loss)
 
         blocks = self._frozen.module.structure.blocks
-        self._frozen.stream_states(batch, [blocks[j] for j in self._blocks], learn)
+        with phase("teacher_forward"):
+            self._frozen.stream_states(batch, [blocks[j] for j in self._blocks], learn)
         each = torch.stack([losses[k] for k in range(len(self.probes))])
         loss = each.mean()
         return loss, torch.cat([loss.detach()[None], each.detach()])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,7 +16,33 @@ from ted_ds.models.structure import find_blocks
 from ted_ds.ops import Head
 from ted_ds.tasks.base import Task
 
-UseOutput = Callable[[torch.Tensor, Head | None], None]
+UseOutput = Callable[[Any, Head | None], None]
+"""Takes the output that a readout gives, of a recorded teacher maybe a `TopK`, and the LM head where there is one."""
+
+
+class Teacher(Protocol):
+    """What Stage II asks of a teacher: a frozen model, or what was recorded of one."""
+
+    @property
+    def sources(self) -> Sequence[nn.Module] | Mapping[int, nn.Module]:
+        """By block, the module whose output is the teacher's side of a pair, before `target`."""
+        ...
+
+    @property
+    def target_width(self) -> int:
+        """F, the width of what `target` returns."""
+        ...
+
+    def target(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What the filtered student is compared with, [B, S, F], from the output of the pair's source."""
+        ...
+
+    def stream(self, batch: Batch, use_output: UseOutput | None = None, *, until: nn.Module | None = None) -> None:
+        """Runs the sources in the order of the blocks under no_grad, then `use_output(output, head)` with gradients.
+
+        until: the source after which nothing is needed, where there is no `use_output`.
+        """
+        ...
 
 
 class _EnoughSeen(Exception):
@@ -128,12 +154,26 @@ class FrozenModel:
 
         sources: modules of the model, in the order in which they run.
         """
-        tap = BlockTap(sources, on_output)
-        try:
-            with tap.armed():
-                self.stream(batch, until=sources[-1])
-        finally:
-            tap.remove()
+        stream_states(self, batch, sources, on_output)
+
+
+def stream_states(
+    teacher: Teacher,
+    batch: Batch,
+    sources: Sequence[nn.Module],
+    on_output: Callable[[int, torch.Tensor], None],
+    use_output: UseOutput | None = None,
+) -> None:
+    """One forward without gradients; `on_output(i, hidden)` as the module `sources[i]` ends, then `use_output`.
+
+    sources: in the order in which they run. Without `use_output` the forward ends after the last of them.
+    """
+    tap = BlockTap(sources, on_output)
+    try:
+        with tap.armed():
+            teacher.stream(batch, use_output, until=None if use_output else sources[-1])
+    finally:
+        tap.remove()
 
 
 def _with_grad(use_output: UseOutput) -> UseOutput:
@@ -145,16 +185,16 @@ def _with_grad(use_output: UseOutput) -> UseOutput:
 
 
 def filtered_square_sums(
-    frozen: FrozenModel, blocks: Sequence[int], batch: Batch, *, mask_padding: bool = True
+    teacher: Teacher, blocks: Sequence[int], batch: Batch, *, mask_padding: bool = True
 ) -> torch.Tensor:
     """[K] float64: the sum over tokens (real ones, with `mask_padding`) and F of the squared filtered states."""
     sums: dict[int, torch.Tensor] = {}
     mask = batch.attention_mask if mask_padding else None
 
     def add(index: int, hidden: torch.Tensor) -> None:
-        squares = frozen.module.target(index, hidden).double().square().sum(-1)
+        squares = teacher.target(index, hidden).double().square().sum(-1)
         sums[index] = (squares if mask is None else squares * mask).sum()
 
-    sources = frozen.module.sources
-    frozen.stream_states(batch, [sources[j] for j in blocks], add)
+    sources = teacher.sources
+    stream_states(teacher, batch, [sources[j] for j in blocks], add)
     return torch.stack([sums[k] for k in range(len(blocks))])

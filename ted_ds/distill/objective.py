@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,41 +10,17 @@ from transformers import PreTrainedModel
 
 from ted_ds.batch import Batch, BatchCounts
 from ted_ds.distill.collector import HiddenStateCollector
-from ted_ds.distill.frozen import UseOutput
+from ted_ds.distill.frozen import Teacher
 from ted_ds.errors import ModelError
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.readout import Readout
 from ted_ds.models.structure import find_blocks
 from ted_ds.ops import Head
 from ted_ds.tasks.base import LossWeights, Reading, Task, TaskLosses
+from ted_ds.telemetry.timeline import phase
 
 TERMS = ("loss", "pred_loss", "kl_loss", "layer_loss")
 """The first entries of the terms that a micro-batch reports; the K pairs' layer losses follow."""
-
-
-class Teacher(Protocol):
-    """What Stage II asks of a teacher: a frozen model, or what was recorded of one."""
-
-    @property
-    def sources(self) -> Sequence[nn.Module] | Mapping[int, nn.Module]:
-        """By block, the module whose output is the teacher's side of a pair, before `target`."""
-        ...
-
-    @property
-    def target_width(self) -> int:
-        """F, the width of what `target` returns."""
-        ...
-
-    def target(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What the filtered student is compared with, [B, S, F], from the output of the pair's source."""
-        ...
-
-    def stream(self, batch: Batch, use_output: UseOutput | None = None, *, until: nn.Module | None = None) -> None:
-        """Runs the sources in the order of the blocks under no_grad, then `use_output(output, head)` with gradients.
-
-        until: the source after which nothing is needed, where there is no `use_output`.
-        """
-        ...
 
 
 class DistillationModel(nn.Module):
@@ -66,6 +41,11 @@ class DistillationModel(nn.Module):
         self._collector = HiddenStateCollector((), (), ())
         self._teacher: Teacher | None = None
         self._layer_scale: torch.Tensor | float = 1.0
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """What `attach_teacher` was given last."""
+        return self._teacher
 
     def attach_teacher(self, teacher: Teacher, layer_map: LayerMap, mean_squares: torch.Tensor | None = None) -> None:
         """Hooks teacher and student together; call it after both engines are built.
@@ -106,15 +86,18 @@ class DistillationModel(nn.Module):
 
         def squared_error(pair: int, hidden_s: torch.Tensor, hidden_t: torch.Tensor) -> torch.Tensor:
             assert self._teacher is not None
-            return self.filters[pair](hidden_s, self._teacher.target(pair, hidden_t), mask)
+            with phase("loss"):
+                target = self._teacher.target(pair, hidden_t)
+                return self.filters[pair](hidden_s, target, mask, residual_dtype=self.weights.residual_dtype)
 
         with self._collector.teacher_pass(squared_error) as sums:
             losses = self._task_losses(batch, output, counts)
-        layer_losses = self._layer_losses(sums, counts)
-        layer_loss = layer_losses.mean() if sums else losses.pred_loss.new_zeros(())
-        loss = losses.total + self.weights.mse_alpha * layer_loss
-        terms = torch.stack([loss, losses.pred_loss, losses.kl_loss, layer_loss])
-        return loss, torch.cat([terms, layer_losses.to(terms)]).detach()
+        with phase("loss"):
+            layer_losses = self._layer_losses(sums, counts)
+            layer_loss = layer_losses.mean() if sums else losses.pred_loss.new_zeros(())
+            loss = losses.total + self.weights.mse_alpha * layer_loss
+            terms = torch.stack([loss, losses.pred_loss, losses.kl_loss, layer_loss])
+            return loss, torch.cat([terms, layer_losses.to(terms)]).detach()
 
     def _task_losses(self, batch: Batch, output: torch.Tensor, counts: BatchCounts) -> TaskLosses:
         """The teacher's forward past the waiting student, then the task's CE and KL."""
@@ -127,13 +110,16 @@ class DistillationModel(nn.Module):
                 return self.task.losses(Reading(output_s, head_s), teacher, batch, counts, self.weights)
 
             # by the list, not returned: ZeRO-3 would tie what the teacher returns to the teacher's backward hooks
-            result.append(self.readout(output, use=losses))
+            with phase("loss"):
+                result.append(self.readout(output, use=losses))
 
         if self._teacher is not None and self.weights.kl_alpha > 0:
-            self._teacher.stream(batch, use)
+            with phase("teacher_forward"):
+                self._teacher.stream(batch, use)
         else:
             if self._teacher is not None:
-                self._teacher.stream(batch, until=self._collector.last_teacher_block)
+                with phase("teacher_forward"):
+                    self._teacher.stream(batch, until=self._collector.last_teacher_block)
             use(None, None)
         return result[0]
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ted_ds.batch import Batch
+from ted_ds.batch import Batch, on_device
 from ted_ds.distributed import World
 
 
@@ -22,9 +22,9 @@ def collect_outputs(engine: Any, batches: Iterable[Batch], num_rows: int, world:
     found: list[tuple[torch.Tensor, torch.Tensor]] = []
     with torch.no_grad():
         for batch in batches:
-            placed = batch.to(world.device)
-            assert placed.rows is not None
-            found.append((placed.rows, engine(batch=placed).float()))
+            assert batch.rows is not None
+            rows_here = on_device(batch.rows, world.device)
+            found.append((rows_here, engine(batch=batch.to(world.device)).float()))
     engine.train()
     rows, outputs = (world.gather(torch.cat(parts)).cpu() for parts in zip(*found, strict=True))
     whole = torch.empty(num_rows, outputs.shape[1])

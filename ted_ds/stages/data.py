@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 from ted_ds.config.schema import RunConfig
+from ted_ds.data.encoded import EncodedRows
+from ted_ds.data.prepare import PackedBlocks
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenModel
 from ted_ds.distributed import World
@@ -25,6 +27,11 @@ class RunData(Protocol):
     @property
     def task(self) -> Task:
         """Stage II's side of it."""
+        ...
+
+    @property
+    def train(self) -> PackedBlocks | EncodedRows:
+        """Training rows; `Batch.rows` are their numbers."""
         ...
 
     @property

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from ted_ds.cache.teacher import AnnouncedRows, CachedTeacher
 from ted_ds.checkpoint.best import BestStudent
 from ted_ds.checkpoint.export import export_student, replace_folder
 from ted_ds.checkpoint.published import published_model, published_options, write_published
 from ted_ds.checkpoint.store import Card, load_checkpoint, save_checkpoint, write_atomically
 from ted_ds.config.schema import RunConfig
-from ted_ds.distill.frozen import FrozenModel, filtered_square_sums
+from ted_ds.distill.frozen import FrozenModel, Teacher, filtered_square_sums
 from ted_ds.distill.objective import TERMS, DistillationModel
 from ted_ds.distributed import World, logger, seed_everything
 from ted_ds.engine.loading import checkpoint_activations, load_model, whole_tensors
@@ -26,10 +28,14 @@ from ted_ds.engine.trained import build_trained_engine
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.stages.data import RunData
 from ted_ds.stages.filters import PairPlan
+from ted_ds.stages.flops import stage2_flops
 from ted_ds.stages.models import Models, fit_to_run, load_filters, load_frozen, new_filters, trained_config
+from ted_ds.stages.teacher import LiveTeacher, open_cached_teacher
 from ted_ds.tasks.base import LossWeights
+from ted_ds.telemetry.flops import BatchFlops
+from ted_ds.telemetry.meters import Meters
 from ted_ds.telemetry.recorder import Recorder, read_metrics
-from ted_ds.train.loop import run_steps
+from ted_ds.train.loop import Rows, run_steps
 from ted_ds.train.schedule import learning_rate_schedule
 from ted_ds.train.step import global_counts
 
@@ -51,7 +57,7 @@ def distill(run: RunConfig, world: World, data: RunData, plan: Plan) -> dict[str
     """
     engine = build_distillation_engine(run, world, data, plan)
     best = BestStudent(run.output_dir / "best", run.spec.best, data.tokenizer, world) if run.spec.best else None
-    _train(run, world, data, engine, best)
+    _train(run, world, data, plan, engine, best)
     folder = run.output_dir / "student"
     if best is not None and best.card is not None:
         world.on_main(lambda: best.copy_to(folder))
@@ -101,24 +107,40 @@ def export_published(run: RunConfig, world: World, data: RunData, plan: Plan) ->
 
 
 def build_distillation_engine(run: RunConfig, world: World, data: RunData, plan: Plan) -> Any:
-    """A DeepSpeed engine on a `DistillationModel` that is joined with its hosted teacher."""
+    """A DeepSpeed engine on a `DistillationModel` that is joined with its teacher, hosted or out of `teacher.cache`."""
+    taught = bool(run.loss.kl_alpha) or plan.pairs is not None
+    # before the student: where a cache has to be recorded, the teacher has the memory to itself
+    cached = _cached_teacher(run, world, data, plan) if taught else None
     module, engine = _build_student(run, world, data, plan)
-    if run.loss.kl_alpha or plan.pairs is not None:
-        assert run.teacher is not None and plan.models.teacher is not None
-        teacher = load_frozen(
-            run,
-            world,
-            plan.models.teacher,
-            task=data.task,
-            tokenizer=data.tokenizer,
-            trust_remote_code=run.teacher.trust_remote_code,
-            filters=plan.filters.get("teacher"),
-        )
+    if taught:
+        teacher: Teacher = cached or _live_teacher(run, world, data, plan)
         layer_map = plan.pairs.layer_map if plan.pairs else ()
         normalized = plan.pairs is not None and run.loss.layer_loss == "normalized_mse"
         squares = _mean_squares(run, world, data, teacher, layer_map) if normalized else None
         module.attach_teacher(teacher, layer_map, squares)
     return engine
+
+
+def _live_teacher(run: RunConfig, world: World, data: RunData, plan: Plan) -> FrozenModel:
+    assert run.teacher is not None and plan.models.teacher is not None
+    return load_frozen(
+        run,
+        world,
+        plan.models.teacher,
+        task=data.task,
+        tokenizer=data.tokenizer,
+        trust_remote_code=run.teacher.trust_remote_code,
+        filters=plan.filters.get("teacher"),
+    )
+
+
+def _cached_teacher(run: RunConfig, world: World, data: RunData, plan: Plan) -> CachedTeacher | None:
+    assert run.teacher is not None and plan.models.teacher is not None
+    if run.teacher.cache is None:
+        return None
+    load = partial(_live_teacher, run, world, data, plan)
+    live = LiveTeacher(plan.models.teacher, plan.pairs, plan.filters.get("teacher"), load)
+    return open_cached_teacher(run, world, data, live)
 
 
 def _build_student(run: RunConfig, world: World, data: RunData, plan: Plan) -> tuple[DistillationModel, Any]:
@@ -142,7 +164,15 @@ def _build_student(run: RunConfig, world: World, data: RunData, plan: Plan) -> t
     else:
         filters = new_filters(plan.pairs.student, config, run.student.dtype) if plan.pairs else nn.ModuleList()
     loss = run.loss
-    weights = LossWeights(loss.kl_alpha, loss.mse_alpha, loss.temperature, loss.mask_padding)
+    weights = LossWeights(
+        loss.kl_alpha,
+        loss.mse_alpha,
+        loss.temperature,
+        loss.mask_padding,
+        loss.divergence,
+        loss.kl_top_k,
+        loss.residual_dtype,
+    )
     module = DistillationModel(student, filters, weights, task=data.task)
     schedule = learning_rate_schedule(
         rate.schedule,
@@ -153,9 +183,7 @@ def _build_student(run: RunConfig, world: World, data: RunData, plan: Plan) -> t
     return module, build_trained_engine(module, deepspeed_config=config, schedule=schedule)
 
 
-def _mean_squares(
-    run: RunConfig, world: World, data: RunData, teacher: FrozenModel, layer_map: LayerMap
-) -> torch.Tensor:
+def _mean_squares(run: RunConfig, world: World, data: RunData, teacher: Teacher, layer_map: LayerMap) -> torch.Tensor:
     """[K] float32 mean squares of the teacher's filtered states over the first global batch; a collective."""
     batches = data.training_rows(run, world).micro_batches(0)
     blocks = [t for _, t in layer_map]
@@ -167,7 +195,7 @@ def _mean_squares(
     return (world.sum(sums) / (tokens * teacher.target_width)).float()
 
 
-def _train(run: RunConfig, world: World, data: RunData, engine: Any, best: BestStudent | None) -> None:
+def _train(run: RunConfig, world: World, data: RunData, plan: Plan, engine: Any, best: BestStudent | None) -> None:
     checkpoints, fingerprint = run.output_dir / "checkpoints", _fingerprint(engine.module)
     start = load_checkpoint(engine, checkpoints, model=fingerprint, world=world)
 
@@ -182,6 +210,9 @@ def _train(run: RunConfig, world: World, data: RunData, engine: Any, best: BestS
         card = Card(step, world.size, fingerprint)
         save_checkpoint(engine, checkpoints, card, world, keep=run.train.keep_checkpoints)
 
+    rows: Rows = data.training_rows(run, world)
+    if isinstance(teacher := engine.module.teacher, CachedTeacher):
+        rows = AnnouncedRows(rows, teacher)
     logger.info("Stage II: %s, steps %d to %d", run.method, start, run.train.steps)
     recorder = Recorder(
         run.output_dir,
@@ -196,7 +227,7 @@ def _train(run: RunConfig, world: World, data: RunData, engine: Any, best: BestS
             recorder.log({"step": 0, "tokens": 0, **evaluate(0)})
         run_steps(
             engine,
-            data.training_rows(run, world),
+            rows,
             world,
             recorder,
             names=TERMS,
@@ -206,7 +237,13 @@ def _train(run: RunConfig, world: World, data: RunData, engine: Any, best: BestS
             seed=run.seed,
             evaluate=(run.train.evaluate_every, evaluate),
             save=(run.train.save_every, save),
+            meters=Meters(world, _flops(run, data, plan)),
         )
+
+
+def _flops(run: RunConfig, data: RunData, plan: Plan) -> BatchFlops | None:
+    pairs = () if plan.pairs is None else (plan.pairs.layer_map, plan.pairs.student, plan.pairs.teacher)
+    return stage2_flops(run, plan.models, data.task, data.tokenizer, *pairs)
 
 
 def _summarise(run: RunConfig, best: dict[str, Any] | None) -> dict[str, Any]:

@@ -25,7 +25,9 @@ from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import LayerMap, resolve_layer_map
 from ted_ds.models.structure import ModelStructure, find_blocks
 from ted_ds.stages.data import RunData
+from ted_ds.stages.flops import stage1_flops
 from ted_ds.stages.models import Models, copy_filters, load_frozen, new_filters, read_plan, trained_config
+from ted_ds.telemetry.meters import Meters
 from ted_ds.telemetry.recorder import Recorder
 from ted_ds.train.loop import run_steps
 from ted_ds.train.schedule import learning_rate_schedule
@@ -152,6 +154,8 @@ def _learn(
     config = trained_config(run, world, learning_rate=rate, weight_decay=0.0, global_batch_size=batch_size)
     seed_everything(run.seed)
     head = data.disposable_head(frozen, run, world, side)
+    path = str(frozen.module.model.name_or_path)
+    meters = Meters(world, stage1_flops(run, side, path, data.task, data.tokenizer, plan, head))
     learner = FilterLearner(new_filters(plan, config, run.student.dtype), frozen, plan.blocks, head)
     warmup = getattr(settings.warmup_steps, side, int(WARMUP_SHARE * steps))
     schedule = learning_rate_schedule("linear", warmup_steps=warmup, total_steps=steps, final_ratio=0.0)
@@ -179,6 +183,7 @@ def _learn(
             log_every=run.logging.every,
             seed=run.seed,
             step_inputs=lambda step: {"step": step},
+            meters=meters,
         )
     tensors = dict(whole_tensors(learner.filters(), keep=world.is_main))
 

@@ -110,6 +110,7 @@ def _settled(config: dict[str, Any]) -> dict[str, Any]:
         "train.save_every",
         "train.keep_checkpoints",
         "data.processes",
+        "teacher.cache",
     )
     return {key: value for key, value in flat.items() if key not in free and not key.endswith(".deepspeed")}
 

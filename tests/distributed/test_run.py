@@ -65,6 +65,9 @@ def test_the_folder_holds_what_is_promised(project: Path, finished: Path) -> Non
     assert summary["steps"] == last["step"] == 10 and summary["tokens"] == last["tokens"] == 10 * 4 * 12
     assert summary["validation_perplexity"] == last["validation_perplexity"] < summary["initial_validation_perplexity"]
     assert {"grad_norm", "step_ms", "tokens_per_second", "mfu", "peak_memory_gib"} <= last.keys()
+    for line in (last, *(read_metrics(folder / f"{side}_filters")[-1] for side in ("teacher", "student"))):
+        assert line["model_tflops"] > 0 and line["mfu"] is None  # counted, but the CPU's peak is not known
+        assert min(line["phase_ms"].values()) > 0 and sum(line["phase_ms"].values()) <= line["step_ms"]
     assert "environment" in (folder / "config.yaml").read_text()
     assert not list(folder.rglob("*.tmp"))
 

@@ -52,6 +52,7 @@ def test_a_step_has_the_same_rows_and_width_however_it_is_split(step: int) -> No
             assert {batch.input_ids.shape for batch in batches} == {(micro, whole.input_ids.shape[1])}
             starts = [(m * world + rank) * micro for m in range(8 // (micro * world))]
             assert numbers(batches) == [row for start in starts for row in order[start : start + micro]]
+            assert all(torch.equal(batch.rows, batch.targets) for batch in batches)
 
 
 def test_the_width_is_the_longest_row_s_to_a_multiple_of_8_within_the_longest_allowed() -> None:

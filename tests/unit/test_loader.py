@@ -33,6 +33,7 @@ def rows_of(step: int, *, micro: int, world: int, total: int = 70) -> list[int]:
         )
         for batch in rows.micro_batches(step):
             seen += (batch.input_ids[:, 0] // 7).tolist()
+            assert batch.rows is not None and batch.rows.tolist() == (batch.input_ids[:, 0] // 7).tolist()
     return seen
 
 

@@ -1,0 +1,42 @@
+"""Fingerprints of a teacher and of its filters, of their content alone: a copied folder has the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from ted_ds.models.weight_files import WeightReader, find_file
+
+SAMPLES = 16
+"""Numbers that are looked at in every tensor (to twice as many), evenly spread."""
+
+
+def model_fingerprint(model: str) -> str:
+    """A hash of a folder's or hub model's config and weights: names, shapes, dtypes, and samples of every tensor.
+
+    Training anything of a model changes some of the samples, a hand that edits a few numbers need not. How weights
+    are split into files does not matter. It touches a few pages a tensor, not the weights.
+    Raises ModelError where there are no safetensors.
+    """
+    digest = hashlib.sha256(_config(model).encode())
+    for name, tensor in sorted(WeightReader(model).read_all().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        samples = tensor.flatten()[:: max(1, tensor.numel() // SAMPLES)]
+        digest.update(samples.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_fingerprint(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _config(model: str) -> str:
+    """config.json without what says by which version, and from where, it was saved."""
+    path = find_file(model, "config.json")
+    config = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
+    return json.dumps({k: v for k, v in config.items() if k != "transformers_version" and k[0] != "_"}, sort_keys=True)
