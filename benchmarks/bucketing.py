@@ -9,17 +9,21 @@ the tokens that they compute, for either order, and the two are timed in turn.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from benchmarks.timing import environment, write_report
+from benchmarks.report import bars, parser_of, publish, table
+from benchmarks.timing import environment
 from ted_ds.batch import Batch, BatchCounts
 from ted_ds.config.tasks import TASKS
 from ted_ds.data.buckets import BucketedRows
@@ -115,7 +119,9 @@ def seconds_of(model: DistillationModel, batch: Batch) -> float:
     return time.perf_counter() - start
 
 
-def measure(rows: EncodedRows, labels: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    rows: EncodedRows, labels: tuple[str, ...], options: argparse.Namespace, arguments: Sequence[str]
+) -> dict[str, Any]:
     epochs = {"bucketed": bucketed_steps(rows, options.batch_size), "random": random_steps(rows, options.batch_size)}
     samples = {name: sampled(steps, options.steps) for name, steps in epochs.items()}
     model = build(labels, options.blocks, options.output_dim, options.device)
@@ -138,12 +144,35 @@ def measure(rows: EncodedRows, labels: tuple[str, ...], options: argparse.Namesp
         "sampled_widths": {name: [step.width for step in sample] for name, sample in samples.items()},
         "seconds": {name: [round(value, 2) for value in values] for name, values in seconds.items()},
         "time_ratio_bucketed_to_random": round(totals["bucketed"] / totals["random"], 3),
-        "environment": environment(torch.device(options.device)),
+        "environment": environment(torch.device(options.device), "bucketing", arguments),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def tables(report: dict[str, Any]) -> list[str]:
+    """A line an order; the ratio of times."""
+    rows = [
+        {
+            "order": name,
+            "padding_share": share,
+            "computed_tokens": report["computed_tokens_an_epoch"][name],
+            "seconds": sum(report["seconds"][name]),
+        }
+        for name, share in report["padding_share"].items()
+    ]
+    return [table(rows, list(rows[0])), f"time, bucketed to random: {report['time_ratio_bucketed_to_random']}"]
+
+
+def draw(figure: Figure, report: dict[str, Any]) -> None:
+    """Padding of an epoch; time of the sampled steps."""
+    left, right = figure.subplots(1, 2)
+    bars(left, report["padding_share"], title="padding of an epoch", unit="share of the computed tokens")
+    seconds = {name: sum(values) for name, values in report["seconds"].items()}
+    bars(right, seconds, title="forward and backward, sampled steps", unit="s")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints, writes."""
+    parser = parser_of(__doc__)
     parser.add_argument("--data", nargs="+", required=True, metavar="FILES")
     parser.add_argument("--tokenizer", required=True, help="a folder or hub id")
     parser.add_argument("--task", default="rte", choices=[n for n, t in TASKS.items() if t.kind == "classification"])
@@ -152,9 +181,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="sampled of an epoch")
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--output-dim", type=int, default=768)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="where to write the report as well")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     spec = TASKS[options.task]
     with tempfile.TemporaryDirectory() as folder:
         rows = ensure_encoded(
@@ -166,7 +193,8 @@ def main() -> None:
             stride=0,
             training=True,
         )
-        write_report(measure(rows, spec.labels, options), options.json)
+        report = measure(rows, spec.labels, options, sys.argv[1:] if argv is None else argv)
+    publish(report, tables(report), lambda figure: draw(figure, report), options.json)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import gc
 import multiprocessing
+import os
 import platform
 import shlex
 import statistics
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,29 +63,56 @@ def extra_peak_mib(make_step: Callable[..., Step], *arguments: Any, device: torc
         child.join()
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a number depends on: machine, threads, versions, commit, date."""
+def extra_peak_here_mib(make_step: Callable[..., Step], *arguments: Any, device: torch.device) -> float:
+    """`extra_peak_mib` of a CUDA device without a process of its own: its allocator counts exactly."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    step = make_step(*arguments)
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    torch.cuda.synchronize(device)
+    peak = torch.cuda.max_memory_allocated(device) - before
+    del step
+    gc.collect()
+    return peak / 2**20
+
+
+def step_peak_mib(make_step: Callable[..., Step], *arguments: Any, device: torch.device) -> float:
+    """The extra peak, in a process of its own where the device is the CPU."""
+    measure = extra_peak_mib if device.type == "cpu" else extra_peak_here_mib
+    return measure(make_step, *arguments, device=device)
+
+
+def environment(device: torch.device, name: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """What a number depends on: machine, threads, versions, command, commit, date.
+
+    name, arguments: of the benchmark, as it was called; of an absolute path only the last part is kept.
+    The commit is git's, or what COMMIT says where the files were copied without their history.
+    """
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "device": str(device),
         "accelerator": accelerator,
         "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "command": shlex.join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{name}", *map(_neutral, arguments)]),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
 
-def write_report(report: dict[str, Any], path: Path | None) -> None:
-    """Prints the report as JSON, and writes it where a path is given."""
-    text = json.dumps(report, indent=2)
-    print(text)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n", encoding="utf-8")
+def default_device() -> str:
+    """CUDA where there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _neutral(argument: str) -> str:
+    return Path(argument).name if argument.startswith("/") else argument
 
 
 def _synchronize(device: torch.device) -> None:
@@ -129,4 +156,4 @@ def _commit() -> str | None:
         capture_output=True,
         text=True,
     )
-    return done.stdout.strip() or None
+    return done.stdout.strip() or os.environ.get("COMMIT") or None

@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# Correctness and every benchmark on this machine, within 10 minutes, into one flat folder.
+#
+#   benchmarks/gpu.sh [--small] [OUT]
+#
+# OUT: default benchmarks/results/new. --small: small sizes, under 3 minutes, on a CPU too.
+# WHEELS=DIR: wheels that are installed into a temporary folder first, without a network (see benchmarks/README.md).
+# PYTHON: the interpreter that has torch, default python3. COMMIT: what was copied here without its git history.
+#
+# Each part has a time limit of its own, and one that fails does not end the others. The exit code is 0 if all passed.
+set -u
+cd "$(dirname "$0")/.."
+
+small=
+if [ "${1:-}" = --small ]; then small=1; shift; fi
+out=$(realpath -m "${1:-benchmarks/results/new}")
+python=${PYTHON:-python3}
+budget=$((small ? 175 : 590))
+mkdir -p "$out"
+: >"$out/summary.txt"
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+if [ -n "${WHEELS:-}" ]; then
+  "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$scratch/site" \
+    "$WHEELS"/*.whl || exit 1
+  export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
+fi
+# the interpreter's own programs: ninja, by which DeepSpeed compiles
+PATH="$(dirname "$(command -v "$python")"):$PATH"
+export PATH HF_HUB_OFFLINE=1
+
+device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() else "cpu")' 2>"$out/setup.log") || {
+  cat "$out/setup.log"
+  echo "$python has no torch: give PYTHON or WHEELS" >&2
+  exit 1
+}
+if [ "$device" = cpu ] && [ -z "$small" ]; then
+  echo "there is no GPU: give --small" >&2
+  exit 1
+fi
+
+# run NAME SECONDS COMMAND...: its output in OUT/NAME.log, a line in OUT/summary.txt
+run() {
+  local name=$1 limit=$2 start=$SECONDS left=$((budget - SECONDS)) code
+  shift 2
+  if [ "$left" -lt "$limit" ]; then limit=$left; fi
+  if [ "$limit" -lt 5 ]; then
+    printf '%-14s FAILED  no time was left\n' "$name" >>"$out/summary.txt"
+    return
+  fi
+  echo "== $name (at most $limit s): $*"
+  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1
+  code=$?
+  local took=$((SECONDS - start)) verdict="FAILED  exit code $code"
+  if [ "$code" -eq 0 ]; then verdict=passed; fi
+  if [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then verdict="FAILED  past its limit"; fi
+  printf '%-14s %s, %d s\n' "$name" "$verdict" "$took" >>"$out/summary.txt"
+  if [ "$code" -ne 0 ]; then tail -n 15 "$out/$name.log"; else tail -n 3 "$out/$name.log"; fi
+}
+
+# bench NAME SECONDS BENCHMARK OPTIONS...
+bench() {
+  local name=$1 limit=$2 benchmark=$3
+  shift 3
+  run "$name" "$limit" "$python" -m "benchmarks.$benchmark" --json "$out/$name.json" "$@"
+}
+
+# other versions of torch and transformers have other warnings than the tests hold at none
+tests=("$python" -m pytest -q -rs -W default -p no:cacheprovider)
+fused=(tests/kernels tests/unit/test_logit_loss.py tests/unit/test_layer_loss.py)
+
+if [ -n "$small" ]; then
+  run tests-gpu 60 "${tests[@]}" -m requires_gpu
+  run tests-fused 90 "${tests[@]}" "${fused[@]}"
+  bench ops 40 ops --tokens 128 --width 64 --vocab 2048 --repeats 2
+  bench step 60 step --size tiny --repeats 2 --checkpointing off --methods ted
+  bench memory 40 memory --blocks 2 --pairs 1 2 --width 64 --vocab 2048 --sequence 64
+  bench data 30 data --size tiny --mib 0.5 --vocab 700 --repeats 1
+  bench scaling 60 scaling --device cpu --ranks 1 2 --steps 1 --blocks 2 --width 64 --vocab 1024 --sequence 32
+else
+  # on the CPU, where bytes can be counted at 2 and 4 ranks; beside the tests, which time nothing
+  bench scaling-cpu 200 scaling --device cpu &
+  run tests-gpu 120 "${tests[@]}" -m requires_gpu
+  run tests-fused 120 "${tests[@]}" "${fused[@]}"
+  wait
+  bench ops 150 ops --vocab 128256 50257
+  bench step-1.5b 90 step --size 1.5b
+  bench step-3b 100 step --size 3b
+  bench scaling 60 scaling
+  bench memory 130 memory --pairs 2 6 12 --width 1024 --vocab 128256 50257 --sequence 1024 512 2048
+  bench data 90 data --size 1.5b
+fi
+
+echo
+cat "$out/summary.txt"
+echo "$device, $SECONDS s, everything is in $out"
+! grep -q FAILED "$out/summary.txt"
