@@ -40,6 +40,9 @@ setup(
         "transformers>=5.0,<6",
         "zstandard",  # for .zst files
     ],
-    extras_require={"dev": ["mypy", "pytest", "pytest-timeout", "ruff", "types-PyYAML"]},
+    extras_require={
+        "bench": ["liger-kernel"],  # compared with where it is there
+        "dev": ["mypy", "pytest", "pytest-timeout", "ruff", "triton", "types-PyYAML"],  # triton: its interpreter
+    },
     entry_points={"console_scripts": ["ted-ds = ted_ds.cli.main:main"]},
 )

@@ -1,25 +1,15 @@
-"""FLOPs of a step by formula, and what a device can do at most."""
+"""FLOPs of a step by formula, counted as `ted_ds.telemetry.flops` counts a run's."""
 
 from __future__ import annotations
 
 from benchmarks.shapes import Shape, Side
 
-PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}
-"""Part of a device's name -> dense bf16 FLOP/s with sparsity off (NVIDIA's data sheets, SXM)."""
-
-
-def peak_flops(device_name: str | None, dtype: str) -> float | None:
-    """The device's bf16 peak; None, never a guess, for another device or dtype."""
-    if device_name is None or dtype != "bfloat16":
-        return None
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
-
 
 def block_flops(side: Side, shape: Shape) -> int:
-    """Forward of all blocks: 2 a weight and token, and causal attention's 2 S^2 D a row and block (half of 4 S^2 D)."""
+    """Forward of all blocks: 2 a weight and token, and attention's 4 S^2 D a row and block, causal or not."""
     keys = side.width // side.heads * side.kv_heads
     weights = 2 * side.width**2 + 2 * side.width * keys + 3 * side.width * side.units
-    attention = 2 * shape.sequence**2 * side.width * shape.rows
+    attention = 4 * shape.sequence**2 * side.width * shape.rows
     return side.blocks * (2 * weights * shape.tokens + attention)
 
 
@@ -46,14 +36,20 @@ def filter_flops(shape: Shape, *, student: bool, teacher: bool) -> int:
 
 
 def step_flops(method: str, shape: Shape) -> int:
-    """Forward and backward of one micro-batch: ce, kd, lwd, ted, `plain` (teacher forward + student CE), `teacher`."""
+    """Forward and backward of one micro-batch: ce, kd, lwd, ted, `plain` (teacher forward + student CE), `teacher`.
+
+    A cached teacher's LM head is run, or with a top k nothing of it.
+    """
     teacher, student = teacher_flops(shape), student_flops(shape)
     both = teacher + student
+    filters = filter_flops(shape, student=True, teacher=False)
     return {
         "ce": student,
         "kd": both,
-        "lwd": both + filter_flops(shape, student=True, teacher=False),
+        "lwd": both + filters,
         "ted": both + filter_flops(shape, student=True, teacher=True),
+        "ted cached": student + filters + head_flops(shape.teacher, shape),
+        "ted cached top 64": student + filters,
         "plain": both,
         "teacher": teacher,
     }[method]

@@ -2,21 +2,23 @@
 
 `python -m benchmarks.step --json OUT`: time by medians of interleaved repeats and peak memory, models included, of
 
-* `ted` and the other methods as ted_ds runs them,
+* `ted` and the other methods as ted_ds runs them, `ted cached` and `ted cached top 64` from a teacher cache,
 * `naive ted` and so on: whole logits, `output_hidden_states=True`, torch's own losses,
 * `plain`: a forward of the teacher under no_grad and a student's CE step, two calls of transformers,
 * `teacher`: that forward alone.
 
 All are forward and backward of one micro-batch without optimizer, on random weights of a named size. The main numbers
-are `ted` over `plain`: time_ratio and memory_ratio. On a GPU whose peak is known, MFU is by counted FLOPs.
+are `ted` over `plain`: time_ratio and memory_ratio, and a cached step over `naive ce`, the student alone. On a GPU
+whose peak is known, MFU is by counted FLOPs.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +26,8 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 
-from benchmarks.flops import peak_flops, step_flops
+from benchmarks.cached import Recorded, record
+from benchmarks.flops import step_flops
 from benchmarks.report import bars, parser_of, publish, table
 from benchmarks.shapes import SHAPES, Shape, parameters_of, random_batch, random_model
 from benchmarks.timing import Step, environment, interleaved_seconds, medians, step_peak_mib
@@ -36,6 +39,7 @@ from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import LayerMap, resolve_layer_map
 from ted_ds.tasks.base import LossWeights
 from ted_ds.tasks.causal_lm import CausalLM
+from ted_ds.telemetry.flops import peak_flops
 
 METHODS = {
     "ce": LossWeights(0.0, 0.0),
@@ -43,6 +47,9 @@ METHODS = {
     "lwd": LossWeights(1.0, 10.0),
     "ted": LossWeights(1.0, 10.0),
 }
+CACHED: dict[str, int | None] = {"ted cached": None, "ted cached top 64": 64}
+"""Step -> the k of its cache, None for an exact one."""
+
 COLUMNS = ("step", "checkpointing", "seconds", "tokens_per_s", "peak_mib", "mfu")
 
 
@@ -91,6 +98,34 @@ def own_step(models: Models, method: str, layer_map: LayerMap | None = None) -> 
     def step() -> None:
         model.zero_grad()
         loss, _ = model(batch=models.batch, counts=counts)
+        loss.backward()
+
+    return step
+
+
+def recorded(models: Models, name: str) -> Recorded:
+    """The cache that the step of this name trains from."""
+    layer_map = layer_map_of(models)
+    task, filters = CausalLM(models.student.config.vocab_size), filter_banks(models, layer_map)[1]
+    frozen = FrozenModel(FrozenModule(models.teacher, task, filters))
+    dtype = str(models.student.lm_head.weight.dtype).removeprefix("torch.")
+    return record(frozen, models.batch, layer_map, dtype, CACHED[name])
+
+
+def cached_step(models: Models, name: str, cache: Recorded) -> Step:
+    """`own_step` of ted with the teacher out of a cache, whose reading goes on during the student's forward."""
+    like, blocks = models.student.lm_head.weight, tuple(s for s, _ in cache.layer_map)
+    bank = FilterPlan(blocks, models.student.config.hidden_size, cache.teacher.target_width).build()
+    weights = replace(METHODS["ted"], top_k=CACHED[name])
+    task = CausalLM(models.student.config.vocab_size)
+    model = DistillationModel(models.student, bank.to(like.device, like.dtype), weights, task=task)
+    model.attach_teacher(cache.teacher, cache.layer_map, torch.ones(len(blocks), device=like.device))
+    counts = BatchCounts.of(models.batch)
+
+    def step() -> None:
+        cache.teacher.expect([cache.batch])
+        model.zero_grad()
+        loss, _ = model(batch=cache.batch, counts=counts)
         loss.backward()
 
     return step
@@ -160,21 +195,27 @@ def plain_step(models: Models) -> Step:
 
 
 def make_step(models: Models, name: str) -> Step:
-    """The step of a name: a method, `naive METHOD`, `plain` or `teacher`. Another way to run one is a name here."""
+    """The step of a name: a method, `naive METHOD`, `plain`, `teacher`, or one of `CACHED`."""
     if name == "plain":
         return plain_step(models)
     if name == "teacher":
         return teacher_step(models)
+    if name in CACHED:
+        return cached_step(models, name, recorded(models, name))
     method = name.removeprefix("naive ")
     return own_step(models, method) if method == name else naive_step(models, method)
 
 
 def build_and_run(name: str, shape: Shape, device: str, checkpointing: bool) -> Callable[[], None]:
-    """For the peak: the models are built inside what is measured, and freed with it."""
+    """For the peak: the models are built inside what is measured, and freed with it. A cache is there before."""
+    place = torch.device(device)
+    cache = recorded(prepared(shape, place, checkpointing=False), name) if name in CACHED else None
+    gc.collect()
 
     def run() -> None:
-        teacher = name.removeprefix("naive ") != "ce"
-        step = make_step(prepared(shape, torch.device(device), checkpointing=checkpointing, teacher=teacher), name)
+        teacher = cache is None and name.removeprefix("naive ") != "ce"
+        models = prepared(shape, place, checkpointing=checkpointing, teacher=teacher)
+        step = make_step(models, name) if cache is None else cached_step(models, name, cache)
         step()
         step()
 
@@ -190,7 +231,8 @@ def measure(
     }
     models = prepared(shape, device, checkpointing=checkpointing)
     seconds = medians(interleaved_seconds({name: make_step(models, name) for name in names}, repeats, device))
-    peak = peak_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else None, shape.dtype)
+    dtype = getattr(torch, shape.dtype)
+    peak = peak_flops(torch.cuda.get_device_name(device), dtype) if device.type == "cuda" else None
     return [
         {
             "step": name,
@@ -206,20 +248,27 @@ def measure(
 
 def names_of(methods: Sequence[str]) -> list[str]:
     """What is measured for these methods."""
-    return ["plain", "teacher", *methods, *(f"naive {method}" for method in methods)]
+    cached = CACHED if "ted" in methods else ()
+    return ["plain", "teacher", *methods, *cached, *(f"naive {method}" for method in methods)]
 
 
-def main_numbers(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """`ted` over `plain`, and over the parts that it cannot do without: teacher forward + ted_ds' own CE step."""
-    by_name = {row["step"]: row for row in rows}
-    ted, plain = by_name["ted"], by_name["plain"]
-    ratios = {
-        "time_ratio": ted["seconds"] / plain["seconds"],
-        "memory_ratio": ted["peak_mib"] / plain["peak_mib"],
-    }
-    if "ce" in by_name:
-        parts = by_name["teacher"]["seconds"] + by_name["ce"]["seconds"]
-        ratios["time_ratio_to_teacher_and_ce"] = ted["seconds"] / parts
+COMPARED = {
+    "time_ratio": (("ted",), ("plain",)),
+    "time_ratio_to_teacher_and_ce": (("ted",), ("teacher", "ce")),
+    **{f"time_ratio_{name.replace(' ', '_')}_to_ce": ((name,), ("naive ce",)) for name in CACHED},
+}
+"""Ratio -> the steps whose seconds are added above and below."""
+
+
+def time_ratios(shape: Shape, device: torch.device, names: Sequence[str], repeats: int) -> dict[str, float]:
+    """The ratios that these steps give, each from a run of its own steps alone, in turn: neighbours share a moment."""
+    models = prepared(shape, device, checkpointing=False)
+    ratios = {}
+    for ratio, (above, below) in COMPARED.items():
+        if {*above, *below} <= set(names):
+            steps = {name: make_step(models, name) for name in (*above, *below)}
+            seconds = medians(interleaved_seconds(steps, repeats, device))
+            ratios[ratio] = sum(seconds[name] for name in above) / sum(seconds[name] for name in below)
     return ratios
 
 
@@ -238,7 +287,7 @@ def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
         "--checkpointing", choices=["off", "on", "both"], default="both", help="of the student's blocks"
     )
     parser.add_argument("--gate", action="store_true", help="only what `make bench-check` compares: ted and plain")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     return parser.parse_args(argv)
 
 
@@ -250,13 +299,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     names = ["plain", "ted"] if options.gate else names_of(options.methods)
     modes = {"off": [False], "on": [True], "both": [False, True]}["off" if options.gate else options.checkpointing]
     rows = [row for mode in modes for row in measure(names, shape, device, checkpointing=mode, repeats=options.repeats)]
-    first = rows[: len(names)]
+    peaks = {row["step"]: row["peak_mib"] for row in rows[: len(names)]}
     report = {
         "benchmark": "step: one micro-batch, forward and backward, against transformers alone",
         "size": size,
         "shape": asdict(shape) | {side: parameters_of(getattr(shape, side), shape) for side in ("teacher", "student")},
         "repeats": options.repeats,
-        **(main_numbers(first) if "ted" in names else {}),
+        **time_ratios(shape, device, names, options.repeats),
+        **({"memory_ratio": peaks["ted"] / peaks["plain"]} if "ted" in names else {}),
         "steps": rows,
         "environment": environment(device, "step", sys.argv[1:] if argv is None else argv),
     }

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import check, data, memory, ops, scaling, step
 from benchmarks.collectives import theory
-from benchmarks.flops import peak_flops, step_flops
+from benchmarks.flops import step_flops
 from benchmarks.memory import Point
 from benchmarks.shapes import SHAPES, Shape, Side
 from benchmarks.timing import environment
@@ -79,13 +79,13 @@ def test_ops_compares_what_computes_the_same(op: str) -> None:
 def test_step_measures_methods_with_and_without_checkpointing(tmp_path: Path, peaks_here: None) -> None:
     report = report_of(step.main, tmp_path, "--size tiny --repeats 1")
 
-    names = ["plain", "teacher", "ce", "kd", "lwd", "ted", "naive ce", "naive kd", "naive lwd", "naive ted"]
+    own = ["ce", "kd", "lwd", "ted", "ted cached", "ted cached top 64"]
+    names = ["plain", "teacher", *own, "naive ce", "naive kd", "naive lwd", "naive ted"]
     assert [(row["step"], row["checkpointing"]) for row in report["steps"]] == [
         *((name, False) for name in names),
         *((name, True) for name in names),
     ]
-    seconds = {row["step"]: row["seconds"] for row in report["steps"] if not row["checkpointing"]}
-    assert report["time_ratio"] == pytest.approx(seconds["ted"] / seconds["plain"])
+    assert all(report[name] > 0 for name in step.COMPARED)
     assert report["memory_ratio"] == 1.0
     assert report["shape"]["student"]["parameters"] == 2 * 512 * 32 + 2 * (4 * 32**2 + 3 * 32 * 128 + 2 * 32) + 32
 
@@ -168,26 +168,19 @@ def test_theory_counts_a_shared_parameter_once() -> None:
 
 @pytest.mark.parametrize("name", ["plain", "teacher", "naive ce", "naive lwd", "naive ted"])
 def test_counted_flops_are_those_that_torch_counts(name: str) -> None:
-    """Beyond the formula torch counts the other half of attention, which causality leaves out, and backward's share."""
+    """Beyond the formula torch counts what attention's backward computes anew."""
     shape = SHAPES["tiny"]
     run = step.make_step(step.prepared(shape, CPU, checkpointing=False), name)
     with FlopCounterMode(display=False) as counter:
         run()
     by_op = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     products = sum(count for op, count in by_op.items() if "attention" not in op)
-    halves = {
-        side: side.blocks * 2 * shape.sequence**2 * side.width * shape.rows for side in (shape.teacher, shape.student)
+    whole = {
+        side: side.blocks * 4 * shape.sequence**2 * side.width * shape.rows for side in (shape.teacher, shape.student)
     }
-    attention = (name != "naive ce") * halves[shape.teacher] + (name != "teacher") * 3 * halves[shape.student]
+    attention = (name != "naive ce") * whole[shape.teacher] + (name != "teacher") * 3 * whole[shape.student]
 
     assert products == step_flops(name.removeprefix("naive "), shape) - attention
-
-
-def test_peak_is_known_or_none() -> None:
-    assert peak_flops("NVIDIA H200", "bfloat16") == 989.4e12
-    assert peak_flops("NVIDIA H100 80GB HBM3", "float32") is None
-    assert peak_flops("NVIDIA Something", "bfloat16") is None
-    assert peak_flops(None, "bfloat16") is None
 
 
 def test_environment_keeps_no_absolute_path() -> None:
