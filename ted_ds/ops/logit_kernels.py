@@ -18,9 +18,10 @@ import triton.language as tl
 from ted_ds.ops.divergence import Divergence, TopK
 from ted_ds.ops.logit_rows import Form, Mixture
 
-_BLOCK, _WARPS = 4096, 8
-"""Logits that a program works on at a time, 16 a thread: with both sides' values some 100 registers a thread, two
-programs a multiprocessor. Not tuned on a device yet."""
+_BLOCK, _WARPS = 2048, 8
+"""Logits that a program works on at a time, 8 a thread. Compiled for sm_90 by Triton 3.6 and 3.9 that takes up to 80
+registers and no stack, so three programs fit a multiprocessor; 4096 took 122 to 188, one or two. Not timed on a device
+yet."""
 
 _NONE, _FORWARD, _REVERSE, _JENSEN_SHANNON, _TOP_K = (tl.constexpr(i) for i in range(5))
 _KINDS = {"forward": 1, "reverse": 2, "jensen-shannon": 3}

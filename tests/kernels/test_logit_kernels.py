@@ -119,10 +119,10 @@ def test_large_vocabularies(kind: str, vocab: int) -> None:
     compare(kind, tokens=2, vocab=vocab, temperature=2.5, spread=3.0, tolerance=2e-4)  # the GEMM over V rounds so
 
 
-@pytest.mark.parametrize("vocab", [1, 4095, 4096, 4097])
+@pytest.mark.parametrize("vocab", [2, 2047, 2048, 2049])
 def test_vocabularies_around_a_block(vocab: int) -> None:
     for kind in ("forward", "cross-entropy alone"):
-        compare(kind, tokens=3, vocab=vocab + 5)
+        compare(kind, tokens=3, vocab=vocab)
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon"])
