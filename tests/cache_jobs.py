@@ -13,6 +13,7 @@ import ted_ds.cache.layout
 import ted_ds.cache.recording
 import ted_ds.stages.models
 import ted_ds.stages.teacher
+from ted_ds.config.load import load_config
 from ted_ds.distributed import World
 from tests.jobs import pretrain_error, pretrain_recipe
 
@@ -25,10 +26,12 @@ def in_small_shards(world: World, path: Path, shard_bytes: int, overrides: tuple
 
 
 def without_a_teacher(world: World, path: Path, overrides: tuple[str, ...] = ()) -> None:
-    """Runs a recipe on a machine that cannot load a teacher."""
+    """Runs a recipe on a machine that cannot load its teacher."""
+    load, run = ted_ds.stages.models.load_model, load_config(path, list(overrides))
 
-    def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("the teacher was loaded")
+    def refuse(name_or_path: str, *args: Any, **kwargs: Any) -> Any:
+        assert run.teacher is not None and name_or_path != run.teacher.model, "the teacher was loaded"
+        return load(name_or_path, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ted_ds.stages.models, "load_model", refuse)

@@ -182,7 +182,7 @@ def refuse_difference(folder: Path, found: Manifest, wanted: Manifest) -> None:
         ("another teacher.dtype", found.dtype, wanted.dtype, remedy),
     ]
     if _states(found) and _states(wanted):
-        copy = "give another teacher.cache, or copy teacher_filters of the run that recorded it into output_dir"
+        copy = "give another teacher.cache, or delete teacher_filters in output_dir to take the cache's"
         compared.append(("other filters", _filters(found), _filters(wanted), copy))
     compared += [
         (f"another {name}", found.settings[name], value, remedy)

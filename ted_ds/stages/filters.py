@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,8 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from ted_ds.cache.fingerprints import model_fingerprint
+from ted_ds.cache.lock import alone_in
 from ted_ds.checkpoint.store import write_atomically
 from ted_ds.config.schema import RunConfig, StudentConfig, TeacherConfig
 from ted_ds.distill.filter_learner import FilterLearner
@@ -31,6 +34,9 @@ from ted_ds.telemetry.meters import Meters
 from ted_ds.telemetry.recorder import Recorder
 from ted_ds.train.loop import run_steps
 from ted_ds.train.schedule import learning_rate_schedule
+
+ORIGIN = "origin.json"
+"""In a cache's copy of the filters: the teacher that they were learnt on, and the recipe's section filters."""
 
 WARMUP_SHARE = 0.1
 """Stage I warms up over this share of its steps; its rate then falls linearly to 0."""
@@ -117,23 +123,19 @@ def learn_filters(run: RunConfig, world: World, data: RunData, plan: PairPlan, m
         ("student", models.student, run.student.trust_remote_code, plan.student),
     ):
         folder = folders[side] = run.output_dir / f"{side}_filters"
-        if not world.on_main((folder / "filters.json").exists):
-            if side in models.published:
-                logger.info("Stage I: %s filters came with the checkpoint -> %s", side, folder)
-                world.on_main(partial(copy_filters, models.published[side], folder))
-            else:
-                logger.info("Stage I: %s filters -> %s", side, folder)
-                frozen = load_frozen(
-                    run, world, path, task=data.task, tokenizer=data.tokenizer, trust_remote_code=trusted
-                )
-                _learn(run, world, data, frozen, filters, folder, side)
-                frozen.close()
-                del frozen
-                gc.collect()  # hooks and modules refer to each other: the next model must not find this one in memory
-        there = world.on_main(partial(read_plan, folder))
-        if there != filters:
+        there = world.on_main((folder / "filters.json").exists)
+        learn = partial(_load_and_learn, run, world, data, filters, folder, side, path, trusted)
+        if not there and side in models.published:
+            logger.info("Stage I: %s filters came with the checkpoint -> %s", side, folder)
+            world.on_main(partial(copy_filters, models.published[side], folder))
+        elif side == "teacher" and run.teacher.cache is not None:
+            _share(run, world, path, folder, learn)
+        elif not there:
+            learn()
+        found = world.on_main(partial(read_plan, folder))
+        if found != filters:
             raise CheckpointError(
-                f"{folder} holds filters of another layer map or shape ({there}, this run's {filters}): "
+                f"{folder} holds filters of another layer map or shape ({found}, this run's {filters}): "
                 "delete that folder to learn them anew"
             )
     return folders
@@ -141,6 +143,62 @@ def learn_filters(run: RunConfig, world: World, data: RunData, plan: PairPlan, m
 
 def _structure(run: RunConfig, path: str, section: TeacherConfig | StudentConfig) -> ModelStructure:
     return find_blocks(meta_model(path, run.spec.kind, trust_remote_code=section.trust_remote_code))
+
+
+def _share(run: RunConfig, world: World, teacher: str, folder: Path, learn: Callable[[], None]) -> None:
+    """The teacher's filters as `teacher.cache` has them, or learnt and put there; a collective.
+
+    So all runs that share a cache have the same filters, whatever their seeds are, and only the first of them loads
+    the teacher. Filters that `folder` has already are kept.
+    Raises CheckpointError where the cache has filters of another teacher, or learnt otherwise.
+    """
+    assert run.teacher is not None and run.teacher.cache is not None
+    cache, shared = run.teacher.cache, run.teacher.cache / "teacher_filters"
+
+    def origin() -> dict[str, Any]:
+        learning = {f"filters.{name}": value for name, value in run.filters.model_dump(mode="json").items()}
+        return {"the teacher's weights": model_fingerprint(teacher)[:12], **learning}
+
+    def take() -> bool:
+        if (folder / "filters.json").exists():
+            return True
+        if not shared.exists():
+            return False
+        _refuse_other_origin(shared, origin())
+        logger.info("Stage I: teacher filters out of teacher.cache -> %s", folder)
+        copy_filters(shared, folder)
+        return True
+
+    def give() -> None:
+        if not shared.exists():
+            write_atomically(folder / ORIGIN, json.dumps(origin(), indent=2) + "\n")
+            copy_filters(folder, shared)
+
+    with alone_in(cache, world):
+        if not world.on_main(take):
+            learn()
+        world.on_main(give)
+
+
+def _refuse_other_origin(shared: Path, wanted: dict[str, Any]) -> None:
+    found = json.loads((shared / ORIGIN).read_text(encoding="utf-8"))
+    for what, value in wanted.items():
+        if found.get(what) != value:
+            raise CheckpointError(
+                f"{shared} was learnt with {what} {found.get(what)}, this run has {value}: give another teacher.cache, "
+                "or delete its folder to record it anew"
+            )
+
+
+def _load_and_learn(
+    run: RunConfig, world: World, data: RunData, plan: FilterPlan, folder: Path, side: str, path: str, trusted: bool
+) -> None:
+    logger.info("Stage I: %s filters -> %s", side, folder)
+    frozen = load_frozen(run, world, path, task=data.task, tokenizer=data.tokenizer, trust_remote_code=trusted)
+    _learn(run, world, data, frozen, plan, folder, side)
+    frozen.close()
+    del frozen
+    gc.collect()  # hooks and modules refer to each other: the next model must not find this one in memory
 
 
 def _learn(

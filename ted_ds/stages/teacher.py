@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from ted_ds.cache.fingerprints import file_fingerprint, model_fingerprint
 from ted_ds.cache.layout import (
@@ -24,6 +22,7 @@ from ted_ds.cache.layout import (
     refuse_difference,
     state_field,
 )
+from ted_ds.cache.lock import alone_in
 from ted_ds.cache.outputs import CachedOutput, LastHiddenStates, RowLogits, SpanLogits, TopLogits
 from ted_ds.cache.recording import TeacherRecorder, record_shards, write_head
 from ted_ds.cache.rows import TeacherRows, teacher_rows
@@ -36,8 +35,6 @@ from ted_ds.errors import CheckpointError
 from ted_ds.models.structure import find_structure
 from ted_ds.stages.data import RunData
 from ted_ds.stages.filters import PairPlan
-
-LOCK, LOCK_POLL_S = "recording.lock", 1.0
 
 
 @dataclass(frozen=True)
@@ -160,7 +157,7 @@ def _record(
     """Records what `manifest` says, unless another job does meanwhile; returns what is there then; a collective."""
     assert run.teacher is not None and run.teacher.cache is not None
     folder = run.teacher.cache
-    with _locked(folder, world):
+    with alone_in(folder, world):
         found = world.on_main(lambda: _find(folder, [manifest], rows))
         if found is not None:
             return found
@@ -203,23 +200,3 @@ def _begin(folder: Path, manifest: Manifest) -> None:
 
 def _said(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
-
-
-@contextmanager
-def _locked(folder: Path, world: World) -> Iterator[None]:
-    """Alone in recording into `folder`, among all jobs that see it; a collective."""
-    lock = FileLock(folder / LOCK)
-
-    def acquire() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("teacher cache %s is being recorded by another job: waiting for it", folder)
-            lock.acquire(poll_interval=LOCK_POLL_S)
-
-    try:
-        world.on_main(acquire)
-        yield
-    finally:
-        lock.release()

@@ -121,7 +121,7 @@ def test_one_rank_records_the_same_and_the_size_is_as_predicted(recorded: Path, 
     assert all(torch.equal(two[name], one[name]) for name in two)
     manifest = Manifest.read(project / "cache/manifest.json")
     assert manifest is not None and len(two["hidden"]) == manifest.tokens
-    files = sum(file.stat().st_size for file in (project / "cache").iterdir())
+    files = sum(file.stat().st_size for file in (project / "cache").glob("*.*"))
     assert manifest.bytes() == pytest.approx(files, rel=0.006)  # the LM head alone is 0.01 of it
     assert not list((project / "cache").glob("*.tmp")) and not (project / "cache/manifest.unfinished.json").exists()
 
@@ -175,12 +175,28 @@ def test_a_cache_of_something_else_is_refused(recorded: Path, workers: Group, ot
         tiny_model("llama", blocks=4, vocab=61, seed=9).save_pretrained(project / "other-teacher")
         changes = {"teacher__model": str(project / "other-teacher")}
     path = written(project, None, f"other-{other}", **changes, teacher__cache=str(project / "cache"))
-    if other in ("teacher", "data", "dtype"):
+    if other in ("filters", "blocks"):  # learnt without the cache, whose own they would be otherwise
+        workers(2).run(pretrain_recipe, path, ("--teacher.cache=null", "--train.steps=1"))
+    elif other in ("teacher", "data", "dtype"):
         with_filters_of(path, recorded)
     for said in workers(2).run(pretrain_error, path):
         assert f"{project}/cache is a cache " in said and message.format(project=project) in said
         assert "give another teacher.cache, or " in said and "\n" not in said
-        assert (other == "filters") <= ("copy teacher_filters of the run that recorded it" in said)
+        assert (other == "filters") <= ("or delete teacher_filters in output_dir to take the cache's" in said)
+
+
+def test_filters_come_with_the_cache(recorded: Path, workers: Group) -> None:
+    """A run of another seed has the first one's teacher filters, and loads no teacher; other settings are refused."""
+    project = recorded.parent
+    path = written(project, None, "seed-1", seed=1, teacher__cache=str(project / "cache"))
+    workers(2).run(without_a_teacher, path)
+    first, own = (load_file(project / name / "teacher_filters/filters.safetensors") for name in ("recorded", "seed-1"))
+    assert all(torch.equal(first[name], own[name]) for name in first) and len(terms_of(project / "seed-1")) == 4
+    student = [load_file(project / name / "student_filters/filters.safetensors") for name in ("recorded", "seed-1")]
+    assert not torch.equal(student[0]["0.weight"], student[1]["0.weight"])
+    path = written(project, None, "longer", filters__steps=9, teacher__cache=str(project / "cache"))
+    for message in workers(2).run(pretrain_error, path):
+        assert "teacher_filters was learnt with filters.steps 3, this run has 9: give another teacher.cache" in message
 
 
 def test_a_cache_without_what_is_needed_is_refused(recorded: Path, workers: Group) -> None:
@@ -232,7 +248,7 @@ def test_a_cache_that_does_not_fit_on_the_disk_is_not_begun(recorded: Path, work
 def test_jobs_that_start_at_once_record_once(recorded: Path) -> None:
     project = recorded.parent
     paths = [
-        with_filters_of(written(project, None, f"array-{i}", teacher__cache=str(project / "array")), recorded)
+        written(project, None, f"array-{i}", teacher__cache=str(project / "array"), seed=i, train__steps=2)
         for i in range(2)
     ]
     jobs = [Workers(1) for _ in paths]
@@ -243,4 +259,6 @@ def test_jobs_that_start_at_once_record_once(recorded: Path) -> None:
         for job in jobs:
             job.close()
     assert sorted(counts) == [0, 1]
-    assert terms_of(project / "array-0") == terms_of(project / "array-1") != []
+    filters = [load_file(project / f"array-{i}/teacher_filters/filters.safetensors") for i in range(2)]
+    assert all(torch.equal(filters[0][name], filters[1][name]) for name in filters[0])
+    assert all(len(terms_of(project / f"array-{i}")) == 2 for i in range(2))
