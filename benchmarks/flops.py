@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.shapes import Shape, Side
+from ted_ds.telemetry.flops import gemm_flops
 
 
 def block_flops(side: Side, shape: Shape) -> int:
@@ -15,7 +16,7 @@ def block_flops(side: Side, shape: Shape) -> int:
 
 def head_flops(side: Side, shape: Shape) -> int:
     """Forward of the LM head."""
-    return 2 * side.width * shape.vocab * shape.tokens
+    return gemm_flops(shape.tokens, side.width, shape.vocab)
 
 
 def student_flops(shape: Shape) -> int:
@@ -31,8 +32,8 @@ def teacher_flops(shape: Shape) -> int:
 def filter_flops(shape: Shape, *, student: bool, teacher: bool) -> int:
     """K filters to F = the teacher's width: three GEMMs each for the student, one for the teacher."""
     pairs, width = min(shape.student.blocks, shape.teacher.blocks), shape.teacher.width
-    gemm = 2 * shape.tokens * width
-    return pairs * gemm * (3 * student * shape.student.width + teacher * shape.teacher.width)
+    sides = [gemm_flops(shape.tokens, side.width, width) for side in (shape.student, shape.teacher)]
+    return pairs * (3 * student * sides[0] + teacher * sides[1])
 
 
 def step_flops(method: str, shape: Shape) -> int:

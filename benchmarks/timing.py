@@ -11,12 +11,19 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ted_ds.telemetry.memory import peak_memory_gib, reset_peak
+
 Step = Callable[[], object]
+
+PACKAGES = ("transformers", "deepspeed", "triton", "liger-kernel")
+"""What numbers may depend on beside torch, where it is there."""
 
 
 def interleaved_seconds(steps: Mapping[str, Step], repeats: int, device: torch.device) -> dict[str, list[float]]:
@@ -100,6 +107,7 @@ def environment(device: torch.device, name: str, arguments: Sequence[str]) -> di
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "packages": {name: version(name) for name in PACKAGES if find_spec(name.replace("-", "_"))},
         "command": shlex.join(["python", "-m", f"benchmarks.{name}", *map(_neutral, arguments)]),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
@@ -125,10 +133,11 @@ def _measure_peak(sender: Any, make_step: Callable[..., Step], arguments: tuple[
     small = torch.ones(64, 64, device=device, requires_grad=True)
     (small @ small).sum().backward()  # loads the GEMM library and starts autograd's threads
     if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM to what is resident now
-        before = _status_mib("VmRSS")
+        place = torch.device(device)
+        reset_peak(place)
+        before = peak_memory_gib(place)  # what is resident now
         step()
-        sender.send(_status_mib("VmHWM") - before)
+        sender.send((peak_memory_gib(place) - before) * 2**10)
         return
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -136,11 +145,6 @@ def _measure_peak(sender: Any, make_step: Callable[..., Step], arguments: tuple[
     step()
     torch.cuda.synchronize()
     sender.send(torch.cuda.max_memory_allocated() / 2**20 - before)
-
-
-def _status_mib(field: str) -> float:
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field + ":")) / 2**10
 
 
 def _cpu_model() -> str:

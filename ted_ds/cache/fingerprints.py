@@ -17,8 +17,8 @@ SAMPLES = 16
 def model_fingerprint(model: str) -> str:
     """A hash of a folder's or hub model's config and weights: names, shapes, dtypes, and samples of every tensor.
 
-    Training anything of a model changes some of the samples, a hand that edits a few numbers need not. How weights
-    are split into files does not matter. It touches a few pages a tensor, not the weights.
+    Training a tensor changes some of its samples; a change of a few numbers or rows alone, and a hub model's own
+    code, can go unnoticed. How weights are split into files does not matter. It touches a few pages a tensor.
     Raises ModelError where there are no safetensors.
     """
     digest = hashlib.sha256(_config(model).encode())

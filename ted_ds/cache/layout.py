@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ted_ds.checkpoint.store import write_atomically
 from ted_ds.errors import CheckpointError
 
 MANIFEST, UNFINISHED, HEAD = "manifest.json", "manifest.unfinished.json", "head.safetensors"
@@ -72,8 +73,8 @@ class Manifest:
     firsts: tuple[int, ...]
 
     def write(self, path: Path) -> None:
-        """As JSON."""
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        """As JSON, whole or not at all."""
+        write_atomically(path, json.dumps(asdict(self), indent=2) + "\n")
 
     @staticmethod
     def read(path: Path) -> Manifest | None:

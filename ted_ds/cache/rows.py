@@ -79,9 +79,12 @@ class ExampleRows:
         return self._rows.batch(rows, int(self._rows.lengths[rows].max()))
 
     def fingerprint(self) -> str:
-        """Of ids, lengths, where second texts begin, and the order of the labels that logits are in."""
+        """Of ids, lengths, where second texts begin, the order of the labels that logits are in, and the padding id.
+
+        By the last a decoder that classifies finds the token that it reads.
+        """
         manifest = self._rows.manifest
-        digest = hashlib.sha256(f"{manifest.kind} {manifest.labels}".encode())
+        digest = hashlib.sha256(f"{manifest.kind} {manifest.labels} {manifest.pad_id}".encode())
         digest.update(self._rows.lengths.tobytes())
         for start in range(0, len(self._rows), GROUP):
             batch = self.batch(np.arange(start, min(start + GROUP, len(self._rows))))

@@ -34,6 +34,7 @@ class ShardReader:
     def __init__(self, folder: Path, manifest: Manifest, lengths: np.ndarray, *, pinned: bool) -> None:
         self._folder, self._fields, self._pinned = folder, manifest.fields, pinned
         self._places = Places(lengths, manifest.firsts)
+        self._files: dict[int, Any] = {}  # one map a shard: a process may have 65530 of them
         self._slices: dict[tuple[int, str], Any] = {}
 
     def read(self, names: Sequence[str], rows: torch.Tensor, width: int) -> Values:
@@ -56,7 +57,9 @@ class ShardReader:
         if (shard, name) not in self._slices:
             path = shard_path(self._folder, shard)
             try:
-                self._slices[shard, name] = safe_open(path, framework="pt").get_slice(name)
+                if shard not in self._files:
+                    self._files[shard] = safe_open(path, framework="pt")
+                self._slices[shard, name] = self._files[shard].get_slice(name)
             except Exception as error:  # whatever a torn file makes safetensors raise
                 raise CheckpointError(f"{path} is torn ({error}): delete its folder to record it anew") from error
         return self._slices[shard, name]

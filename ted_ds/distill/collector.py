@@ -3,6 +3,10 @@
 Whatever the number of pairs, at most one teacher hidden state is alive: as teacher block j_k ends, pair k is
 reduced to a scalar against the waiting H_s[k], and H_t[j_k] is dropped before the next block starts. The
 student's states cost nothing extra, autograd keeps them anyway.
+
+Both models run on one CUDA stream. The pairs tie them together at every block, DeepSpeed gathers ahead on a stream of
+its own, and kernels of a size worth distilling fill a device by themselves; a second stream would hold a second pool
+of memory for it.
 """
 
 from __future__ import annotations

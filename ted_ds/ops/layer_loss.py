@@ -28,8 +28,9 @@ def linear_squared_error(
 
     hidden: [.., D]; weight: [F, D]; bias: [F]; target: [.., F], a constant without gradient; all of one
         floating dtype. mask: [..] bool or 0/1 of any dtype, or None where every token counts.
-    residual_dtype: float8 (e4m3) has a scale a token. The loss is the exact residual's; of normal ones (N 2048, D 256,
-        F 192) bfloat16 turned d_hidden by 1.5e-3 of its norm and d_weight by 0.9e-3, float8 by 2.3e-2 and 1.4e-2.
+    residual_dtype: float8 (e4m3) has a scale a token, and is made by way of a float32 [N, F] that lives for a moment.
+        The loss is the exact residual's; of normal ones (N 2048, D 256, F 192) bfloat16 turned d_hidden by 1.5e-3 of
+        its norm and d_weight by 0.9e-3, float8 by 2.3e-2 and 1.4e-2.
     Returns float32 (float64 for float64 inputs), summed in that dtype.
 
     One GEMM forward and two backward (as plain autograd), but a single [N, F] buffer: the residual is

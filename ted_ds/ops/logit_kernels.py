@@ -23,7 +23,7 @@ _BLOCK, _WARPS = 2048, 8
 registers and no stack, so three programs fit a multiprocessor; 4096 took 122 to 188, one or two. Not timed on a device
 yet."""
 
-_NONE, _FORWARD, _REVERSE, _JENSEN_SHANNON, _TOP_K = (tl.constexpr(i) for i in range(5))
+_NONE, _FORWARD, _REVERSE, _JENSEN_SHANNON = (tl.constexpr(i) for i in range(4))
 _KINDS = {"forward": 1, "reverse": 2, "jensen-shannon": 3}
 
 
@@ -36,7 +36,7 @@ def fused_losses_and_gradient(
     divergence: Divergence,
     mixture: Mixture | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logit_rows.losses_and_gradient` in one launch; x_s [C, V] and a teacher's [C, V] have rows without gaps."""
+    """`logit_rows.losses_and_gradient` in one launch; rows of x_s [C, V] and of a teacher's may be apart alike."""
     rows, vocab = x_s.shape
     ce, kl = (torch.empty(rows, dtype=torch.float32, device=x_s.device) for _ in range(2))
     if rows == 0:
@@ -44,6 +44,7 @@ def fused_losses_and_gradient(
     weights = ce if mixture is None else torch.stack([mixture.cross_entropy, mixture.divergence]).float()
     common = {
         "V": vocab,
+        "STRIDE": x_s.stride(0),
         "T": temperature,
         "CAP_S": forms[0].capped_factor or 0.0,
         "GRADIENT": mixture is not None,
@@ -115,6 +116,7 @@ def _dense_rows(
     ce,
     kl,
     V: tl.constexpr,
+    STRIDE: tl.constexpr,
     T: tl.constexpr,
     CAP_S: tl.constexpr,
     CAP_T: tl.constexpr,
@@ -123,8 +125,8 @@ def _dense_rows(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    x_s += row * V
-    x_t += row * V
+    x_s += row * STRIDE
+    x_t += row * STRIDE
     target = tl.load(targets + row)
     y_target = _scaled(tl.load(x_s + target).to(tl.float32), CAP_S)
     lanes = tl.arange(0, BLOCK)
@@ -221,6 +223,7 @@ def _top_k_rows(
     ce,
     kl,
     V: tl.constexpr,
+    STRIDE: tl.constexpr,
     T: tl.constexpr,
     CAP_S: tl.constexpr,
     K: tl.constexpr,
@@ -229,7 +232,7 @@ def _top_k_rows(
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    x_s += row * V
+    x_s += row * STRIDE
     ranks = tl.arange(0, BLOCK_K)
     listed = ranks < K
     places = tl.load(ids + row * K + ranks, mask=listed, other=0).to(tl.int64)
@@ -257,37 +260,33 @@ def _top_k_rows(
         shrunk = tl.exp(before - shift)
         sum_s = sum_s * shrunk + tl.sum(e, 0)
         sum_hot = sum_hot * _hot(before, shift, T, shrunk) + tl.sum(_hot(y, shift, T, e), 0)
-    shift = _shift(m)
-    lse_others = shift + tl.log(sum_s)
-    largest = tl.maximum(shift, tl.max(y_top, 0))
+    lse_others = _shift(m) + tl.log(sum_s)
+    largest = tl.maximum(m, tl.max(y_top, 0))
     e_top = tl.exp(y_top - largest)
-    e_others = tl.exp(shift - largest)
+    e_others = tl.exp(m - largest)
     lse_s = largest + tl.log(sum_s * e_others + tl.sum(e_top, 0))
-    hot_others = sum_hot * _hot(shift, largest, T, e_others)
+    hot_others = sum_hot * _hot(m, largest, T, e_others)
     lse_hot = T * largest + tl.log(hot_others + tl.sum(_hot(y_top, largest, T, e_top), 0))
     tl.store(ce + row, lse_hot - T * y_target)
 
     p = tl.exp(log_p)
     some = rest > float("-inf")
-    log_ratio = tl.where(some, rest - (lse_others - lse_s), float("-inf"))
     divergence = tl.sum(tl.where(listed, p * (log_p - y_top + lse_s), 0.0), 0)
-    divergence += tl.where(some, tl.exp(rest) * log_ratio, 0.0)
+    divergence += tl.where(some, tl.exp(rest) * (rest - lse_others + lse_s), 0.0)
     tl.store(kl + row, T * T * divergence)
 
-    a = tl.load(weights)
-    b = tl.load(weights + 1)
     if GRADIENT:
-        kept = 1.0 - tl.exp(log_ratio)
+        a = tl.load(weights)
+        b = tl.load(weights + 1)
         for start in range(0, V, BLOCK):
             inside = start + lanes < V
             x = tl.load(x_s + start + lanes, mask=inside, other=float("-inf")).to(tl.float32)
             y = _scaled(x, CAP_S)
             gradient = a * (tl.exp(T * y - lse_hot) - tl.where(start + lanes == target, 1.0, 0.0))
-            gradient += b * tl.exp(y - lse_s) * kept
+            # to the others the teacher gives its rest as the student shares it among them
+            gradient += b * (tl.exp(y - lse_s) - tl.where(some, tl.exp(y - lse_others + rest), 0.0))
             tl.store(x_s + start + lanes, _through_cap(gradient, x, CAP_S), mask=inside)
         tl.debug_barrier()
         gradient = a * (tl.exp(T * y_top - lse_hot) - tl.where(places == target, 1.0, 0.0))
         gradient += b * (tl.exp(y_top - lse_s) - p)
         tl.store(x_s + places, _through_cap(gradient, x_top, CAP_S), mask=listed)
-    else:
-        tl.store(x_s + places, x_top, mask=listed)

@@ -36,6 +36,9 @@ must cut the chunks that it cut before, or its sums round differently."""
 _GEMM_TILE = 128
 """CUDA chunks are a multiple of it: tokens that a GEMM's block of threads works on."""
 
+_ROW_ALIGNMENT = 64
+"""Elements; 128 bytes of bfloat16, what GEMMs and 16-byte loads want of a row's start."""
+
 _MIN_CHUNK_TOKENS = 256
 """Every chunk passes over d_weight once: C / 4 FLOPs a byte, whatever V and D. On 2 cores with V 50257 and
 D 384 the four GEMMs in chunks of 128, 256, 512 tokens took 1.26, 1.13, 1.03 of the whole ones; fresh pages
@@ -189,10 +192,10 @@ def default_chunk_tokens(tokens: int, vocab: int, like: torch.Tensor, *, sides: 
     """Equal chunks, at least two, as few as the bytes of a chunk allow.
 
     sides: GEMM outputs of a chunk. widened: whether torch, not the kernel, works on a side; off the CPU, where a chunk
-    is no row block, it takes one of them again in float32. On CUDA a chunk has at least two rows for each
+    is no row block, it takes two of them again in float32. On CUDA a chunk has at least two rows for each
     multiprocessor, which the kernel works on at a time, and is a multiple of `_GEMM_TILE`.
     """
-    row_bytes = vocab * (like.element_size() * sides + 4 * (widened and like.is_cuda))
+    row_bytes = vocab * (like.element_size() * sides + 8 * (widened and like.is_cuda))
     limit, least, tile = _CPU_CHUNK_BYTES, _MIN_CHUNK_TOKENS, 1
     if like.is_cuda:
         device = torch.cuda.get_device_properties(like.device)
@@ -314,8 +317,8 @@ def _run_chunks(
     vocab, chunk = problem.vocab, min(problem.chunk_tokens, len(hidden))
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     scratch = Scratch(block_rows(chunk, vocab, hidden.device), vocab, hidden)
-    logits_s = hidden.new_empty(chunk, vocab)
-    logits_t = None if hidden_t is None else hidden_t.new_empty(chunk, vocab)
+    logits_s = _logits_buffer(hidden, chunk, vocab)
+    logits_t = None if hidden_t is None else _logits_buffer(hidden_t, chunk, vocab)
     forms = (
         Form.of(head_s.softcap, head_s.scale, problem.temperature),
         Form.of(*((head_t.softcap, head_t.scale) if head_t else (None, 1.0)), problem.temperature),
@@ -338,6 +341,12 @@ def _run_chunks(
         gradients.add_chunk(rows, x_s, hidden[rows], head_s.weight, counts)
     pred_sum, kl_sum = sums.unbind()
     return pred_sum.clone(), kl_sum.clone()
+
+
+def _logits_buffer(like: torch.Tensor, chunk: int, vocab: int) -> torch.Tensor:
+    """[C, V]; for a kernel rows begin every `_ROW_ALIGNMENT` elements: an odd V would halve loads again and again."""
+    apart = -(-vocab // _ROW_ALIGNMENT) * _ROW_ALIGNMENT if has_kernel(like) else vocab
+    return like.new_empty(chunk, apart)[:, :vocab]
 
 
 def _in_one_kernel(*between: Any) -> tuple[torch.Tensor, torch.Tensor]:

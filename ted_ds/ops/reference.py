@@ -52,9 +52,12 @@ def top_k_kl_sum(
     student_logits: torch.Tensor, teacher_logits: torch.Tensor, targets: torch.Tensor, temperature: float, k: int
 ) -> torch.Tensor:
     """`kl_sum` over k + 1 events: the teacher's k likeliest ids, and all the others as one."""
-    q, p = (F.softmax(z / temperature, dim=-1) for z in (student_logits, teacher_logits))
-    top = torch.zeros_like(p, dtype=torch.bool).scatter_(1, p.topk(k).indices, True)
-    log_q, log_p = ((torch.cat([x[top].view(-1, k), (x * ~top).sum(-1, keepdim=True)], dim=1)).log() for x in (q, p))
+    log_q, log_p = (F.log_softmax(z / temperature, dim=-1) for z in (student_logits, teacher_logits))
+    top = log_p.topk(k).indices
+    log_q, log_p = (
+        torch.cat([x.gather(1, top), x.scatter(1, top, -torch.inf).logsumexp(-1, keepdim=True)], dim=1)
+        for x in (log_q, log_p)
+    )
     return temperature**2 * (_kl_rows(log_p, log_q) * (targets != IGNORED)).sum()
 
 

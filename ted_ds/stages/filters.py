@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ted_ds.cache.fingerprints import model_fingerprint
 from ted_ds.cache.lock import alone_in
+from ted_ds.cache.rows import teacher_rows
 from ted_ds.checkpoint.store import write_atomically
 from ted_ds.config.schema import RunConfig, StudentConfig, TeacherConfig
 from ted_ds.distill.filter_learner import FilterLearner
@@ -125,11 +126,12 @@ def learn_filters(run: RunConfig, world: World, data: RunData, plan: PairPlan, m
         folder = folders[side] = run.output_dir / f"{side}_filters"
         there = world.on_main((folder / "filters.json").exists)
         learn = partial(_load_and_learn, run, world, data, filters, folder, side, path, trusted)
-        if not there and side in models.published:
-            logger.info("Stage I: %s filters came with the checkpoint -> %s", side, folder)
-            world.on_main(partial(copy_filters, models.published[side], folder))
+        if side in models.published:
+            if not there:
+                logger.info("Stage I: %s filters came with the checkpoint -> %s", side, folder)
+                world.on_main(partial(copy_filters, models.published[side], folder))
         elif side == "teacher" and run.teacher.cache is not None:
-            _share(run, world, path, folder, learn)
+            _share(run, world, data, path, folder, learn)
         elif not there:
             learn()
         found = world.on_main(partial(read_plan, folder))
@@ -145,7 +147,7 @@ def _structure(run: RunConfig, path: str, section: TeacherConfig | StudentConfig
     return find_blocks(meta_model(path, run.spec.kind, trust_remote_code=section.trust_remote_code))
 
 
-def _share(run: RunConfig, world: World, teacher: str, folder: Path, learn: Callable[[], None]) -> None:
+def _share(run: RunConfig, world: World, data: RunData, teacher: str, folder: Path, learn: Callable[[], None]) -> None:
     """The teacher's filters as `teacher.cache` has them, or learnt and put there; a collective.
 
     So all runs that share a cache have the same filters, whatever their seeds are, and only the first of them loads
@@ -156,8 +158,14 @@ def _share(run: RunConfig, world: World, teacher: str, folder: Path, learn: Call
     cache, shared = run.teacher.cache, run.teacher.cache / "teacher_filters"
 
     def origin() -> dict[str, Any]:
+        assert run.teacher is not None
         learning = {f"filters.{name}": value for name, value in run.filters.model_dump(mode="json").items()}
-        return {"the teacher's weights": model_fingerprint(teacher)[:12], **learning}
+        return {
+            "the teacher's weights": model_fingerprint(teacher)[:12],
+            "the training data": teacher_rows(data.train).fingerprint()[:12],
+            "teacher.dtype": run.teacher.dtype,
+            **learning,
+        }
 
     def take() -> bool:
         if (folder / "filters.json").exists():
@@ -174,6 +182,8 @@ def _share(run: RunConfig, world: World, teacher: str, folder: Path, learn: Call
             write_atomically(folder / ORIGIN, json.dumps(origin(), indent=2) + "\n")
             copy_filters(folder, shared)
 
+    if world.on_main(lambda: shared.exists() and take()):
+        return  # a finished cache is only read, by users who must not write to it too
     with alone_in(cache, world):
         if not world.on_main(take):
             learn()

@@ -77,7 +77,7 @@ def open_cached_teacher(run: RunConfig, world: World, data: RunData, live: LiveT
     wanted = world.on_main(lambda: _manifests(run, rows, live, outputs))
     found = world.on_main(lambda: _find(folder, wanted, rows))
     if found is None:
-        found = _record(run, world, rows, live, outputs[0], wanted[0])
+        found = _record(run, world, rows, live, outputs[0], wanted)
     output = next(output for output, manifest in zip(outputs, wanted, strict=True) if fits(found, manifest))
     if not world.min(torch.tensor(int((folder / MANIFEST).exists()))):
         raise CheckpointError(f"teacher.cache {folder} is not the same folder on all nodes: give one that they share")
@@ -152,13 +152,13 @@ def _record(
     rows: TeacherRows,
     live: LiveTeacher,
     output: CachedOutput | None,
-    manifest: Manifest,
+    wanted: Sequence[Manifest],
 ) -> Manifest:
-    """Records what `manifest` says, unless another job does meanwhile; returns what is there then; a collective."""
+    """Records the first of `wanted`, unless another job records one meanwhile; returns what is there; a collective."""
     assert run.teacher is not None and run.teacher.cache is not None
-    folder = run.teacher.cache
+    folder, manifest = run.teacher.cache, wanted[0]
     with alone_in(folder, world):
-        found = world.on_main(lambda: _find(folder, [manifest], rows))
+        found = world.on_main(lambda: _find(folder, wanted, rows))
         if found is not None:
             return found
         world.on_main(lambda: _begin(folder, manifest))

@@ -56,6 +56,8 @@ class Meters:
     def read(self) -> dict[str, Any]:
         """The fields of metrics.jsonl that are measured, over the steps since `restart`; a collective and a sync.
 
+        Memory is the peak since the loop began, evaluation and checkpoints included.
+
         phase_ms is this rank's, a step's mean; model_tflops (TFLOP/s of a rank) and mfu are every rank's, for ranks
         have micro-batches of one shape. Memory is the highest of any rank; for the GPU's counters see `gpu_fields`.
         """

@@ -21,7 +21,7 @@ def compiled(kernel: Any, pointers: dict[str, str], **constants: Any) -> None:
     assert triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["cubin"]
 
 losses = {"x_s": "*bf16", "targets": "*i64", "weights": "*fp32", "ce": "*fp32", "kl": "*fp32"}
-common = {"V": 50257, "CAP_S": 3.0, "GRADIENT": True, "BLOCK": logit_kernels._BLOCK}
+common = {"V": 50257, "STRIDE": 50304, "CAP_S": 3.0, "GRADIENT": True, "BLOCK": logit_kernels._BLOCK}
 for kind in range(4):
     compiled(logit_kernels._dense_rows, losses | {"x_t": "*bf16"}, T=2.5, CAP_T=3.0, KIND=kind, **common)
 top = {"ids": "*i32", "log_probs": "*fp16", "log_rest": "*fp32"}

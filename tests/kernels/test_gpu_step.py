@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,9 @@ pytestmark = pytest.mark.requires_gpu
 VOCAB, PAIRS = 5003, ((0, 1), (1, 3))
 
 
-def both_stages(family: str, device: str, dtype: torch.dtype) -> tuple[DistillationModel, FilterLearner, Batch]:
+def both_stages(
+    family: str, device: str, dtype: torch.dtype, **options: Any
+) -> tuple[DistillationModel, FilterLearner, Batch]:
     sizes = {"vocab": VOCAB, "heads": 2}
     teacher = tiny_model(family, blocks=4, width=48, seed=1, **sizes).to(device, dtype)
     student = tiny_model(family, blocks=2, width=32, seed=2, **sizes).to(device, dtype)
@@ -32,7 +35,7 @@ def both_stages(family: str, device: str, dtype: torch.dtype) -> tuple[Distillat
     banks = [FilterPlan((0, 1), width, 24).build().to(device, dtype) for width in (48, 32)]
     frozen = FrozenModel(FrozenModule(teacher, CausalLM(VOCAB), banks[0]))
     checkpoint_activations(student)
-    model = DistillationModel(student.train(), banks[1], LossWeights(0.7, 3.0), task=CausalLM(VOCAB))
+    model = DistillationModel(student.train(), banks[1], LossWeights(0.7, 3.0, **options), task=CausalLM(VOCAB))
     model.attach_teacher(frozen, PAIRS, torch.ones(2, device=device))
     norm, head = resident_readout(teacher, torch.device(device))
     learner = FilterLearner(
@@ -60,9 +63,16 @@ def waiting_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_no_micro_batch_waits_for_the_device(family: str) -> None:
-    model, learner, batch = both_stages(family, "cuda", torch.bfloat16)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *((family, {}) for family in FAMILIES),
+        *(("llama", {"divergence": kind}) for kind in ("reverse", "jensen-shannon")),
+        ("llama", {"top_k": 5, "residual_dtype": "float8"}),
+    ],
+)
+def test_no_micro_batch_waits_for_the_device(family: str, options: dict[str, Any]) -> None:
+    model, learner, batch = both_stages(family, "cuda", torch.bfloat16, **options)
     counts = BatchCounts(BatchCounts.of(batch).values.cuda())
     for module, inputs in ((model, {}), (learner, {"step": 0})):
         micro_batch(module, batch, counts, "cuda", **inputs)  # kernels are compiled, pinned memory is made

@@ -125,9 +125,41 @@ def test_vocabularies_around_a_block(vocab: int) -> None:
         compare(kind, tokens=3, vocab=vocab)
 
 
-@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon"])
+@pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon", "top 5"])
 def test_probabilities_that_underflow(kind: str) -> None:
     compare(kind, vocab=401, spread=60.0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_student_that_gives_the_rest_nothing(temperature: float) -> None:
+    """All but one of its probabilities underflow; the teacher's rest still pulls at them, by the student's shares."""
+    z_s, z_t = torch.full((1, 12), -130.0 * temperature), torch.zeros(1, 12)
+    z_s[0, 0], z_t[0, 0], z_s[0, 5] = 0.0, 1.0, -129.0 * temperature
+    targets = torch.tensor([0])
+    want = z_s.double().requires_grad_()
+    loss = top_k_kl_sum(want, z_t.double(), targets, temperature, 2)
+    loss.backward()
+    one = torch.eye(12, device=DEVICE)
+    got = z_s.to(DEVICE).requires_grad_()
+    call = (got, Head(one, None), targets.to(DEVICE), z_t.to(DEVICE), Head(one, None))
+    total, _, kl = linear_cross_entropy_kl(*call, pred_scale=0.0, kl_scale=1.0, temperature=temperature, top_k=2)
+    total.backward()
+    assert got.grad is not None and want.grad is not None
+    assert distance(kl, loss) < 1e-5 and distance(got.grad, want.grad) < 1e-5
+
+
+def test_all_ids_of_low_logits() -> None:
+    z = torch.arange(5.0)[None] - 300.0
+    got = z.to(DEVICE).requires_grad_()
+    head, targets = Head(torch.eye(5, device=DEVICE), None), torch.tensor([0], device=DEVICE)
+    total, ce, kl = linear_cross_entropy_kl(
+        got, head, targets, got.detach().flip(1), head, pred_scale=1.0, kl_scale=1.0, top_k=5
+    )
+    total.backward()
+    want = z.double()
+    assert distance(ce, cross_entropy_sum(want, targets.cpu())) < 1e-5
+    assert distance(kl, kl_sum(want, want.flip(1), targets.cpu(), 2.0)) < 1e-4
+    assert got.grad is not None and got.grad.isfinite().all()
 
 
 def test_rows_of_a_padded_vocabulary_get_no_gradient() -> None:

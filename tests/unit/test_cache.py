@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -102,6 +104,20 @@ def test_rows_are_read_padded_with_zeros(tmp_path: Path) -> None:
         assert torch.equal(found["states.1"][i, :length], rows["states.1"][row])
         assert not found["states.1"][i, length:].any()
         assert torch.equal(found["logits"][i], rows["logits"][row][0])
+
+
+def test_a_shard_is_mapped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many fields are read of it: a process may have 65530 maps."""
+    stored(tmp_path)
+    opened: list[Path] = []
+
+    def counting(path: Path, framework: str) -> Any:
+        opened.append(path)
+        return safe_open(path, framework=framework)
+
+    monkeypatch.setattr("ted_ds.cache.teacher.safe_open", counting)
+    reader(tmp_path).read(["states.1", "logits"], torch.tensor([3, 0, 4, 3]), 6)
+    assert len(opened) == len(set(opened)) > 1
 
 
 def test_a_torn_shard_is_named(tmp_path: Path) -> None:
@@ -298,6 +314,11 @@ def test_the_fingerprint_of_examples_knows_where_second_texts_begin(tmp_path: Pa
     assert (rows.lengths == encoded.lengths).all()
     longest = int(encoded.lengths[[4, 9]].max())
     assert rows.batch(np.array([4, 9])).input_ids.shape == (2, longest)
+    manifest = encoded.manifest
+    encoded.manifest = dataclasses.replace(manifest, pad_id=manifest.pad_id + 1)
+    assert rows.fingerprint() != before
+    encoded.manifest = manifest
+    assert rows.fingerprint() == before
     encoded._seconds = encoded._seconds - (np.arange(len(encoded)) == 7)
     assert rows.fingerprint() != before
 

@@ -294,10 +294,18 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_micro_batch_reads_nothing_back(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *((family, {}) for family in FAMILIES),
+        *(("llama", {"divergence": kind}) for kind in ("reverse", "jensen-shannon")),
+        ("llama", {"top_k": 5, "residual_dtype": "float8"}),
+        ("llama", {"temperature": 1.5, "residual_dtype": "bfloat16"}),
+    ],
+)
+def test_a_micro_batch_reads_nothing_back(family: str, options: dict[str, Any]) -> None:
     batch = a_batch()
-    model, frozen = build(LossWeights(0.7, 3.0), family=family)
+    model, frozen = build(LossWeights(0.7, 3.0, **options), family=family)
     norm, head = resident_readout(frozen.module.model, torch.device("cpu"))
     head_ = LMHead(norm, head, vocab_size=VOCAB, token_fraction=0.5)
     learner = FilterLearner(FilterPlan((1,), 24, 8).build().double(), frozen, (1,), head_)
