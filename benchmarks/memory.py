@@ -106,6 +106,7 @@ def draw(figure: Figure, rows: Sequence[dict[str, Any]]) -> None:
         axes.stackplot(values, parts, labels=("weights, gradients", "the rest", "residuals"), alpha=0.8)
         axes.plot(values, [row["peak_mib"] for row in points], "o-", color="black", label="peak")
         axes.set(title=f"peak memory over {name}", xlabel=name, ylabel="MiB", ylim=(0, None))
+        axes.locator_params(axis="x", nbins=4)
     axes.legend()
 
 
