@@ -130,6 +130,14 @@ def shut_down() -> None:
     torch.distributed.destroy_process_group()
 
 
+def leave_at_once() -> None:
+    """Leaves the process group without the others, after an error.
+
+    At exit the threads of a group that is still there may abort the interpreter, and its exit code is lost.
+    """
+    torch.distributed.destroy_process_group()
+
+
 def seed_everything(seed: int) -> None:
     """The same seed on every rank: parameters that are created, not loaded, must be equal everywhere."""
     random.seed(seed)

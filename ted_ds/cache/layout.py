@@ -183,8 +183,10 @@ def refuse_difference(folder: Path, found: Manifest, wanted: Manifest) -> None:
         ("another teacher.dtype", found.dtype, wanted.dtype, remedy),
     ]
     if _states(found) and _states(wanted):
-        copy = "give another teacher.cache, or delete teacher_filters in output_dir to take the cache's"
-        compared.append(("other filters", _filters(found), _filters(wanted), copy))
+        # lwd has none, and cannot take any
+        take = "give another teacher.cache, or delete teacher_filters in output_dir to take the cache's"
+        todo = take if found.filters and wanted.filters else remedy
+        compared.append(("other filters", _filters(found), _filters(wanted), todo))
     compared += [
         (f"another {name}", found.settings[name], value, remedy)
         for name, value in wanted.settings.items()

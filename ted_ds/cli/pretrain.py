@@ -7,7 +7,7 @@ from typing import Any
 
 from ted_ds.cli.common import guarded, printed, recipe_from
 from ted_ds.config.schema import RunConfig
-from ted_ds.errors import ConfigError
+from ted_ds.errors import ConfigError, TedError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -29,10 +29,14 @@ def run_command(argv: Sequence[str], program: str, goal: Any) -> int:
 
 
 def _run(run: RunConfig, goal: Any) -> dict[str, Any] | None:
-    from ted_ds.distributed import init_world, shut_down
+    from ted_ds.distributed import init_world, leave_at_once, shut_down
     from ted_ds.stages.run import run_recipe
 
     world = init_world()
-    summary = run_recipe(run, world, goal)
+    try:
+        summary = run_recipe(run, world, goal)
+    except TedError:
+        leave_at_once()
+        raise
     shut_down()
     return summary if world.is_main else None
