@@ -108,6 +108,22 @@ def _hot(y, shift, T: tl.constexpr, e):
 
 
 @triton.jit
+def _add_block(y, m, sum_s, sum_hot, T: tl.constexpr):
+    """The student's sums with a block of y added, relative to the maximum that it may raise.
+
+    Returns (maximum, sum of exp(y - max), sum of exp(T (y - max)), the block's exp(y - max), what a sum shrank by).
+    """
+    before = m
+    m = tl.maximum(m, tl.max(y, 0))
+    shift = _shift(m)
+    e = tl.exp(y - shift)
+    shrunk = tl.exp(before - shift)
+    sum_s = sum_s * shrunk + tl.sum(e, 0)
+    sum_hot = sum_hot * _hot(before, shift, T, shrunk) + tl.sum(_hot(y, shift, T, e), 0)
+    return m, sum_s, sum_hot, e, shrunk
+
+
+@triton.jit
 def _dense_rows(
     x_s,
     x_t,
@@ -142,12 +158,7 @@ def _dense_rows(
     for start in range(0, V, BLOCK):
         inside = start + lanes < V
         y_s = _load(x_s, start + lanes, V, CAP_S)
-        before = m_s
-        m_s = tl.maximum(m_s, tl.max(y_s, 0))
-        e_s = tl.exp(y_s - m_s)
-        shrunk = tl.exp(before - m_s)
-        sum_s = sum_s * shrunk + tl.sum(e_s, 0)
-        sum_hot = sum_hot * _hot(before, m_s, T, shrunk) + tl.sum(_hot(y_s, m_s, T, e_s), 0)
+        m_s, sum_s, sum_hot, e_s, shrunk = _add_block(y_s, m_s, sum_s, sum_hot, T)
         if KIND != _NONE:
             y_t = _load(x_t, start + lanes, V, CAP_T)
             before_t = m_t
@@ -253,13 +264,7 @@ def _top_k_rows(
     sum_hot = 0.0
     for start in range(0, V, BLOCK):
         y = _load(x_s, start + lanes, V, CAP_S)
-        before = m
-        m = tl.maximum(m, tl.max(y, 0))
-        shift = _shift(m)
-        e = tl.exp(y - shift)
-        shrunk = tl.exp(before - shift)
-        sum_s = sum_s * shrunk + tl.sum(e, 0)
-        sum_hot = sum_hot * _hot(before, shift, T, shrunk) + tl.sum(_hot(y, shift, T, e), 0)
+        m, sum_s, sum_hot, _, _ = _add_block(y, m, sum_s, sum_hot, T)
     lse_others = _shift(m) + tl.log(sum_s)
     largest = tl.maximum(m, tl.max(y_top, 0))
     e_top = tl.exp(y_top - largest)
