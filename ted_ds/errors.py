@@ -7,6 +7,9 @@ The command line prints them without a stack trace; everything else is a bug and
 class TedError(Exception):
     """Base of every error that names a mistake of the user's and its remedy."""
 
+    exit_code = 2
+    """Of the process that ends by it. 2: a person has to change something before another start can do better."""
+
     said_by_main = False
     """True on a rank that got the error from rank 0, which says it."""
 
@@ -29,3 +32,15 @@ class CheckpointError(TedError):
 
 class TrainingError(TedError):
     """Training cannot go on, e.g. a loss is not finite."""
+
+
+class Stopped(TedError):
+    """A signal or the clock ended the run, its state saved: the same command goes on from there."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+class RankLost(TedError):
+    """Another rank died, hangs, or is cut off: the same command goes on from the last checkpoint."""
+
+    exit_code = 76

@@ -34,7 +34,7 @@ def printed(work: Callable[[], dict[str, Any] | None]) -> None:
 
 
 def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """Runs a command; a TedError becomes one line on stderr and exit code 2.
+    """Runs a command; a TedError becomes one line on stderr and its own exit code.
 
     A wrong recipe is wrong on every rank, so rank 0 alone says so.
     """
@@ -44,4 +44,4 @@ def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not (isinstance(error, ConfigError) or error.said_by_main):
             print(f"ted_ds: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
