@@ -140,7 +140,7 @@ def run_rank(rank: int, ranks: int, port: int, setting: Setting, folder: Path) -
     if world.is_main:
         result = {"seconds": statistics.median(seconds[WARMUP_STEPS:]), **traffic(log, engine.module, teacher.module)}
         (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
-    shut_down()
+    shut_down(world)
 
 
 def traffic(log: CollectiveLog, student: nn.Module, teacher: nn.Module) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import random
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,11 +20,17 @@ from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
 from ted_ds.batch import on_device
+from ted_ds.cluster import slurm_environment
 from ted_ds.errors import TedError
+from ted_ds.stop import StopRequest
+from ted_ds.watch import RankWatch
 
 T = TypeVar("T")
 
 logger = logging.getLogger("ted_ds")
+
+TIMEOUT = timedelta(minutes=30)
+"""Of collectives, where no recipe says otherwise: DeepSpeed's own."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,17 @@ class World:
 
     host: a gloo group of all ranks that waits for days: preparing a large corpus on rank 0 takes hours,
     where a collective of the training must fail within minutes.
+    control: another one, that waits no longer than the training's; None where there is one rank.
+    stop: what this rank was asked by a signal or the clock.
     """
 
     rank: int
     size: int
     device: torch.device
     host: torch.distributed.ProcessGroup
+    control: torch.distributed.ProcessGroup | None
+    stop: StopRequest
+    watch: RankWatch | None
 
     @property
     def is_main(self) -> bool:
@@ -61,6 +73,12 @@ class World:
         parts = [torch.empty_like(values) for _ in range(self.size)]
         torch.distributed.all_gather(parts, values.contiguous())
         return torch.cat(parts)
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's `value` (small, picklable), in order; a collective."""
+        parts: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(parts, value, group=self.host)
+        return parts
 
     def _own_copy(self, values: torch.Tensor) -> torch.Tensor:
         moved = on_device(values, self.device)
@@ -96,9 +114,10 @@ class World:
         torch.distributed.barrier(group=self.host)
 
 
-def init_world() -> World:
-    """Joins the process group that the launcher described, or makes a group of one without a launcher.
+def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) -> World:
+    """Joins the process group that the launcher or SLURM described, or makes a group of one without them.
 
+    timeout: how long a collective waits for the other ranks. stop: None: nothing asks this run to end.
     The accelerator and its back end (NCCL on CUDA, gloo on CPU) are DeepSpeed's choice. The interpreter's
     own folder goes on PATH because DeepSpeed compiles an op at the first start and looks for ninja there.
     """
@@ -106,13 +125,15 @@ def init_world() -> World:
     from deepspeed.accelerator import get_accelerator
 
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    os.environ.update(slurm_environment(os.environ))
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.update(alone, MASTER_PORT=str(_free_port()))
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator.set_device(local_rank)
-    deepspeed.init_distributed(dist_backend=accelerator.communication_backend_name(), verbose=False)
+    backend = accelerator.communication_backend_name()
+    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
     device = torch.device(accelerator.current_device_name())
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # the ranks of a node share its cores; every one of them would start a thread a core
@@ -121,21 +142,36 @@ def init_world() -> World:
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     _quiet(rank)
     host = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
-    return World(rank, size, device, host)
+    control = torch.distributed.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+    watch = RankWatch(rank, size, timeout, *_master()) if size > 1 else None
+    return World(rank, size, device, host, control, stop or StopRequest(), watch)
 
 
-def shut_down() -> None:
+def _master() -> tuple[str, int]:
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def shut_down(world: World) -> None:
     """Leaves the process group; ranks that leave at different times would log errors otherwise."""
+    if world.watch is not None:
+        world.watch.close()
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def leave_at_once() -> None:
-    """Leaves the process group without the others, after an error.
+@contextmanager
+def lost_ranks_named(world: World) -> Iterator[None]:
+    """Where an error is another rank's doing, names that rank and ends the process; else leaves without the others.
 
-    At exit the threads of a group that is still there may abort the interpreter, and its exit code is lost.
+    At exit the threads of a process group that is still there may abort the interpreter, and its exit code is lost.
     """
-    torch.distributed.destroy_process_group()
+    try:
+        yield
+    except BaseException as error:
+        if world.watch is not None and (lost := world.watch.failed(error)) is not None:
+            world.watch.leave(lost)
+        torch.distributed.destroy_process_group()
+        raise
 
 
 def seed_everything(seed: int) -> None:

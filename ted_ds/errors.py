@@ -40,7 +40,5 @@ class Stopped(TedError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
-class RankLost(TedError):
-    """Another rank died, hangs, or is cut off: the same command goes on from the last checkpoint."""
-
-    exit_code = 76
+RANK_LOST = 76
+"""Exit code where another rank died, hangs, or is cut off: the same command goes on from the last checkpoint."""

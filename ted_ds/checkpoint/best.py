@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,31 @@ from transformers import PreTrainedModel
 from ted_ds.checkpoint.export import CARD, export_student, recover_folder, replace_folder
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.distributed import World
+from ted_ds.errors import CheckpointError
 
 
 class BestStudent:
     """OUTPUT_DIR/best: the student at the evaluation with the highest score, and its step and scores.
 
-    Any score beats none, a negative one too. A run that goes on after a stop finds the best of before. It may be
-    of a later step than the checkpoint that the run goes on from: that step is repeated, with the same score.
+    Any score beats none, a negative one too. A run that goes on from a checkpoint goes back to the best of then
+    (`go_back`); the folder may hold those of a later step, which is repeated, and its student kept again.
     """
 
     def __init__(self, folder: Path, metric: str, tokenizer: Tokenizer, world: World) -> None:
         self._folder, self._metric, self._tokenizer, self._world = folder, f"validation_{metric}", tokenizer, world
         self.card: dict[str, Any] | None = world.on_main(self._read)
+
+    def go_back(self, card: Mapping[str, Any] | None, steps: int) -> None:
+        """The best was `card`'s when the checkpoint was saved that a run of `steps` steps goes on from.
+
+        Raises CheckpointError where the folder holds those of a step that is not going to be repeated.
+        """
+        if self.card is not None and self.card["best_step"] > steps:
+            raise CheckpointError(
+                f"{self._folder} holds the student of step {self.card['best_step']}, train.steps is {steps}: give "
+                "as many steps at least, or another output_dir"
+            )
+        self.card = None if card is None else dict(card)
 
     def beaten_by(self, scores: dict[str, float]) -> bool:
         """True where the scores are better, the same on every rank; a nan is not."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 from ted_ds.cli.common import guarded, printed, recipe_from
 from ted_ds.config.schema import RunConfig
-from ted_ds.errors import ConfigError, TedError
+from ted_ds.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,19 +25,29 @@ def run_command(argv: Sequence[str], program: str, goal: Any) -> int:
     fitting = "pretrain" if run.task == "causal-lm" else "finetune"
     if program in ("pretrain", "finetune") and program != fitting:
         raise ConfigError(f"task: {run.task} is for launchers/{fitting}.sh, this is {program}.sh: start that one")
-    printed(lambda: _run(run, goal))
+    run_to(run, goal)
     return 0
 
 
-def _run(run: RunConfig, goal: Any) -> dict[str, Any] | None:
-    from ted_ds.distributed import init_world, leave_at_once, shut_down
+def run_to(run: RunConfig, goal: Any) -> None:
+    """Runs a recipe on the ranks that this process is one of, as far as `goal`, and prints what it gives.
+
+    Raises a TedError: Stopped where a signal or `train.max_minutes` ended it. Where another rank is lost the process
+    ends with exit code RANK_LOST.
+    """
+    from ted_ds.stop import StopRequest
+
+    stop = StopRequest(run.train.max_minutes)
+    stop.listen()
+    printed(lambda: _run(run, goal, stop))
+
+
+def _run(run: RunConfig, goal: Any, stop: Any) -> dict[str, Any] | None:
+    from ted_ds.distributed import init_world, lost_ranks_named, shut_down
     from ted_ds.stages.run import run_recipe
 
-    world = init_world()
-    try:
+    world = init_world(timedelta(minutes=run.train.timeout_minutes), stop)
+    with lost_ranks_named(world):
         summary = run_recipe(run, world, goal)
-    except TedError:
-        leave_at_once()
-        raise
-    shut_down()
+    shut_down(world)
     return summary if world.is_main else None

@@ -32,7 +32,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Values of overrides are YAML. Relative paths in a recipe are relative to the working directory.
     Raises ConfigError that lists every fault of the recipe: file, key, value, what is allowed.
     """
-    recipe = _read_yaml(Path(path))
+    recipe = read_yaml(Path(path))
     recipe.pop(ENVIRONMENT, None)
     _choose_method(recipe, Path(path), overrides)
     overridden = _apply_overrides(recipe, overrides)
@@ -48,7 +48,7 @@ def _choose_method(recipe: dict[str, Any], path: Path, overrides: Sequence[str])
     if strange := [name for name in sections if name not in known]:
         raise ConfigError(f"{path}: {METHODS}.{strange[0]}: unknown method; known are {', '.join(known)}")
     default = RunConfig.model_fields["method"].default
-    chosen = dict(_split_overrides(overrides)).get("method") or recipe.get("method", default)
+    chosen = dict(split_overrides(overrides)).get("method") or recipe.get("method", default)
     _merge(recipe, sections.get(chosen, {}))
 
 
@@ -100,7 +100,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as error:
@@ -119,7 +119,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> frozenset[str]:
     """Sets each override in `recipe`, in order, making absent sections; the dotted keys that were set."""
     keys = set()
-    for key, text in _split_overrides(overrides):
+    for key, text in split_overrides(overrides):
         try:
             value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
@@ -137,7 +137,7 @@ def _apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> frozen
     return frozenset(keys)
 
 
-def _split_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+def split_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
     rest = iter(overrides)
     for word in rest:
         key, equals, text = word.removeprefix("--").partition("=")

@@ -331,7 +331,17 @@ class TrainConfig(Section):
     micro_batch_size: PositiveInt = Field(default=4, description="rows per rank per forward")
     evaluate_every: Every = Field(default=200, description="steps, or epoch; 0: only at the end")
     save_every: Every = Field(default=200, description="steps, or epoch; 0: only at the end")
-    keep_checkpoints: PositiveInt = Field(default=2, description="older ones are deleted")
+    keep_last: PositiveInt = Field(default=2, description="checkpoints; the best one by the held-out score stays too")
+    keep_every: NonNegativeInt = Field(default=0, description="checkpoints of every so many steps stay; 0: none does")
+    max_skipped_steps: NonNegativeInt = Field(
+        default=5, description="steps left out because a loss or gradient was not finite, before the run gives up"
+    )
+    max_minutes: PositiveFloat | None = Field(
+        default=None, description="of a start: then it saves and ends with exit code 75; null: no limit"
+    )
+    timeout_minutes: PositiveFloat = Field(
+        default=10.0, description="that a collective waits for a rank before the run ends with exit code 76"
+    )
 
     @model_validator(mode="after")
     def _length(self) -> Self:

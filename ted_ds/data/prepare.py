@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,7 @@ class Manifest:
 
     entries, text_column, sources: the recipe's data, and name -> bytes of the files it meant.
     tokens: of all documents, their prefixes and ends included, and a dropped tail too. last_row_length: tokens
-    of the last row that are not padding.
+    of the last row that are not padding. digest: SHA-256 of the rows' ids, as int32.
     """
 
     tokenizer: str
@@ -55,6 +57,7 @@ class Manifest:
     text_column: str
     entries: tuple[str, ...]
     sources: dict[str, int]
+    digest: str
 
 
 class PackedBlocks:
@@ -199,6 +202,7 @@ def prepare(
         text_column=text_column,
         entries=entry_names(entries),
         sources=sizes,
+        digest=packer.digest.hexdigest(),
     )
     (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
     temporary.rename(folder)
@@ -210,6 +214,7 @@ class _Packer:
 
     def __init__(self, path: Path, tokenizer: Tokenizer, length: int) -> None:
         self.rows = self.tokens = self.documents = 0
+        self.digest = hashlib.sha256()
         self._prefix, self._eos, self._length = len(tokenizer.prefix), tokenizer.eos_id, length
         self._rows_a_batch = max(1, BATCH_TOKENS // length)
         self._held: list[np.ndarray] = []
@@ -251,6 +256,7 @@ class _Packer:
         if rows:
             column = pa.FixedSizeListArray.from_arrays(pa.array(full), self._length)
             self._writer.write_batch(pa.record_batch([column], names=["input_ids"]))
+            self.digest.update(full.tobytes())
             self.rows += rows
 
 
@@ -300,7 +306,16 @@ _worker_tokenizer: Tokenizer
 def _start_worker(name: str) -> None:
     global _worker_tokenizer
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # a process a core is enough
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _worker_tokenizer = load_tokenizer(name)
+
+
+def _end_with_parent() -> None:
+    """A killed parent's workers would wait for work for ever: they hold both ends of its queue."""
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _encode_group(texts: list[str]) -> list[list[int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from ted_ds.cache.teacher import AnnouncedRows, CachedTeacher
 from ted_ds.checkpoint.best import BestStudent
 from ted_ds.checkpoint.export import export_student, replace_folder
 from ted_ds.checkpoint.published import published_model, published_options, write_published
-from ted_ds.checkpoint.store import Card, load_checkpoint, save_checkpoint, write_atomically
+from ted_ds.checkpoint.store import write_atomically
 from ted_ds.config.schema import RunConfig
 from ted_ds.distill.frozen import FrozenModel, Teacher, filtered_square_sums
 from ted_ds.distill.objective import TERMS, DistillationModel
@@ -30,6 +29,7 @@ from ted_ds.stages.data import RunData
 from ted_ds.stages.filters import PairPlan
 from ted_ds.stages.flops import stage2_flops
 from ted_ds.stages.models import Models, fit_to_run, load_filters, load_frozen, new_filters, trained_config
+from ted_ds.stages.resume import Checkpoints
 from ted_ds.stages.teacher import LiveTeacher, open_cached_teacher
 from ted_ds.tasks.base import LossWeights
 from ted_ds.telemetry.flops import BatchFlops
@@ -74,7 +74,7 @@ def export_checkpoint(run: RunConfig, world: World, data: RunData, plan: Plan) -
     Returns {"steps", "student"}. Raises CheckpointError where the checkpoint is torn or does not fit.
     """
     module, engine = _build_student(run, world, data, plan)
-    steps = load_checkpoint(engine, run.output_dir / "checkpoints", model=_fingerprint(module), world=world)
+    steps = Checkpoints(engine, run.output_dir, run, data, world, run.train.global_batch_size).start
     folder = run.output_dir / "student"
     export_student(module.student, data.tokenizer, folder, world)
     engine.destroy()
@@ -89,7 +89,7 @@ def export_published(run: RunConfig, world: World, data: RunData, plan: Plan) ->
     module, engine = _build_student(run, world, data, plan)
     filters = plan.pairs.student if plan.pairs else None
     options = published_options(module.student.config, filters)
-    steps = load_checkpoint(engine, run.output_dir / "checkpoints", model=_fingerprint(module), world=world)
+    steps = Checkpoints(engine, run.output_dir, run, data, world, run.train.global_batch_size).start
     folder = run.output_dir / "student_published"
     weights, bank = (dict(whole_tensors(part, keep=world.is_main)) for part in (module.student, module.filters))
 
@@ -196,19 +196,25 @@ def _mean_squares(run: RunConfig, world: World, data: RunData, teacher: Teacher,
 
 
 def _train(run: RunConfig, world: World, data: RunData, plan: Plan, engine: Any, best: BestStudent | None) -> None:
-    checkpoints, fingerprint = run.output_dir / "checkpoints", _fingerprint(engine.module)
-    start = load_checkpoint(engine, checkpoints, model=fingerprint, world=world)
+    checkpoints = Checkpoints(engine, run.output_dir, run, data, world, run.train.global_batch_size)
+    start, score = checkpoints.start, (0, 0.0)  # the last evaluation's step, and how well it went
+    if best is not None and checkpoints.card is not None:
+        best.go_back(checkpoints.card.best, run.train.steps)
 
     def evaluate(step: int) -> dict[str, float]:
+        nonlocal score
         scores = data.evaluate(engine, run, world)
+        metric = f"validation_{run.spec.best}" if run.spec.best else "validation_loss"
+        if metric in scores:
+            score = step, scores[metric] if run.spec.best else -scores[metric]
         if best is not None and step and best.beaten_by(scores):
             scores |= data.evaluate_extra(engine, run, world)
             best.keep(engine.module.student, step, scores)
         return scores
 
     def save(step: int) -> None:
-        card = Card(step, world.size, fingerprint)
-        save_checkpoint(engine, checkpoints, card, world, keep=run.train.keep_checkpoints)
+        card = None if best is None else best.card
+        checkpoints.save(step, recorder, card, score[1] if score[0] == step else None)
 
     rows: Rows = data.training_rows(run, world)
     if isinstance(teacher := engine.module.teacher, CachedTeacher):
@@ -218,13 +224,13 @@ def _train(run: RunConfig, world: World, data: RunData, plan: Plan, engine: Any,
         run.output_dir,
         title=f"Stage II {run.method}",
         steps=run.train.steps,
-        start_step=start,
         tensorboard=run.logging.tensorboard,
-        enabled=world.is_main,
     )
     with recorder:
+        checkpoints.open(recorder)
         if start == 0:
-            recorder.log({"step": 0, "tokens": 0, **evaluate(0)})
+            first = {"step": 0, "tokens": 0, **evaluate(0)}
+            world.on_main(lambda: recorder.log(first))
         run_steps(
             engine,
             rows,
@@ -235,6 +241,7 @@ def _train(run: RunConfig, world: World, data: RunData, plan: Plan, engine: Any,
             steps=run.train.steps,
             log_every=run.logging.every,
             seed=run.seed,
+            max_skipped=run.train.max_skipped_steps,
             evaluate=(run.train.evaluate_every, evaluate),
             save=(run.train.save_every, save),
             meters=Meters(world, _flops(run, data, plan)),
@@ -274,9 +281,3 @@ def _training_seconds(lines: list[dict[str, Any]]) -> float:
     """Seconds spent in steps: without evaluation, saving and starting up."""
     steps = [0, *(line["step"] for line in lines)]
     return sum(line.get("step_ms", 0.0) * (b - a) for line, (a, b) in zip(lines, pairwise(steps), strict=True)) / 1000
-
-
-def _fingerprint(module: nn.Module) -> str:
-    """Names and shapes of what is trained: a checkpoint of anything else cannot be loaded."""
-    shapes = sorted((name, *getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters())
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:16]

@@ -31,8 +31,9 @@ from ted_ds.models.structure import ModelStructure, find_blocks
 from ted_ds.stages.data import RunData
 from ted_ds.stages.flops import stage1_flops
 from ted_ds.stages.models import Models, copy_filters, load_frozen, new_filters, read_plan, trained_config
+from ted_ds.stages.resume import Checkpoints
 from ted_ds.telemetry.meters import Meters
-from ted_ds.telemetry.recorder import Recorder
+from ted_ds.telemetry.recorder import Recorder, read_metrics
 from ted_ds.train.loop import run_steps
 from ted_ds.train.schedule import learning_rate_schedule
 
@@ -229,27 +230,22 @@ def _learn(
     schedule = learning_rate_schedule("linear", warmup_steps=warmup, total_steps=steps, final_ratio=0.0)
     engine = build_trained_engine(learner, deepspeed_config=config, schedule=schedule)
     temporary = folder.with_name(folder.name + ".tmp")
-    if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
-    recorder = Recorder(
-        temporary,
-        title=f"Stage I {folder.name}",
-        steps=steps,
-        start_step=0,
-        tensorboard=False,
-        enabled=world.is_main,
-    )
+    checkpoints = Checkpoints(engine, temporary, run, data, world, rows)
+    recorder = Recorder(temporary, title=f"Stage I {folder.name}", steps=steps, tensorboard=False)
     with recorder:
-        record = run_steps(
+        checkpoints.open(recorder)
+        run_steps(
             engine,
             data.training_rows(run, world, batch_size),
             world,
             recorder,
             names=("loss",),
-            start=0,
+            start=checkpoints.start,
             steps=steps,
             log_every=run.logging.every,
             seed=run.seed,
+            max_skipped=run.train.max_skipped_steps,
+            save=(run.train.save_every, lambda step: checkpoints.save(step, recorder)),
             step_inputs=lambda step: {"step": step},
             meters=meters,
         )
@@ -257,10 +253,12 @@ def _learn(
 
     def write() -> None:
         save_file(tensors, temporary / "filters.safetensors")
-        card = {"plan": asdict(plan), "steps": steps, "losses": record["layer_losses"]}
+        last = read_metrics(temporary)[-1]
+        card = {"plan": asdict(plan), "steps": steps, "losses": last["layer_losses"]}
         write_atomically(temporary / "filters.json", json.dumps(card, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+        shutil.rmtree(folder / "checkpoints")
 
     world.on_main(write)
     engine.destroy()

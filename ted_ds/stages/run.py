@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 
 from ted_ds.checkpoint.store import latest_tag
 from ted_ds.config.deepspeed import frozen_engine_config
@@ -21,10 +23,11 @@ from ted_ds.stages.data import open_data, open_tokenizer
 from ted_ds.stages.distill import Plan, distill, export_checkpoint, export_published
 from ted_ds.stages.filters import learn_filters, plan_pairs
 from ted_ds.stages.models import check_models, ensure_models, trained_config
+from ted_ds.stages.progress import finished
+from ted_ds.stages.resume import settled
 
-MAY_CHANGE = ("output_dir", "deepspeed", "logging", "environment")
-"""Parts of a recipe that another start on the same folder may change; train and data: see `_settled`."""
-
+LOCK = "run.lock"
+"""In an output folder: held by the run that writes there, and free once its process is gone, however it went."""
 
 Goal = Literal["student", "filters", "distilled", "export", "export-published"]
 """Stage 0 done; Stage I done; all done; the last checkpoint exported, whether or not all is done."""
@@ -40,9 +43,16 @@ def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[s
     Raises a TedError, on every rank, where recipe, data or models are wrong.
     """
     _check_engines(run, world)
+    if goal in EXPORTS:
+        return _run(run, world, goal)
+    with _alone(run.output_dir, world):
+        return _run(run, world, goal)
+
+
+def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
     world.on_main(lambda: _claim(run, export=goal in EXPORTS))
     _check_shared(run.output_dir / "config.yaml", world)
-    summary = world.on_main(lambda: _finished(run))
+    summary = world.on_main(lambda: finished(run))
     if summary is not None and goal == "export":
         raise ConfigError(f"{run.output_dir} is complete: its student is in {run.output_dir / 'student'}")
     if summary is not None and goal not in EXPORTS:
@@ -60,6 +70,28 @@ def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[s
     if goal == "filters":
         return None
     return EXPORTS.get(goal, distill)(run, world, data, Plan(models, pairs, filters))
+
+
+@contextmanager
+def _alone(folder: Path, world: World) -> Iterator[None]:
+    """The only run that writes into `folder`; a collective. Raises ConfigError where there is another."""
+    lock = FileLock(folder / LOCK)
+
+    def acquire() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise ConfigError(
+                f"{folder} has a run going on (it holds {LOCK}): wait until its processes have ended, or give another "
+                "output_dir"
+            ) from error
+
+    world.on_main(acquire)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _check_engines(run: RunConfig, world: World) -> None:
@@ -85,8 +117,8 @@ def _claim(run: RunConfig, *, export: bool) -> None:
         raise CheckpointError(f"{run.output_dir} has no checkpoint to export: run it past train.save_every steps")
     run.output_dir.mkdir(parents=True, exist_ok=True)
     if path.exists():
-        before = _settled(yaml.safe_load(path.read_text(encoding="utf-8")))
-        now = _settled(run.model_dump(mode="json"))
+        before = settled(yaml.safe_load(path.read_text(encoding="utf-8")))
+        now = settled(run.model_dump(mode="json"))
         changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
         if changed:
             key = changed[0]
@@ -96,32 +128,6 @@ def _claim(run: RunConfig, *, export: bool) -> None:
             )
     if not export:
         dump_config(run, path, {**_versions(), "commit": _commit()})
-
-
-def _settled(config: dict[str, Any]) -> dict[str, Any]:
-    """The dotted keys that decide a run's losses, with their values; how long and how often may change."""
-    flat: dict[str, Any] = {}
-    for section, value in config.items():
-        if section not in MAY_CHANGE:
-            flat |= {f"{section}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {section: value}
-    free = (
-        "train.steps",
-        "train.evaluate_every",
-        "train.save_every",
-        "train.keep_checkpoints",
-        "data.processes",
-        "teacher.cache",
-    )
-    return {key: value for key, value in flat.items() if key not in free and not key.endswith(".deepspeed")}
-
-
-def _finished(run: RunConfig) -> dict[str, Any] | None:
-    path = run.output_dir / "summary.json"
-    if not path.exists() or not (run.output_dir / "student").exists():
-        return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
-    # what a recipe in epochs comes to is known with its data alone, and one folder holds one number of epochs
-    return summary if run.train.epochs or summary["steps"] >= run.train.steps else None
 
 
 def _versions() -> dict[str, str]:

@@ -3,52 +3,74 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from ted_ds.errors import CheckpointError
+
+METRICS = "metrics.jsonl"
+
 
 class Recorder:
-    """Writes a run's metrics; on ranks other than 0 (`enabled` False) it does nothing.
+    """Writes a run's metrics on the rank that opens it; on the others it does nothing.
 
-    folder: gets metrics.jsonl and tensorboard/. start_step: steps already done; lines and points of later
-    steps, left by a run that died after its last checkpoint, are dropped.
+    folder: gets metrics.jsonl and tensorboard/.
     """
 
-    def __init__(
-        self, folder: Path, *, title: str, steps: int, start_step: int, tensorboard: bool, enabled: bool
-    ) -> None:
-        self._enabled = enabled
-        self._board = None
-        if not enabled:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line)["step"] <= start_step]
-        path.write_text("".join(kept), encoding="utf-8")
+    def __init__(self, folder: Path, *, title: str, steps: int, tensorboard: bool) -> None:
+        self._folder, self._title, self._steps, self._tensorboard = folder, title, steps, tensorboard
+        self._metrics: TextIO | None = None
+        self._board: Any = None
+
+    def open(self, start_step: int, kept_bytes: int) -> None:
+        """Goes on after the first `kept_bytes` of metrics.jsonl, written when `start_step` steps were done.
+
+        What a run that died after its last checkpoint wrote beyond them is dropped.
+        Raises CheckpointError where the file is shorter.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / METRICS
+        path.touch()
+        if (there := path.stat().st_size) < kept_bytes:
+            raise CheckpointError(
+                f"{path} has {there} bytes, {kept_bytes} when step {start_step} was saved: put the file back, or "
+                f"delete {self._folder} to start over"
+            )
+        os.truncate(path, kept_bytes)
         self._metrics = path.open("a", encoding="utf-8", buffering=1)
-        if tensorboard:
+        if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
         self._bar = tqdm(
-            total=steps,
+            total=self._steps,
             initial=start_step,
-            desc=title,
+            desc=self._title,
             unit="step",
             dynamic_ncols=True,
             smoothing=0.1,
             mininterval=0.2 if sys.stderr.isatty() else 10.0,  # seconds: a log file is not a terminal
         )
 
+    def sync(self) -> int:
+        """All that was logged is on the disk; returns metrics.jsonl's bytes."""
+        assert self._metrics is not None
+        os.fsync(self._metrics.fileno())
+        if self._board is not None:
+            self._board.flush()
+        return os.fstat(self._metrics.fileno()).st_size
+
     def __enter__(self) -> Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._enabled:
+        if self._metrics is not None:
             self._metrics.close()
             self._bar.close()
             if self._board is not None:
@@ -56,17 +78,17 @@ class Recorder:
 
     def advance(self) -> None:
         """One step is done."""
-        if self._enabled:
+        if self._metrics is not None:
             self._bar.update()
 
     def log(self, metrics: dict[str, Any]) -> None:
         """One line of metrics.jsonl, one point in every TensorBoard curve; `metrics` has `step`.
 
-        Of a field that is a dict, every part has a curve: `phase_ms/data`.
+        Of a field that is a dict, every part has a curve: `phase_ms/data`. What is not finite is null.
         """
-        if not self._enabled:
+        if self._metrics is None:
             return
-        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
         parts = {key: value for key, value in metrics.items() if isinstance(value, dict)}
         flat = metrics | {f"{key}/{name}": value for key, part in parts.items() for name, value in part.items()}
         scalars = {key: value for key, value in flat.items() if isinstance(value, float)}
@@ -77,13 +99,17 @@ class Recorder:
         self._bar.set_postfix({key: f"{scalars[key]:.4g}" for key in shown if key in scalars}, refresh=False)
 
 
+def _finite(value: Any) -> Any:
+    """JSON has no nan and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, oldest first."""
-    return [json.loads(line) for line in _lines(folder / "metrics.jsonl")]
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a log; the torn last one of a killed run is not one."""
-    if not path.exists():
-        return []
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+    """The records of a run's metrics.jsonl, oldest first; the torn last line of a killed run is none."""
+    path = folder / METRICS
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel
 from ted_ds.checkpoint.best import BestStudent
 from ted_ds.checkpoint.export import recover_folder, replace_folder
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ted_ds.errors import CheckpointError
 from tests.task_project import write_tokenizer
 from tests.tiny_encoders import tiny_encoder
 
@@ -105,9 +106,22 @@ def test_the_best_of_before_is_found_again_after_a_restart(start: Callable[[], B
     steps_kept(start(), [0.5])
     again = start()
     assert again.card == {"best_step": 1, **score(0.5)}
+    again.go_back(again.card, 2)
     assert not again.beaten_by(score(0.5)) and not again.beaten_by(score(0.4)) and again.beaten_by(score(0.6))
     assert steps_kept(again, [0.3, 0.6]) == [2] and start().card == again.card
     assert step_in(tmp_path / "best") == 2
+
+
+def test_a_run_goes_back_to_the_best_of_its_checkpoint(start: Callable[[], BestStudent], tmp_path: Path) -> None:
+    """Step 3 was kept after the last checkpoint, which knows of step 1: it is repeated and kept again."""
+    steps_kept(start(), [0.5, 0.4, 0.6])
+    again = start()
+    with pytest.raises(CheckpointError, match=r"holds the student of step 3, train.steps is 2: give as many steps at"):
+        again.go_back({"best_step": 1, **score(0.5)}, 2)
+    again.go_back({"best_step": 1, **score(0.5)}, 3)
+    assert again.beaten_by(score(0.6)) and not again.beaten_by(score(0.5))
+    again.go_back(None, 3)
+    assert again.beaten_by(score(-1.0))
 
 
 def test_a_process_that_dies_between_the_two_renames_loses_nothing(

@@ -1,20 +1,25 @@
 from __future__ import annotations
 
 import math
+import os
+import signal
 import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import pytest
 import torch
 
 from ted_ds.batch import Batch
-from ted_ds.errors import TrainingError
+from ted_ds.errors import Stopped, TrainingError
+from ted_ds.stop import SIGNALS, StopRequest
 from ted_ds.telemetry.flops import BatchFlops
 from ted_ds.telemetry.meters import Meters
 from ted_ds.telemetry.nvml import GpuCounters
-from ted_ds.telemetry.recorder import Recorder, read_metrics
 from ted_ds.train.loop import run_steps
+
+T = TypeVar("T")
 
 NAMES = ("loss", "pred_loss")
 
@@ -22,35 +27,52 @@ NAMES = ("loss", "pred_loss")
 class Alone:
     """A world of one rank without a process group."""
 
-    rank, size, device = 0, 1, torch.device("cpu")
+    rank, size, device, is_main, control = 0, 1, torch.device("cpu"), True, None
+
+    def __init__(self) -> None:
+        self.stop = StopRequest()
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         return values
 
-    min = sum
+    min = gather = sum
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        return work()
+
+    def gather_objects(self, value: T) -> list[T]:
+        return [value]
 
 
 class Engine:
-    """Reports what it is told, step by step, and writes down what happens to it."""
+    """Reports what it is told, step by step, and writes down what happens to it; skips: steps left out."""
 
-    def __init__(self, losses: list[float], skips: int | None = None) -> None:
-        self.losses, self.skips = losses, skips
+    def __init__(self, losses: list[float], skips: tuple[int, ...] = (), stage: int = 3) -> None:
+        self.losses, self.skips, self.stage = losses, skips, stage
         self.step_number = self.skipped_steps = 0
         self.events: list[Any] = []
+        self.upstream: list[float] = []
 
     def __call__(self, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         value = torch.tensor(self.losses[self.step_number])
         return value, torch.stack([value, 2 * value])
+
+    def zero_optimization_stage(self) -> int:
+        return self.stage
+
+    def bfloat16_enabled(self) -> bool:
+        return False
 
     def train(self) -> None:
         self.events.append("train")
 
     def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None:
         assert not scale_wrt_gas
+        self.upstream.append(float(loss))
 
     def step(self) -> None:
         self.step_number += 1
-        self.skipped_steps += self.step_number == self.skips
+        self.skipped_steps += self.step_number in self.skips
 
     def get_lr(self) -> list[float]:
         return [0.1 * (self.step_number + 1)]
@@ -66,30 +88,37 @@ class Engine:
 
     def micro_batches(self, step: int) -> list[Batch]:
         ids = torch.zeros(1, 2, dtype=torch.int64)
-        return [Batch(ids, ids)]
+        return [Batch(ids, ids, rows=torch.tensor([10 * step, 10 * step + 1]))]
 
     def tokens(self, step: int) -> int:
         return 2
 
 
-def run(engine: Engine, **periods: int) -> dict[str, Any]:
+def last(engine: Engine) -> dict[str, Any]:
+    """The last line that was recorded."""
+    return [event[1] for event in engine.events if event[0] == "log"][-1]
+
+
+def run(engine: Engine, world: Any = None, **options: int) -> dict[str, Any]:
     def evaluate(step: int) -> dict[str, float]:
         engine.events.append(("evaluate", step))
         return {"validation_loss": 1.0}
 
-    return run_steps(
+    run_steps(
         engine,
         engine,
-        Alone(),
+        world or Alone(),
         engine,
         names=NAMES,
         start=0,
         steps=len(engine.losses),
-        log_every=periods.get("log", 1),
+        log_every=options.get("log", 1),
         seed=0,
-        evaluate=(periods.get("evaluate", 0), evaluate),
-        save=(periods.get("save", 0), lambda step: engine.events.append(("save", step))),
+        max_skipped=options.get("max_skipped", 0),
+        evaluate=(options.get("evaluate", 0), evaluate),
+        save=(options.get("save", 0), lambda step: engine.events.append(("save", step))),
     )
+    return last(engine)
 
 
 def test_a_step_is_recorded_with_its_evaluation_before_it_is_saved() -> None:
@@ -99,19 +128,85 @@ def test_a_step_is_recorded_with_its_evaluation_before_it_is_saved() -> None:
     assert kinds == ["train", *("evaluate", "log", "save") * 2]
     assert last["step"] == 4 and last["tokens"] == 8 and last["validation_loss"] == 1.0
     assert (last["loss"], last["pred_loss"], last["lr"]) == pytest.approx((0.5, 1.0, 0.4))
+    assert "skipped_steps" not in last
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_the_first_step_that_was_not_finite_is_named_before_anything_is_saved(bad: float) -> None:
-    engine = Engine([3.0, bad, 2.0, 1.0])
-    with pytest.raises(TrainingError, match="loss, pred_loss not finite at step 2;"):
+    engine = Engine([3.0, bad, 2.0, 1.0], skips=(2,))
+    named = r"^loss, pred_loss not finite at step 2 on rank 0, training rows 10, 11; train.max_skipped_steps is 0; "
+    with pytest.raises(TrainingError, match=named):
         run(engine, log=3, save=1 << 20)
     assert engine.events == ["train"]
+    # whatever the loss was, its gradient is nan: what DeepSpeed looks for
+    assert [math.isnan(value) for value in engine.upstream] == [False, True, False]
 
 
 def test_a_step_that_deepspeed_skipped_is_named_though_losses_are_finite() -> None:
-    with pytest.raises(TrainingError, match="gradients not finite at step 2;"):
-        run(Engine([3.0, 2.0, 1.0, 0.5], skips=2), log=4)
+    with pytest.raises(TrainingError, match=r"^gradients not finite at step 2, where every loss was;"):
+        run(Engine([3.0, 2.0, 1.0, 0.5], skips=(2,)), log=4)
+
+
+def test_steps_are_left_out_within_a_budget(caplog: pytest.LogCaptureFixture) -> None:
+    losses = [3.0, math.nan, 2.0, 1.0, math.inf, 0.5]
+    engine = Engine(losses, skips=(2, 3, 5))
+    assert run(engine, max_skipped=3)["skipped_steps"] == 3
+    said = [record.message for record in caplog.records]
+    assert [message.split(" not")[0] for message in said] == ["loss, pred_loss", "gradients", "loss, pred_loss"]
+    assert said[0].endswith("rows 10, 11: left out, 1 of train.max_skipped_steps 3")
+    with pytest.raises(TrainingError, match=r"at step 5 on rank 0, training rows 40, 41; train.max_skipped_steps is 2"):
+        run(Engine(losses, skips=(2, 3, 5)), max_skipped=2)
+
+
+def test_a_bad_step_that_was_applied_ends_the_run_whatever_the_budget() -> None:
+    with pytest.raises(TrainingError, match=r"step 2 on rank 0.*train.max_skipped_steps is 0;"):
+        run(Engine([3.0, math.nan, 2.0], stage=0), max_skipped=5)
+
+
+def test_a_request_ends_the_run_after_its_step_without_a_line_of_its_own() -> None:
+    world, engine = Alone(), Engine([3.0, 2.0, 1.0, 0.5])
+    advance = engine.advance
+
+    def signalled() -> None:
+        advance()
+        if engine.step_number == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    engine.advance = signalled  # type: ignore[method-assign]
+    with (
+        listening(world.stop),
+        pytest.raises(Stopped, match=r"^SIGUSR1 received: saved after step 2 of 4, the same comma"),
+    ):
+        run(engine, world, log=4, save=3)
+    assert engine.events == ["train", ("save", 2)]
+
+
+def test_the_clock_ends_a_run_and_its_last_step_does_not_count() -> None:
+    world = Alone()
+    world.stop = StopRequest(max_minutes=1e-9)
+    engine = Engine([3.0, 2.0])
+    with pytest.raises(Stopped, match=r"^train.max_minutes are over: saved after step 1 of 2"):
+        run(engine, world)
+    assert run(Engine([3.0]), world)["step"] == 1
+
+
+@contextmanager
+def listening(stop: StopRequest) -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    stop.listen()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_signal_outside_of_the_steps_ends_the_program_where_it_is() -> None:
+    with (
+        listening(StopRequest()),
+        pytest.raises(Stopped, match=r"^SIGTERM outside of the training steps: nothing is lost"),
+    ):
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Timed(Engine):
@@ -154,6 +249,7 @@ def test_a_line_says_where_the_time_of_its_steps_went(monkeypatch: pytest.Monkey
         steps=3,
         log_every=2,
         seed=0,
+        max_skipped=0,
         evaluate=(2, engine.aside),
         save=(2, engine.aside),
         meters=meters,
@@ -181,6 +277,7 @@ class Two(Alone):
     size, device = 2, torch.device("cuda")
 
     def __init__(self, reserved: float, counters: list[float]) -> None:
+        super().__init__()
         self.reserved, self.counters = reserved, torch.tensor(counters)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -228,16 +325,3 @@ def test_gpus_of_two_ranks(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, 
         "gpu_power_w": 1250.0,
         "joules_per_million_tokens": (700 + 300) * 250,
     }
-
-
-def test_the_parts_of_a_field_have_curves(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"title": "", "steps": 3, "start_step": 0, "tensorboard": True, "enabled": True}
-    with Recorder(tmp_path, **options) as recorder:
-        recorder.log({"step": 3, "mfu": None, "loss": 2.0, "phase_ms": {"data": 1.5, "loss": 4.0}})
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert sorted(events.Tags()["scalars"]) == ["loss", "phase_ms/data", "phase_ms/loss"]
-    (point,) = events.Scalars("phase_ms/data")
-    assert (point.step, point.value) == (3, 1.5)
-    assert read_metrics(tmp_path)[0]["phase_ms"] == {"data": 1.5, "loss": 4.0}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -92,6 +93,7 @@ def test_rows_are_the_stream_of_documents_cut(
 @pytest.mark.usefixtures("small")
 def test_the_manifest_says_what_was_packed(tmp_path: Path, entries: list[str], tokenizer: Tokenizer) -> None:
     stream = stream_of(tokenizer)
+    padded = np.array(stream + [tokenizer.eos_id] * (-len(stream) % 8), dtype=np.int32)
     made = packed(entries, tokenizer, tmp_path / "data", 8, drop_tail=False).manifest
     assert made == PackedBlocks(tmp_path / "data").manifest
     assert json.loads((tmp_path / "data" / MANIFEST).read_text()) == {
@@ -105,6 +107,7 @@ def test_the_manifest_says_what_was_packed(tmp_path: Path, entries: list[str], t
         "text_column": "body",
         "entries": entries,
         "sources": {str(path): path.stat().st_size for path in (tmp_path / "long.txt", tmp_path / "short.jsonl")},
+        "digest": hashlib.sha256(padded.tobytes()).hexdigest(),
     }
 
 

@@ -1,0 +1,107 @@
+"""Ending a run early, by a signal or by the clock: all ranks agree on the step after which they save and leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+
+from ted_ds.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""SIGUSR1 is SLURM's usual warning before the time limit, SIGINT a terminal's Ctrl-C."""
+
+CLOCK = 1
+"""In a request's place for a signal: `train.max_minutes` are over (signal 1, SIGHUP, is none of SIGNALS)."""
+
+SAME_S = 1.0
+"""Signals within this many seconds of the first are the same request: a launcher and SLURM may each send it on."""
+
+
+class StopRequest:
+    """A request to end the run, as this rank has it.
+
+    While a loop of steps runs (`postponed`) it is kept until the ranks agree; at any other time, when there is
+    nothing to save, a signal raises Stopped where the program is. A second one ends the process at once.
+    """
+
+    def __init__(self, max_minutes: float | None = None) -> None:
+        self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
+        self._signal = 0
+        self._since = 0.0
+        self._postponed = False
+
+    def listen(self) -> None:
+        """From here on signals are requests; in the main thread."""
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    @contextmanager
+    def postponed(self) -> Iterator[None]:
+        """A signal is a request that waits for `Agreement.reached`."""
+        self._postponed = True
+        try:
+            yield
+        finally:
+            self._postponed = False
+
+    @property
+    def code(self) -> int:
+        """0, the number of the signal, or CLOCK."""
+        if self._signal:
+            return self._signal
+        return CLOCK if self._deadline is not None and time.monotonic() > self._deadline else 0
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        name, now = signal.Signals(number).name, time.monotonic()
+        if not self._signal:
+            self._signal, self._since = number, now
+            if not self._postponed:
+                raise Stopped(f"{name} outside of the training steps: nothing is lost, the same command goes on")
+            # not by print: the signal may have come while this thread was printing
+            os.write(2, f"ted_ds: {name}: the run saves and ends after this step\n".encode())
+        elif now - self._since > SAME_S:
+            os.write(2, f"ted_ds: {name} again: the run ends at once; the last checkpoint is whole\n".encode())
+            os._exit(128 + number)
+
+
+class Agreement:
+    """All ranks leave after the same step: each step's requests are exchanged while the next one runs.
+
+    On the host, over `group`: no rank's GPU is waited for, and where a rank is gone this is where the others notice.
+    group: None where there is one rank alone.
+    """
+
+    def __init__(self, request: StopRequest, group: torch.distributed.ProcessGroup | None) -> None:
+        self._request, self._group = request, group
+        self._flag = torch.zeros(1, dtype=torch.int32)
+        self._work: torch.distributed.Work | None = None
+
+    def reached(self) -> str | None:
+        """Why all ranks end here, the same on each; None: they go on. Once a step; a collective."""
+        if self._group is None:
+            return _reason(self._request.code)
+        if self._work is not None:
+            self._work.wait()
+        code = int(self._flag)
+        if code == 0:
+            self._flag = torch.tensor([self._request.code], dtype=torch.int32)
+            op = torch.distributed.ReduceOp.MAX
+            self._work = torch.distributed.all_reduce(self._flag, op=op, group=self._group, async_op=True)
+        return _reason(code)
+
+    def close(self) -> None:
+        """Waits for the last exchange; a collective."""
+        if self._work is not None:
+            self._work.wait()
+
+
+def _reason(code: int) -> str | None:
+    if code == 0:
+        return None
+    return "train.max_minutes are over" if code == CLOCK else f"{signal.Signals(code).name} received"

@@ -1,0 +1,154 @@
+"""Whether the other ranks are alive: a rank that died, hangs or is cut off is named, and nobody waits for it for ever.
+
+A thread of each rank gives signs of life in the launcher's key-value store and looks for those of the next rank. So a
+lost rank is found even while a main thread waits in a CUDA call that no time-out of Python's reaches.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+
+import torch
+
+from ted_ds.errors import RANK_LOST
+
+BEATS = 20
+"""Signs of life within the time-out."""
+
+LONGEST_BEAT_S = 5.0
+
+GRACE_S = 5.0
+"""How long a rank that failed in a collective waits for the others to fail too: who does not is the one to blame."""
+
+AGAIN = "the same command goes on from the last checkpoint"
+
+COMMUNICATION = re.compile(r"gloo|NCCL|nccl|Connection closed by peer|Connection reset|ProcessGroup")
+"""In messages of RuntimeErrors that torch raises where another rank failed (gloo has no class of its own)."""
+
+
+class RankWatch:
+    """This rank's part of the watch.
+
+    timeout: as the collectives'. A rank without a sign of life for half of it is lost.
+    address, port: of the launcher's store.
+    Raises nothing by itself: the thread ends the process with exit code RANK_LOST.
+    """
+
+    def __init__(self, rank: int, size: int, timeout: timedelta, address: str, port: int) -> None:
+        self._rank, self._size, self._next = rank, size, (rank + 1) % size
+        self._limit_s = timeout.total_seconds() / 2
+        self._beat_s = min(LONGEST_BEAT_S, timeout.total_seconds() / BEATS)
+        self._master = f"{address}:{port}"
+        wait = timedelta(seconds=max(1.0, self._beat_s))
+        # clients of their own: a request that waits holds up every other of the same client
+        self._stores = [
+            torch.distributed.PrefixStore(
+                "ted_ds",
+                torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait),
+            )
+            for _ in range(2)
+        ]
+        self._over = threading.Event()
+        self._stores[0].set(f"name/{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
+        self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """This rank leaves as it should: nobody misses it."""
+        self._say("gone", "well")
+
+    def leave(self, reason: str) -> None:
+        """Ends the process, from any thread, whatever the main thread waits for."""
+        print(f"ted_ds: rank {self._rank}: {reason}", file=sys.stderr, flush=True)
+        os._exit(RANK_LOST)
+
+    def failed(self, error: BaseException) -> str | None:
+        """What an exception that ended this rank says of the others: which one is lost; None: it is our own.
+
+        An error of this rank's own is told to the others.
+        """
+        if not is_communication(error):
+            self._say("gone", f"ended by {type(error).__name__}: {error}"[:1000])
+            return None
+        store = self._stores[1]
+        deadline = time.monotonic() + min(GRACE_S, self._limit_s)
+        try:
+            store.set(f"waits/{self._rank}", "")
+            while True:
+                missing = [r for r in range(self._size) if not store.check([f"waits/{r}"])]
+                told = [r for r in missing if store.check([f"gone/{r}"])]
+                if told or not missing or time.monotonic() > deadline:
+                    break
+                time.sleep(self._beat_s / 2)
+            if not missing:
+                return None
+            if told:
+                rank = told[0]
+                return f"{self._name(store, rank)} {_text(store.get(f'gone/{rank}'))}: mend that, then {AGAIN}"
+            names = ", ".join(self._name(store, r) for r in missing)
+        except (RuntimeError, torch.distributed.DistError):
+            return self._silent_store()
+        finally:
+            self._over.set()
+        return f"{names} took no part in a collective: it died, hangs or is cut off; {AGAIN}"
+
+    def _say(self, kind: str, what: str) -> None:
+        self._over.set()
+        try:
+            self._stores[1].set(f"{kind}/{self._rank}", what)
+        except (RuntimeError, torch.distributed.DistError):
+            return  # rank 0, whose store it is, has left before
+
+    def _run(self) -> None:
+        store, beats, seen = self._stores[0], 0, ""
+        heard = answered = time.monotonic()
+        while not self._over.wait(self._beat_s):
+            try:
+                beats += 1
+                store.set(f"beat/{self._rank}", str(beats))
+                if store.check(["lost"]):
+                    return self._end(_text(store.get("lost")))
+                key = f"beat/{self._next}"
+                beat = _text(store.get(key)) if store.check([key]) else ""
+                gone = store.check([f"gone/{self._next}"])
+                answered = time.monotonic()
+                if beat != seen or gone:
+                    seen, heard = beat, answered
+                elif answered - heard > self._limit_s:
+                    lost = (
+                        f"{self._name(store, self._next)} has given no sign of life for {answered - heard:.0f} s: it "
+                        f"died, hangs or is cut off; {AGAIN}"
+                    )
+                    store.set("lost", lost)
+                    return self._end(lost)
+            except (RuntimeError, torch.distributed.DistError):
+                if time.monotonic() - answered > self._limit_s:
+                    return self._end(self._silent_store())
+
+    def _end(self, reason: str) -> None:
+        if not self._over.is_set():
+            self.leave(reason)
+
+    def _name(self, store: torch.distributed.Store, rank: int) -> str:
+        key = f"name/{rank}"
+        return _text(store.get(key)) if store.check([key]) else f"rank {rank}"
+
+    def _silent_store(self) -> str:
+        return f"rank 0's store at {self._master} does not answer: rank 0 died, hangs or is cut off; {AGAIN}"
+
+
+def is_communication(error: BaseException) -> bool:
+    """Whether an error says that a collective failed, and so may be another rank's doing."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    return isinstance(error, RuntimeError) and COMMUNICATION.search(str(error)) is not None
+
+
+def _text(value: bytes) -> str:
+    return value.decode(errors="replace")

@@ -1,0 +1,127 @@
+"""Runs of several ranks that tests kill, stop, signal and start again: real processes, started in a second.
+
+A server process has imported everything and forks each rank: what takes ten seconds is done once.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ted_ds.telemetry.recorder import read_metrics
+
+TIMINGS = re.compile(r"_ms$|_per_second$|^peak_|^model_tflops$|^mfu$")
+
+PRELOADED = ["deepspeed", "transformers", "datasets", "ted_ds.stages.run", "ted_ds.cli.pretrain", "tests.jobs"]
+
+
+def _serve(rank: int, size: int, port: int, argv: list[str], log: str, environment: dict[str, str]) -> None:
+    with open(log, "ab", buffering=0) as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", **environment)
+    import torch
+
+    from ted_ds.cli.pretrain import run_command
+
+    torch.set_num_threads(1)
+    from ted_ds.cli.common import guarded
+
+    sys.stdout.flush()
+    code = guarded(lambda arguments: run_command(arguments, "ted-ds", "distilled"), argv)
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+class Ranks:
+    """One start of a recipe on `size` ranks. logs: folder of what each rank says."""
+
+    def __init__(self, size: int, logs: Path, recipe: Path, *overrides: str, **environment: str) -> None:
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        logs.mkdir(parents=True, exist_ok=True)
+        self._logs = [logs / f"rank-{rank}.log" for rank in range(size)]
+        argv = ["--config", str(recipe), *overrides]
+        self.processes = [
+            context.Process(target=_serve, args=(rank, size, port, argv, str(self._logs[rank]), environment))
+            for rank in range(size)
+        ]
+        for log in self._logs:
+            log.write_bytes(b"")
+        for process in self.processes:
+            process.start()
+
+    def wait(self, seconds: float = 120.0) -> list[int]:
+        """The exit codes, by rank; what does not end in time is killed, and the test fails."""
+        deadline = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        self.send(signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+        assert not late, f"ranks {late} had not ended after {seconds} s: {self.said()}"
+        return [code for process in self.processes if (code := process.exitcode) is not None]
+
+    def send(self, number: int, *ranks: int) -> None:
+        """Sends a signal to these ranks, or to all that are alive."""
+        for process in [self.processes[rank] for rank in ranks] or self.processes:
+            if process.is_alive() and process.pid is not None:
+                os.kill(process.pid, number)
+
+    def wait_for(self, event: Callable[[], bool] | str, seconds: float = 60.0) -> None:
+        """Waits until an event, or until rank 0 has said something."""
+        deadline = time.monotonic() + seconds
+        happened = (lambda: event in self.said(0)) if isinstance(event, str) else event
+        while not happened():
+            assert time.monotonic() < deadline, f"waited {seconds} s in vain for {event}: {self.said()}"
+            assert any(process.is_alive() for process in self.processes), f"ended before {event}: {self.said()}"
+            time.sleep(0.005)
+
+    def said(self, *ranks: int) -> str:
+        """What these ranks, or all, wrote."""
+        return "".join(self._logs[rank].read_text(errors="replace") for rank in ranks or range(len(self._logs)))
+
+
+def run(size: int, recipe: Path, *overrides: str, logs: Path, codes: tuple[int, ...] = (0,)) -> str:
+    """Runs a recipe to its end, which has one of the exit codes on every rank; what it said."""
+    ranks = Ranks(size, logs, recipe, *overrides)
+    ended = ranks.wait()
+    assert set(ended) <= set(codes), (ended, ranks.said())
+    return ranks.said()
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock or a counter of memory measured."""
+    return [{k: v for k, v in line.items() if not TIMINGS.search(k)} for line in read_metrics(folder)]
+
+
+def all_lines(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Those of both stages."""
+    places = (folder / "teacher_filters", folder / "student_filters", folder)
+    return {
+        place.name if place != folder else "": lines(place) for place in places if (place / "metrics.jsonl").exists()
+    }
+
+
+@contextmanager
+def frozen(process: Any) -> Iterator[None]:
+    """A rank that hangs."""
+    os.kill(process.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
