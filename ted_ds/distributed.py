@@ -168,8 +168,8 @@ def lost_ranks_named(world: World) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if world.watch is not None and (lost := world.watch.failed(error)) is not None:
-            world.watch.leave(lost)
+        if world.watch is not None:
+            world.watch.failed(error)
         torch.distributed.destroy_process_group()
         raise
 

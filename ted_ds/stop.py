@@ -86,19 +86,25 @@ class Agreement:
         """Why all ranks end here, the same on each; None: they go on. Once a step; a collective."""
         if self._group is None:
             return _reason(self._request.code)
-        if self._work is not None:
-            self._work.wait()
-        code = int(self._flag)
+        code = self._exchanged()
         if code == 0:
             self._flag = torch.tensor([self._request.code], dtype=torch.int32)
             op = torch.distributed.ReduceOp.MAX
             self._work = torch.distributed.all_reduce(self._flag, op=op, group=self._group, async_op=True)
         return _reason(code)
 
+    def now(self) -> str | None:
+        """The same without waiting for a step: after an evaluation, which takes minutes. A collective."""
+        return self.reached() or (_reason(self._exchanged()) if self._group is not None else None)
+
     def close(self) -> None:
         """Waits for the last exchange; a collective."""
+        self._exchanged()
+
+    def _exchanged(self) -> int:
         if self._work is not None:
             self._work.wait()
+        return int(self._flag)
 
 
 def _reason(code: int) -> str | None:

@@ -28,6 +28,10 @@ GRACE_S = 5.0
 
 AGAIN = "the same command goes on from the last checkpoint"
 
+POLL_S = 0.05
+
+STORE_ERRORS = (RuntimeError, torch.distributed.DistError)
+
 COMMUNICATION = re.compile(r"gloo|NCCL|nccl|Connection closed by peer|Connection reset|ProcessGroup")
 """In messages of RuntimeErrors that torch raises where another rank failed (gloo has no class of its own)."""
 
@@ -46,67 +50,81 @@ class RankWatch:
         self._beat_s = min(LONGEST_BEAT_S, timeout.total_seconds() / BEATS)
         self._master = f"{address}:{port}"
         wait = timedelta(seconds=max(1.0, self._beat_s))
-        # clients of their own: a request that waits holds up every other of the same client
-        self._stores = [
+        # a client for the thread and one for the rest: a request that waits holds up the others of its client
+        self._of_thread, self._store = (
             torch.distributed.PrefixStore(
                 "ted_ds",
                 torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=wait),
             )
             for _ in range(2)
-        ]
+        )
         self._over = threading.Event()
-        self._stores[0].set(f"name/{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
-        self._thread = threading.Thread(target=self._run, name="rank watch", daemon=True)
-        self._thread.start()
+        self._store.set(f"name/{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
+        threading.Thread(target=self._run, name="rank watch", daemon=True).start()
 
     def close(self) -> None:
         """This rank leaves as it should: nobody misses it."""
-        self._say("gone", "well")
+        self._over.set()
+        self._go(self._store, "ended as it should")
 
-    def leave(self, reason: str) -> None:
+    def failed(self, error: BaseException) -> None:
+        """An exception has ended this rank: where it is another one's doing, ends the process, saying whose.
+
+        An error of this rank's own is told to the others, and is the caller's to raise.
+        """
+        if is_communication(error):
+            try:
+                reason = self._post_mortem()
+            except STORE_ERRORS:
+                reason = self._silent_store()
+            if reason is not None:
+                self._leave(reason, self._store)
+        self._over.set()
+        self._go(self._store, f"ended by {type(error).__name__}: {error}"[:1000])
+
+    def _post_mortem(self) -> str | None:
+        """Which rank is to blame that this one's collective failed: None: all of them failed in it."""
+        store, others = self._store, [r for r in range(self._size) if r != self._rank]
+        deadline = time.monotonic() + min(GRACE_S, self._limit_s)
+        store.set(f"waits/{self._rank}", "")
+        while True:
+            if store.check(["lost"]):
+                return _text(store.get("lost"))
+            missing = [r for r in others if not store.check([f"waits/{r}"])]
+            told = next((r for r in missing if store.check([f"gone/{r}"])), None)
+            if told is not None or not missing or time.monotonic() > deadline:
+                break
+            time.sleep(POLL_S)
+        if not missing:
+            return None
+        if told is not None:
+            reason = f"{self._name(store, told)} {_text(store.get(f'gone/{told}'))}; {AGAIN}"
+        else:
+            names = ", ".join(self._name(store, r) for r in missing)
+            reason = f"{names} took no part in a collective: it died, hangs or is cut off; {AGAIN}"
+        store.set("lost", reason)
+        return reason
+
+    def _leave(self, reason: str, store: torch.distributed.Store) -> None:
         """Ends the process, from any thread, whatever the main thread waits for."""
         print(f"ted_ds: rank {self._rank}: {reason}", file=sys.stderr, flush=True)
+        self._over.set()
+        self._go(store, "lost a rank")
         os._exit(RANK_LOST)
 
-    def failed(self, error: BaseException) -> str | None:
-        """What an exception that ended this rank says of the others: which one is lost; None: it is our own.
-
-        An error of this rank's own is told to the others.
-        """
-        if not is_communication(error):
-            self._say("gone", f"ended by {type(error).__name__}: {error}"[:1000])
-            return None
-        store = self._stores[1]
-        deadline = time.monotonic() + min(GRACE_S, self._limit_s)
+    def _go(self, store: torch.distributed.Store, how: str) -> None:
+        """Tells the others; rank 0, whose store it may be, stays until they have gone or heard of it."""
         try:
-            store.set(f"waits/{self._rank}", "")
-            while True:
-                missing = [r for r in range(self._size) if not store.check([f"waits/{r}"])]
-                told = [r for r in missing if store.check([f"gone/{r}"])]
-                if told or not missing or time.monotonic() > deadline:
-                    break
-                time.sleep(self._beat_s / 2)
-            if not missing:
-                return None
-            if told:
-                rank = told[0]
-                return f"{self._name(store, rank)} {_text(store.get(f'gone/{rank}'))}: mend that, then {AGAIN}"
-            names = ", ".join(self._name(store, r) for r in missing)
-        except (RuntimeError, torch.distributed.DistError):
-            return self._silent_store()
-        finally:
-            self._over.set()
-        return f"{names} took no part in a collective: it died, hangs or is cut off; {AGAIN}"
-
-    def _say(self, kind: str, what: str) -> None:
-        self._over.set()
-        try:
-            self._stores[1].set(f"{kind}/{self._rank}", what)
-        except (RuntimeError, torch.distributed.DistError):
-            return  # rank 0, whose store it is, has left before
+            store.set(f"gone/{self._rank}", how)
+            deadline = time.monotonic() + 2 * self._beat_s
+            others = [f"gone/{r}" for r in range(self._size) if r]
+            while self._rank == 0 and time.monotonic() < deadline and not all(store.check([key]) for key in others):
+                time.sleep(POLL_S)
+        except STORE_ERRORS:
+            return  # rank 0 has left before
 
     def _run(self) -> None:
-        store, beats, seen = self._stores[0], 0, ""
+        store, beats, seen = self._of_thread, 0, ""
         heard = answered = time.monotonic()
         while not self._over.wait(self._beat_s):
             try:
@@ -127,13 +145,13 @@ class RankWatch:
                     )
                     store.set("lost", lost)
                     return self._end(lost)
-            except (RuntimeError, torch.distributed.DistError):
+            except STORE_ERRORS:
                 if time.monotonic() - answered > self._limit_s:
                     return self._end(self._silent_store())
 
     def _end(self, reason: str) -> None:
         if not self._over.is_set():
-            self.leave(reason)
+            self._leave(reason, self._of_thread)
 
     def _name(self, store: torch.distributed.Store, rank: int) -> str:
         key = f"name/{rank}"

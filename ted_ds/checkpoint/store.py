@@ -247,8 +247,7 @@ def _load(engine: Any, folder: Path, tag: str, card: Card, world: World) -> None
             f"checkpoint {folder / tag} was written under ZeRO stage {card.zero_stage}, the file that `deepspeed` "
             f"names has stage {stage}: give one of stage {card.zero_stage}"
         )
-    sharded = engine.zero_optimization() or engine.bfloat16_enabled()
-    if card.world_size == world.size or not sharded:
+    if card.world_size == world.size or stage == 0:
         _load_states(engine, folder, tag)
         return
     converted = f"{tag}.universal"

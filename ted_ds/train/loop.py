@@ -99,9 +99,11 @@ def run_steps(
                     record["skipped_steps"] = engine.skipped_steps
                 if evaluates:
                     record |= evaluate[1](done)
+                    ends = ends or agreement.now()
                 world.on_main(partial(recorder.log, record))
             if saves or ends:
                 save[1](done)
+                ends = ends or agreement.now()
             if ends and done < steps:
                 raise Stopped(f"{ends}: saved after step {done} of {steps}, the same command goes on from there")
             meters.restart()

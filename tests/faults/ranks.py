@@ -5,6 +5,8 @@ A server process has imported everything and forks each rank: what takes ten sec
 
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing as mp
 import os
 import re
@@ -12,41 +14,49 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from ted_ds.telemetry.recorder import read_metrics
 
 TIMINGS = re.compile(r"_ms$|_per_second$|^peak_|^model_tflops$|^mfu$")
+"""Fields of a line that no two runs have alike."""
+
+TORTURE = int(os.environ.get("TED_DS_TORTURE", "1"))
+"""How much of what repeats is done: `make torture` sets it."""
 
 PRELOADED = ["deepspeed", "transformers", "datasets", "ted_ds.stages.run", "ted_ds.cli.pretrain", "tests.jobs"]
 
 
-def _serve(rank: int, size: int, port: int, argv: list[str], log: str, environment: dict[str, str]) -> None:
+def _serve(rank: int, size: int, port: int, argv: list[str], log: str, patch: Callable[[int], None] | None) -> None:
     with open(log, "ab", buffering=0) as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1", **environment)
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     import torch
 
+    from ted_ds.cli.common import guarded
     from ted_ds.cli.pretrain import run_command
 
     torch.set_num_threads(1)
-    from ted_ds.cli.common import guarded
-
-    sys.stdout.flush()
-    code = guarded(lambda arguments: run_command(arguments, "ted-ds", "distilled"), argv)
-    sys.stdout.flush()
-    sys.exit(code)
+    if patch is not None:
+        patch(rank)
+    sys.exit(guarded(lambda arguments: run_command(arguments, "ted-ds", "distilled"), argv))
 
 
 class Ranks:
-    """One start of a recipe on `size` ranks. logs: folder of what each rank says."""
+    """One start of a recipe on `size` ranks, which say what they say into files in `logs`.
 
-    def __init__(self, size: int, logs: Path, recipe: Path, *overrides: str, **environment: str) -> None:
+    patch: called in each rank's process, given the rank, before it starts: what makes it slow, or fail.
+    """
+
+    def __init__(
+        self, size: int, logs: Path, recipe: Path, *overrides: str, patch: Callable[[int], None] | None = None
+    ) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         with socket.socket() as probe:
@@ -56,8 +66,8 @@ class Ranks:
         self._logs = [logs / f"rank-{rank}.log" for rank in range(size)]
         argv = ["--config", str(recipe), *overrides]
         self.processes = [
-            context.Process(target=_serve, args=(rank, size, port, argv, str(self._logs[rank]), environment))
-            for rank in range(size)
+            context.Process(target=_serve, args=(rank, size, port, argv, str(log), patch))
+            for rank, log in enumerate(self._logs)
         ]
         for log in self._logs:
             log.write_bytes(b"")
@@ -104,24 +114,35 @@ def run(size: int, recipe: Path, *overrides: str, logs: Path, codes: tuple[int, 
     return ranks.said()
 
 
-def lines(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock or a counter of memory measured."""
-    return [{k: v for k, v in line.items() if not TIMINGS.search(k)} for line in read_metrics(folder)]
-
-
-def all_lines(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Those of both stages."""
-    places = (folder / "teacher_filters", folder / "student_filters", folder)
+def recorded(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The metrics.jsonl of all stages, line by line, without what a clock or a counter of memory measured."""
+    places = {"Stage I, teacher": "teacher_filters", "Stage I, student": "student_filters", "Stage II": "."}
     return {
-        place.name if place != folder else "": lines(place) for place in places if (place / "metrics.jsonl").exists()
+        stage: [{k: v for k, v in line.items() if not TIMINGS.search(k)} for line in read_metrics(folder / place)]
+        for stage, place in places.items()
     }
 
 
-@contextmanager
-def frozen(process: Any) -> Iterator[None]:
-    """A rank that hangs."""
-    os.kill(process.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(process.pid, signal.SIGCONT)
+def assert_near(
+    found: dict[str, list[dict[str, Any]]], expected: dict[str, list[dict[str, Any]]], *, tolerance: float = 1e-5
+) -> None:
+    """The same lines and fields, every number within the relative tolerance."""
+    for stage, lines in expected.items():
+        assert len(found[stage]) == len(lines), stage
+        for line, other in zip(lines, found[stage], strict=True):
+            assert other.keys() == line.keys()
+            for name, value in line.items():
+                near = value if value is None else pytest.approx(value, rel=tolerance)
+                assert other[name] == near, (stage, line["step"], name)
+
+
+def latest_is_whole(folder: Path) -> bool:
+    """Whether the checkpoint that `latest` names has all its files as they were written; True where there is none."""
+    latest = folder / "checkpoints/latest"
+    if not latest.exists():
+        return True
+    place = latest.parent / latest.read_text()
+    card = json.loads((place / "ted_ds.json").read_text())
+    return all(
+        hashlib.sha256((place / name).read_bytes()).hexdigest() == digest for name, (_, digest) in card["files"].items()
+    )

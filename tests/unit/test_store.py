@@ -50,9 +50,6 @@ class Engine:
     def zero_optimization_stage(self) -> int:
         return 3
 
-    def zero_optimization(self) -> bool:
-        return True
-
     def save(self, state_dict: Any, path: str) -> None:
         torch.save(state_dict, path)
 

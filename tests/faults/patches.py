@@ -1,0 +1,88 @@
+"""What is done to a rank's process before it starts, so that a test can meet it at a certain moment."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+SLOW_S = 0.7
+"""Long enough to be met, and no longer."""
+
+
+def _slowed(call: Any, what: str, *args: Any, **kwargs: Any) -> Any:
+    os.write(2, f"{what}\n".encode())
+    time.sleep(SLOW_S)
+    return call(*args, **kwargs)
+
+
+def slow_evaluation(rank: int) -> None:
+    """Says `evaluating` and takes its time."""
+    from ted_ds.stages import text_data
+
+    text_data.held_out_perplexity = partial(_slowed, text_data.held_out_perplexity, "evaluating")  # type: ignore[assignment]
+
+
+def slow_saving(rank: int) -> None:
+    """Says `saving` as each file is brought to the disk, and takes its time."""
+    from ted_ds.checkpoint import store
+
+    store._to_disk = partial(_slowed, store._to_disk, "saving")  # type: ignore[assignment]
+
+
+def _at_step(step: int, rank: int, action: Any, this: int) -> None:
+    from ted_ds.data.loader import TrainingRows
+
+    rows = TrainingRows.micro_batches
+
+    def micro_batches(self: Any, at: int) -> Any:
+        if at == step and this == rank:
+            os.write(2, f"rank {rank} is at step {step}\n".encode())
+            action()
+        return rows(self, at)
+
+    TrainingRows.micro_batches = micro_batches  # type: ignore[method-assign]
+
+
+def _raise() -> None:
+    raise ZeroDivisionError("a bug")
+
+
+def hangs(rank: int) -> None:
+    """Rank 1 waits in Python at step 3, for ever."""
+    _at_step(3, 1, partial(time.sleep, 1e6), rank)
+
+
+def has_a_bug(rank: int) -> None:
+    """Rank 1 raises at step 3 what no one expects."""
+    _at_step(3, 1, _raise, rank)
+
+
+def bad_rows(rank: int) -> None:
+    """Losses of steps 3 and 5 (0-based) are nan on rank 1."""
+    import torch
+
+    from ted_ds.distill.objective import DistillationModel
+
+    steps = iter(range(1 << 20))
+    forward = DistillationModel.forward
+
+    def spoilt(self: Any, *args: Any, **kwargs: Any) -> Any:
+        loss, terms = forward(self, *args, **kwargs)
+        if self.training and rank == 1 and next(steps) // 2 in (3, 5):  # two micro-batches a step
+            loss, terms = loss * torch.nan, terms * torch.nan
+        return loss, terms
+
+    DistillationModel.forward = spoilt  # type: ignore[method-assign]
+
+
+def waits_for(path: Path, rank: int) -> None:
+    """Rank 0 waits at step 3 until a file is there."""
+    _at_step(3, 0, lambda: _until(path), rank)
+
+
+def _until(path: Path) -> None:
+    while not path.exists():
+        time.sleep(0.01)

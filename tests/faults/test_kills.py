@@ -1,0 +1,79 @@
+"""SIGKILL at random moments, again and again: `latest` is always whole, and the run ends as if nothing had been."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.ranks import TORTURE, Ranks, latest_is_whole, recorded, run
+from tests.project import write_recipe
+
+Disturbed = Callable[..., tuple[Path, Path]]
+
+KILLS = 6
+
+
+def half_written(folder: Path) -> bool:
+    """A checkpoint is being written."""
+    return any(folder.rglob("step-*.tmp"))
+
+
+def kill(ranks: Ranks, draw: random.Random, folder: Path) -> str:
+    """Kills one rank or all of them, at a random moment or while they save; says what was done."""
+    patience = draw.uniform(0.2, 9.0)
+    began = time.monotonic()
+    saving = draw.random() < 0.4
+    while (
+        time.monotonic() - began < patience and ranks.processes[0].is_alive() and not (saving and half_written(folder))
+    ):
+        time.sleep(0.0005)
+    victims = draw.choice([(0,), (1,), (0, 1)])
+    ranks.send(signal.SIGKILL, *victims)
+    codes = ranks.wait(40.0)
+    assert all(code in (0, 76, -signal.SIGKILL) for code in codes), (codes, ranks.said())
+    return f"ranks {victims} after {time.monotonic() - began:.2f} s{' while saving' * half_written(folder)}"
+
+
+@pytest.mark.timeout(300 * TORTURE)
+def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
+    fault_project: Path, undisturbed: Any, disturbed: Disturbed
+) -> None:
+    draw = random.Random(0)
+    for turn in range(TORTURE):
+        recipe, logs = disturbed(f"killed-{turn}")
+        folder = fault_project / f"killed-{turn}"
+        for number in range(KILLS):
+            done = kill(Ranks(2, logs, recipe), draw, folder)
+            assert latest_is_whole(folder), done
+            assert all(latest_is_whole(folder / f"{side}_filters.tmp") for side in ("teacher", "student")), done
+            print(f"kill {turn * KILLS + number + 1}: {done}")
+        run(2, recipe, logs=logs)
+        assert recorded(folder) == undisturbed
+        assert not list(folder.rglob("*.tmp"))
+
+
+def test_a_killed_preparation_leaves_no_process_behind(tmp_path: Path, fault_project: Path) -> None:
+    """Its workers hold both ends of the queue that they wait at: they have to watch their parent."""
+    import psutil
+
+    text = (fault_project / "train.txt").read_text()
+    with (tmp_path / "long.txt").open("w") as file:
+        for _ in range(1 + (33 << 20) // len(text)):
+            file.write(text)
+    recipe = write_recipe(
+        fault_project, "orphans", data__train=[str(tmp_path / "long.txt")], data__processes=2, method="ce"
+    )
+    ranks = Ranks(1, fault_project / "logs/orphans", recipe)
+    main = psutil.Process(ranks.processes[0].pid)
+    ranks.wait_for(lambda: sum("spawn_main" in " ".join(child.cmdline()) for child in main.children()) >= 2)
+    workers = main.children(recursive=True)
+    ranks.send(signal.SIGKILL)
+    ranks.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive

@@ -1,0 +1,108 @@
+"""A rank that is killed, hangs or fails: the others end in time, name it, and leave nobody behind."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.patches import bad_rows, hangs, has_a_bug, waits_for
+from tests.faults.ranks import Ranks, latest_is_whole, recorded, run
+
+Disturbed = Callable[..., tuple[Path, Path]]
+
+TIMEOUT_S = 8.0
+LIMIT = f"--train.timeout_minutes={TIMEOUT_S / 60}"
+
+
+def ended(ranks: Ranks, survivors: list[int]) -> str:
+    """What the survivors said as they ended with the code of a lost rank, within the time-out and some seconds."""
+    began = time.monotonic()
+    codes = []
+    for rank in survivors:
+        ranks.processes[rank].join(2 * TIMEOUT_S + 10)
+        codes.append(ranks.processes[rank].exitcode)
+    assert codes == [76] * len(survivors), (codes, ranks.said())
+    assert time.monotonic() - began < TIMEOUT_S + 6.0
+    said = ranks.said(*survivors)
+    ranks.send(signal.SIGKILL)
+    ranks.wait()
+    return said
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_rank_is_named(fault_project: Path, disturbed: Disturbed, lost: int) -> None:
+    recipe, logs = disturbed(f"killed-{lost}")
+    ranks = Ranks(2, logs, recipe, LIMIT)
+    ranks.wait_for(lambda: (fault_project / f"killed-{lost}/checkpoints/latest").exists())
+    name = f"process {ranks.processes[lost].pid}"
+    ranks.send(signal.SIGKILL, lost)
+    said = ended(ranks, [1 - lost])
+    assert "the same command goes on from the last checkpoint" in said
+    assert f"rank {lost} (" in said and name in said if lost else "rank 0" in said
+    assert latest_is_whole(fault_project / f"killed-{lost}")
+
+
+def test_a_stopped_process_is_named_by_the_watch(fault_project: Path, undisturbed: Any, disturbed: Disturbed) -> None:
+    """SIGSTOP, as a machine that has died: its connections stay open and silent."""
+    recipe, logs = disturbed("frozen")
+    ranks = Ranks(3, logs, recipe, LIMIT, "--train.global_batch_size=3")
+    ranks.wait_for(lambda: (fault_project / "frozen/teacher_filters.tmp/checkpoints/latest").exists())
+    ranks.send(signal.SIGSTOP, 1)
+    said = ended(ranks, [0, 2])
+    assert said.count("rank 1 (") == 2 and said.count("has given no sign of life for") == 2
+
+
+def test_a_rank_that_hangs_in_python_is_named_by_those_that_waited(disturbed: Disturbed) -> None:
+    recipe, logs = disturbed("hanging")
+    ranks = Ranks(2, logs, recipe, LIMIT, patch=hangs)
+    ranks.wait_for(lambda: "rank 1 is at step 3" in ranks.said(1))
+    said = ended(ranks, [0])
+    assert "rank 1 (" in said and "took no part in a collective: it died, hangs or is cut off" in said
+
+
+def test_a_rank_that_fails_says_why_and_the_others_quote_it(disturbed: Disturbed) -> None:
+    recipe, logs = disturbed("failing")
+    ranks = Ranks(2, logs, recipe, LIMIT, patch=has_a_bug)
+    assert ranks.wait() == [76, 1], ranks.said()
+    assert "ZeroDivisionError: a bug" in ranks.said(1) and "Traceback" in ranks.said(1)
+    assert "ended by ZeroDivisionError: a bug; the same command goes on" in ranks.said(0)
+
+
+def test_two_runs_in_one_folder_and_a_lock_that_dies_with_its_holder(fault_project: Path, disturbed: Disturbed) -> None:
+    recipe, logs = disturbed("crowded")
+    first = Ranks(2, logs, recipe, patch=waits_for_nothing)
+    first.wait_for("rank 0 is at step 3")
+    said = run(1, recipe, logs=logs.with_name("second"), codes=(2,))
+    assert f"{fault_project / 'crowded'} has a run going on (it holds run.lock): wait until its processes have" in said
+    first.send(signal.SIGKILL)
+    first.wait()
+    third = Ranks(2, logs, recipe)
+    third.wait_for("Stage I: teacher filters")
+    third.send(signal.SIGKILL)
+    third.wait()
+
+
+def waits_for_nothing(rank: int) -> None:
+    waits_for(Path("/nonexistent"), rank)
+
+
+def test_bad_rows_are_left_out_and_named(fault_project: Path, disturbed: Disturbed, tmp_path: Path) -> None:
+    recipe, logs = disturbed("spoilt", method="kd")
+    ranks = Ranks(2, logs, recipe, patch=bad_rows)
+    assert ranks.wait() == [0, 0], ranks.said()
+    said = ranks.said(0)
+    for number, step in enumerate((4, 6), 1):
+        assert f"not finite at step {step} on rank 1, training rows " in said
+        assert f": left out, {number} of train.max_skipped_steps 5" in said
+    lines = recorded(fault_project / "spoilt")["Stage II"]
+    assert [line["step"] for line in lines if line.get("loss", 0.0) is None] == [4, 6]
+    assert lines[-1]["skipped_steps"] == 2 and lines[-1]["loss"] < lines[1]["loss"]
+    strict = Ranks(2, logs, recipe, f"--output_dir={tmp_path}", "--train.max_skipped_steps=1", patch=bad_rows)
+    assert strict.wait() == [2, 2], strict.said()
+    assert "not finite at step 6 on rank 1, training rows " in strict.said(0)
+    assert (tmp_path / "checkpoints/latest").read_text() == "step-00000003"
