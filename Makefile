@@ -1,5 +1,5 @@
 # make quickstart: the whole pipeline on this machine.   make test: everything that must pass.
-# make bench-check: the CPU ratios against the committed ones.
+# make torture: kills and damages without end.   make bench-check: the CPU ratios against the committed ones.
 # All of them make their own environment in $(VENV) first; what they need is Python 3.11 or 3.12 and a C++ compiler.
 
 VENV ?= .venv
@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 # DeepSpeed compiles an op at its first start and looks for ninja on PATH
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: quickstart test bench-check venv
+.PHONY: quickstart test torture bench-check venv
 
 quickstart: $(STAMP)
 	$(VENV)/bin/python -m ted_ds.cli.main quickstart
@@ -19,6 +19,10 @@ test: $(STAMP)
 	ruff check .
 	mypy ted_ds
 	pytest
+
+# tests/faults ten times as long: 60 kills, 1000 damaged checkpoints; about half an hour on 2 cores
+torture: $(STAMP)
+	TED_DS_TORTURE=10 pytest -s tests/faults
 
 # about 3 minutes on 2 cores that do nothing else; up to three times that where a ratio seems lost
 bench-check: $(STAMP)

@@ -24,8 +24,10 @@ setup(
         "matplotlib",
         "ninja",  # DeepSpeed compiles an op at the first start
         "numpy",
+        "packaging",
         "nvidia-ml-py",  # the module pynvml
         "protobuf",
+        "psutil",
         "pyarrow",
         "pydantic>=2",
         "pyyaml",

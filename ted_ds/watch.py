@@ -32,7 +32,7 @@ POLL_S = 0.05
 
 STORE_ERRORS = (RuntimeError, torch.distributed.DistError)
 
-COMMUNICATION = re.compile(r"gloo|NCCL|nccl|Connection closed by peer|Connection reset|ProcessGroup")
+COMMUNICATION = re.compile(r"gloo|pair closure|NCCL|nccl|Connection closed by peer|Connection reset|ProcessGroup")
 """In messages of RuntimeErrors that torch raises where another rank failed (gloo has no class of its own)."""
 
 
@@ -60,12 +60,14 @@ class RankWatch:
         )
         self._over = threading.Event()
         self._store.set(f"name/{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
+        self._answered = time.monotonic()
         threading.Thread(target=self._run, name="rank watch", daemon=True).start()
+        threading.Thread(target=self._oversee, name="rank watch's watch", daemon=True).start()
 
     def close(self) -> None:
         """This rank leaves as it should: nobody misses it."""
-        self._over.set()
         self._go(self._store, "ended as it should")
+        self._over.set()
 
     def failed(self, error: BaseException) -> None:
         """An exception has ended this rank: where it is another one's doing, ends the process, saying whose.
@@ -79,8 +81,8 @@ class RankWatch:
                 reason = self._silent_store()
             if reason is not None:
                 self._leave(reason, self._store)
-        self._over.set()
         self._go(self._store, f"ended by {type(error).__name__}: {error}"[:1000])
+        self._over.set()
 
     def _post_mortem(self) -> str | None:
         """Which rank is to blame that this one's collective failed: None: all of them failed in it."""
@@ -108,7 +110,6 @@ class RankWatch:
     def _leave(self, reason: str, store: torch.distributed.Store) -> None:
         """Ends the process, from any thread, whatever the main thread waits for."""
         print(f"ted_ds: rank {self._rank}: {reason}", file=sys.stderr, flush=True)
-        self._over.set()
         self._go(store, "lost a rank")
         os._exit(RANK_LOST)
 
@@ -125,7 +126,7 @@ class RankWatch:
 
     def _run(self) -> None:
         store, beats, seen = self._of_thread, 0, ""
-        heard = answered = time.monotonic()
+        heard = self._answered
         while not self._over.wait(self._beat_s):
             try:
                 beats += 1
@@ -135,7 +136,7 @@ class RankWatch:
                 key = f"beat/{self._next}"
                 beat = _text(store.get(key)) if store.check([key]) else ""
                 gone = store.check([f"gone/{self._next}"])
-                answered = time.monotonic()
+                self._answered = answered = time.monotonic()
                 if beat != seen or gone:
                     seen, heard = beat, answered
                 elif answered - heard > self._limit_s:
@@ -146,8 +147,14 @@ class RankWatch:
                     store.set("lost", lost)
                     return self._end(lost)
             except STORE_ERRORS:
-                if time.monotonic() - answered > self._limit_s:
-                    return self._end(self._silent_store())
+                continue  # `_oversee` says for how long
+
+    def _oversee(self) -> None:
+        """Touches no store: over a cut link a request waits for ever, the client's time-out is for keys alone."""
+        while not self._over.wait(self._beat_s):
+            if time.monotonic() - self._answered > self._limit_s:
+                print(f"ted_ds: rank {self._rank}: {self._silent_store()}", file=sys.stderr, flush=True)
+                os._exit(RANK_LOST)
 
     def _end(self, reason: str) -> None:
         if not self._over.is_set():

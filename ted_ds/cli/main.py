@@ -10,13 +10,15 @@ from importlib import import_module
 from ted_ds.cli.common import guarded
 
 COMMANDS = {
+    "doctor": "is this machine, or this job on all its ranks, ready: versions, devices, network, memory, disk",
     "prepare": "text into packed blocks, ahead of a run",
     "init-student": "Stage 0: cut the initial student from the teacher",
     "learn-filters": "Stage I: learn the teacher's and the student's filters",
     "distill": "all stages to the distilled student, as the launchers do",
     "export": "the last checkpoint's student as a Hugging Face folder, of a run that is not over",
     "evaluate": "perplexity, LAMBADA or a task's metrics of a Hugging Face folder",
-    "report": "table and curves of finished runs",
+    "sweep": "the runs of a grid, for a job array: list them, which are missing, run one",
+    "report": "table and curves of finished runs, or of a sweep",
     "quickstart": "the whole pipeline on an embedded corpus",
 }
 GOALS = {"init-student": "student", "learn-filters": "filters", "distill": "distilled"}

@@ -57,7 +57,7 @@ def init_student(
     if init.config is not None:
         _write_random({**(defaults or {}), **init.config}, kind, temporary, seed, trust_remote_code)
     elif teacher is not None:
-        _write_cut(_plan(teacher, init, kind, trust_remote_code), teacher, temporary)
+        _write_cut(plan_cut(teacher, init, kind, trust_remote_code), teacher, temporary)
     else:
         raise ModelError("student.init cuts the student out of a teacher: give teacher.model")
     temporary.rename(output_dir)
@@ -81,7 +81,7 @@ def _in_a_line(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class CutPlan:
     """Teacher and student without weights: `names` maps the student's tensors to the teacher's."""
 
     config: PreTrainedConfig
@@ -94,7 +94,8 @@ class _Plan:
     sizes: Sizes
 
 
-def _plan(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool) -> _Plan:
+def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool) -> CutPlan:
+    """What a student cut out of `teacher` will be, by configs alone; ModelError where it cannot be."""
     try:
         config = AutoConfig.from_pretrained(teacher, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -118,7 +119,7 @@ def _plan(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool) -
     student_config.architectures = [type(student).__name__]
     tensors = student.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
-    return _Plan(
+    return CutPlan(
         config=student_config,
         shapes={name: tensor.shape for name, tensor in tensors.items()},
         names={name: _in_teacher(name, structure.blocks_path, blocks) for name in tensors},
@@ -244,7 +245,7 @@ def _set_width(config: PreTrainedConfig, sizes: Sizes, teacher: Sizes) -> None:
     setattr(config, next(f for f in _FFN_FIELDS if hasattr(config, f)), sizes[Part.UNIT])
 
 
-def _write_cut(plan: _Plan, teacher: str, folder: Path) -> None:
+def _write_cut(plan: CutPlan, teacher: str, folder: Path) -> None:
     reader, writer = WeightReader(teacher), WeightWriter(folder)
     spelled = dict(_spelled(plan, reader, teacher))
     kept = _kept(plan, reader, spelled)
@@ -262,7 +263,7 @@ def _write_cut(plan: _Plan, teacher: str, folder: Path) -> None:
     copy_companions(teacher, folder)
 
 
-def _spelled(plan: _Plan, reader: WeightReader, teacher: str) -> Iterator[tuple[str, tuple[str, str]]]:
+def _spelled(plan: CutPlan, reader: WeightReader, teacher: str) -> Iterator[tuple[str, tuple[str, str]]]:
     """(student's tensor, (its name in the student's file, its source's name in the teacher's file)).
 
     Files spell names with or without the backbone's prefix; the student's file follows the teacher's.
@@ -282,7 +283,7 @@ def _spellings(name: str, prefix: str) -> tuple[str, str, str, str]:
     return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", _OTHER_SPELLINGS.get(name, name)
 
 
-def _kept(plan: _Plan, reader: WeightReader, spelled: Mapping[str, tuple[str, str]]) -> Kept:
+def _kept(plan: CutPlan, reader: WeightReader, spelled: Mapping[str, tuple[str, str]]) -> Kept:
     """The parts that stay, by block; empty where the width is not cut."""
     sizes, teacher = plan.sizes, plan.teacher_sizes
     if sizes == teacher:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from ted_ds.stages.filters import learn_filters, plan_pairs
 from ted_ds.stages.models import check_models, ensure_models, trained_config
 from ted_ds.stages.progress import finished
 from ted_ds.stages.resume import settled
+from ted_ds.versions import commit
 
 LOCK = "run.lock"
 """In an output folder: held by the run that writes there, and free once its process is gone, however it went."""
@@ -127,17 +127,8 @@ def _claim(run: RunConfig, *, export: bool) -> None:
                 "give another output_dir, or delete that folder"
             )
     if not export:
-        dump_config(run, path, {**_versions(), "commit": _commit()})
+        dump_config(run, path, {**_versions(), "commit": commit()})
 
 
 def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "deepspeed", "transformers")}
-
-
-def _commit() -> str | None:
-    """The git commit of the code that runs; None outside a checkout."""
-    call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -1,0 +1,1 @@
+"""What `ted-ds doctor` looks at: the machine, the ranks among each other, whether a recipe fits."""
