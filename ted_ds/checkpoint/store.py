@@ -87,7 +87,7 @@ def save_checkpoint(engine: Any, folder: Path, card: Card, world: World, keep: R
         mine = {str(path.relative_to(temporary)): _to_disk(path) for path in written}
     except OSError as error:
         errors.append(error)
-    said = world.gather_objects(str(errors[0]) if errors else None)
+    said = world.gather_objects(_cause(errors[0], folder) if errors else None)
     if any(said):
         rank = next(r for r, error in enumerate(said) if error)
         world.on_main(partial(shutil.rmtree, temporary, ignore_errors=True))  # the room may be what is missing
@@ -143,6 +143,11 @@ def write_atomically(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     _sync_folder(path.parent)
+
+
+def _cause(error: Exception, folder: Path) -> str:
+    """What went wrong, and the room: torch's writer answers a full disk with "unexpected pos" or "iostream error"."""
+    return f"{error}, with {shutil.disk_usage(folder).free / 2**20:.3g} MiB free"
 
 
 def _empty(folder: Path) -> None:
