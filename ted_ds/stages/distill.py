@@ -198,8 +198,8 @@ def _mean_squares(run: RunConfig, world: World, data: RunData, teacher: Teacher,
 def _train(run: RunConfig, world: World, data: RunData, plan: Plan, engine: Any, best: BestStudent | None) -> None:
     checkpoints = Checkpoints(engine, run.output_dir, run, data, world, run.train.global_batch_size)
     start, score = checkpoints.start, (0, 0.0)  # the last evaluation's step, and how well it went
-    if best is not None and checkpoints.card is not None:
-        best.go_back(checkpoints.card.best, run.train.steps)
+    if best is not None:
+        best.go_back(checkpoints.card.best if checkpoints.card else None, run.train.steps)
 
     def evaluate(step: int) -> dict[str, float]:
         nonlocal score

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+SAVED_EVERY = 3
 
 SLOW_S = 0.7
 """Long enough to be met, and no longer."""
@@ -58,6 +61,20 @@ def hangs(rank: int) -> None:
 def has_a_bug(rank: int) -> None:
     """Rank 1 raises at step 3 what no one expects."""
     _at_step(3, 1, _raise, rank)
+
+
+def dies_after_a_best(rank: int) -> None:
+    """Every rank is killed once a best student is kept at a step that no checkpoint follows at once."""
+    from ted_ds.checkpoint.best import BestStudent
+
+    keep = BestStudent.keep
+
+    def kept(self: Any, student: Any, step: int, scores: Any) -> None:
+        keep(self, student, step, scores)
+        if step % SAVED_EVERY:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    BestStudent.keep = kept  # type: ignore[method-assign]
 
 
 def bad_rows(rank: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import signal
 import time
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.faults.patches import SAVED_EVERY, dies_after_a_best
 from tests.faults.ranks import TORTURE, Ranks, latest_is_whole, recorded, run
 from tests.project import write_recipe
+from tests.task_project import make_task_project, write_task_recipe
 
 Disturbed = Callable[..., tuple[Path, Path]]
 
@@ -56,6 +59,26 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_it_had_not_been(
         run(2, recipe, logs=logs)
         assert recorded(folder) == undisturbed
         assert not list(folder.rglob("*.tmp"))
+
+
+def test_a_task_goes_back_to_the_best_of_its_checkpoint(tmp_path: Path) -> None:
+    """Killed with a best student that its checkpoint does not know: it is found again, with the scores of all sets."""
+    project = make_task_project(tmp_path, "mnli")
+    settings = {
+        "data__extra_validation": {"mismatched": [str(project / "train.tsv")]},
+        **{"method": "kd", "loss__mse_alpha": None, "optimizer__schedule": "constant"},
+        **{"train__steps": 9, "train__evaluate_every": 1, "train__save_every": SAVED_EVERY},
+    }
+    whole, killed = (write_task_recipe(project, "mnli", name, **settings) for name in ("whole", "killed"))
+    run(2, whole, logs=tmp_path / "logs")
+    assert Ranks(2, tmp_path / "logs", killed, patch=dies_after_a_best).wait() == [-signal.SIGKILL] * 2
+    card = json.loads((project / "killed/best/ted_ds.json").read_text())
+    assert card["best_step"] % SAVED_EVERY
+    run(2, killed, logs=tmp_path / "logs")
+    assert recorded(project / "killed") == recorded(project / "whole")
+    names = ("summary.json", "best/ted_ds.json")
+    ours, theirs = ([json.loads((project / n / name).read_text()) for name in names] for n in ("killed", "whole"))
+    assert ours[1] == theirs[1] and {k: ours[0][k] for k in theirs[1]} == theirs[1]
 
 
 def test_a_killed_preparation_leaves_no_process_behind(tmp_path: Path, fault_project: Path) -> None:
