@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+import psutil
 import torch
 
 from ted_ds.errors import Stopped
@@ -21,6 +23,8 @@ CLOCK = 1
 
 SAME_S = 1.0
 """Signals within this many seconds of the first are the same request: a launcher and SLURM may each send it on."""
+
+FOLLOW_S = 0.5
 
 
 class StopRequest:
@@ -37,9 +41,11 @@ class StopRequest:
         self._postponed = False
 
     def listen(self) -> None:
-        """From here on signals are requests; in the main thread."""
+        """From here on signals are requests, and so is the launcher's end; in the main thread."""
         for number in SIGNALS:
             signal.signal(number, self._receive)
+        if launchers := _launchers():
+            threading.Thread(target=_follow, args=(launchers,), name="launcher's watch", daemon=True).start()
 
     @contextmanager
     def postponed(self) -> Iterator[None]:
@@ -68,6 +74,25 @@ class StopRequest:
         elif now - self._since > SAME_S:
             os.write(2, f"ted_ds: {name} again: the run ends at once; the last checkpoint is whole\n".encode())
             os._exit(128 + number)
+
+
+def _launchers() -> list[psutil.Process]:
+    """The processes of deepspeed's or torch's launcher that this rank hangs from: one that dies leaves it running.
+
+    deepspeed is two, of which the outer one, that a user knows, dies by SIGTERM and tells nobody (0.19.8, runner.py).
+    """
+    above = psutil.Process().parents()[:2]
+    command = " ".join(above[0].cmdline()) if above else ""
+    if "deepspeed.launcher.launch" in command:
+        return above
+    return above[:1] if "torchrun" in command or "torch.distributed.run" in command else []
+
+
+def _follow(launchers: list[psutil.Process]) -> None:
+    """Asks this process to end once a launcher is gone."""
+    while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in launchers):
+        time.sleep(FOLLOW_S)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Agreement:

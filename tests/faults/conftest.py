@@ -30,6 +30,6 @@ def disturbed(fault_project: Path) -> Callable[..., tuple[Path, Path]]:
     """disturbed(name): a recipe for the same run in a folder of its own, and where its ranks' logs go."""
 
     def write(name: str, **changes: object) -> tuple[Path, Path]:
-        return write_recipe(fault_project, name, **LONG, **changes), fault_project / "logs" / name
+        return write_recipe(fault_project, name, **{**LONG, **changes}), fault_project / "logs" / name
 
     return write
