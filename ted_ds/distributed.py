@@ -168,6 +168,7 @@ def lost_ranks_named(world: World) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
+        world.stop.leave()
         if world.watch is not None:
             world.watch.failed(error)
         torch.distributed.destroy_process_group()

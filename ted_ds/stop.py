@@ -38,7 +38,7 @@ class StopRequest:
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._signal = 0
         self._since = 0.0
-        self._postponed = False
+        self._postponed = self._leaving = False
 
     def listen(self) -> None:
         """From here on signals are requests, and so is the launcher's end; in the main thread."""
@@ -56,6 +56,10 @@ class StopRequest:
         finally:
             self._postponed = False
 
+    def leave(self) -> None:
+        """The process is ending, and says why: a launcher that ends its other ranks does not change that."""
+        self._leaving = True
+
     @property
     def code(self) -> int:
         """0, the number of the signal, or CLOCK."""
@@ -65,6 +69,8 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
+        if self._leaving:
+            return
         if not self._signal:
             self._signal, self._since = number, now
             if not self._postponed:

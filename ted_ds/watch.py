@@ -58,7 +58,7 @@ class RankWatch:
             )
             for _ in range(2)
         )
-        self._over = threading.Event()
+        self._over, self._speaking, self._said = threading.Event(), threading.Lock(), False
         self._store.set(f"name/{rank}", f"rank {rank} ({socket.gethostname()}, process {os.getpid()})")
         self._answered = time.monotonic()
         threading.Thread(target=self._run, name="rank watch", daemon=True).start()
@@ -109,9 +109,16 @@ class RankWatch:
 
     def _leave(self, reason: str, store: torch.distributed.Store) -> None:
         """Ends the process, from any thread, whatever the main thread waits for."""
-        print(f"ted_ds: rank {self._rank}: {reason}", file=sys.stderr, flush=True)
+        self._say(reason)
         self._go(store, "lost a rank")
         os._exit(RANK_LOST)
+
+    def _say(self, reason: str) -> None:
+        """Once: the threads find the same."""
+        with self._speaking:
+            if not self._said:
+                print(f"ted_ds: rank {self._rank}: {reason}", file=sys.stderr, flush=True)
+            self._said = True
 
     def _go(self, store: torch.distributed.Store, how: str) -> None:
         """Tells the others; rank 0, whose store it may be, stays until they have gone or heard of it."""
@@ -153,7 +160,7 @@ class RankWatch:
         """Touches no store: over a cut link a request waits for ever, the client's time-out is for keys alone."""
         while not self._over.wait(self._beat_s):
             if time.monotonic() - self._answered > self._limit_s:
-                print(f"ted_ds: rank {self._rank}: {self._silent_store()}", file=sys.stderr, flush=True)
+                self._say(self._silent_store())
                 os._exit(RANK_LOST)
 
     def _end(self, reason: str) -> None:

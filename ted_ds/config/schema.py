@@ -340,7 +340,7 @@ class TrainConfig(Section):
         default=None, description="of a start: then it saves and ends with exit code 75; null: no limit"
     )
     timeout_minutes: PositiveFloat = Field(
-        default=10.0, description="that a collective waits for a rank before the run ends with exit code 76"
+        default=30.0, description="that a collective waits for a rank before the run ends with exit code 76"
     )
 
     @model_validator(mode="after")

@@ -201,6 +201,14 @@ def listening(stop: StopRequest) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def test_a_signal_to_a_program_that_is_leaving_changes_nothing() -> None:
+    stop = StopRequest()
+    with listening(stop):
+        stop.leave()
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.code == 0
+
+
 def test_a_signal_outside_of_the_steps_ends_the_program_where_it_is() -> None:
     with (
         listening(StopRequest()),
