@@ -9,7 +9,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from ted_ds.batch import on_device
 from ted_ds.cluster import slurm_environment
-from ted_ds.errors import TedError
+from ted_ds.errors import RankLost, TedError
 from ted_ds.stop import StopRequest
 from ted_ds.watch import RankWatch
 
@@ -120,6 +120,7 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     timeout: how long a collective waits for the other ranks. stop: None: nothing asks this run to end.
     The accelerator and its back end (NCCL on CUDA, gloo on CPU) are DeepSpeed's choice. The interpreter's
     own folder goes on PATH because DeepSpeed compiles an op at the first start and looks for ninja there.
+    Raises RankLost where the ranks do not all come within `timeout`.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -133,7 +134,14 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator.set_device(local_rank)
     backend = accelerator.communication_backend_name()
-    deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    try:
+        deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+    except torch.distributed.DistError as error:
+        place = ":".join(map(str, _master()))
+        raise RankLost(
+            f"the {os.environ['WORLD_SIZE']} ranks did not meet at {place} ({str(error).splitlines()[0]}): see whether all of them were "
+            "started, and see that node and port"
+        ) from error
     device = torch.device(accelerator.current_device_name())
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         # the ranks of a node share its cores; every one of them would start a thread a core
@@ -141,10 +149,12 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     _quiet(rank)
-    host = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
-    control = torch.distributed.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+    stop = stop or StopRequest()
     watch = RankWatch(rank, size, timeout, *_master()) if size > 1 else None
-    return World(rank, size, device, host, control, stop or StopRequest(), watch)
+    with _named(watch, stop):  # a group's members wait for each other as long as it will
+        host = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+        control = torch.distributed.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+    return World(rank, size, device, host, control, stop, watch)
 
 
 def _master() -> tuple[str, int]:
@@ -159,18 +169,22 @@ def shut_down(world: World) -> None:
     torch.distributed.destroy_process_group()
 
 
-@contextmanager
-def lost_ranks_named(world: World) -> Iterator[None]:
+def lost_ranks_named(world: World) -> AbstractContextManager[None]:
     """Where an error is another rank's doing, names that rank and ends the process; else leaves without the others.
 
     At exit the threads of a process group that is still there may abort the interpreter, and its exit code is lost.
     """
+    return _named(world.watch, world.stop)
+
+
+@contextmanager
+def _named(watch: RankWatch | None, stop: StopRequest) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        world.stop.leave()
-        if world.watch is not None:
-            world.watch.failed(error)
+        stop.leave()
+        if watch is not None:
+            watch.failed(error)
         torch.distributed.destroy_process_group()
         raise
 

@@ -40,5 +40,7 @@ class Stopped(TedError):
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
-RANK_LOST = 76
-"""Exit code where another rank died, hangs, or is cut off: the same command goes on from the last checkpoint."""
+class RankLost(TedError):
+    """Another rank died, hangs, is cut off, or never came: the same command goes on from the last checkpoint."""
+
+    exit_code = 76

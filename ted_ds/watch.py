@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import torch
 
-from ted_ds.errors import RANK_LOST
+from ted_ds.errors import RankLost
 
 BEATS = 20
 """Signs of life within the time-out."""
@@ -28,7 +28,12 @@ GRACE_S = 5.0
 
 AGAIN = "the same command goes on from the last checkpoint"
 
-POLL_S = 0.05
+POLL_S = 0.1
+
+FAILED = "failed"
+"""In the store: the last rank that ended by an error of its own, and that error."""
+
+WELL, BEREFT = "ended as it should", "ended because another rank was lost"
 
 STORE_ERRORS = (RuntimeError, torch.distributed.DistError)
 
@@ -41,7 +46,7 @@ class RankWatch:
 
     timeout: as the collectives'. A rank without a sign of life for half of it is lost.
     address, port: of the launcher's store.
-    Raises nothing by itself: the thread ends the process with exit code RANK_LOST.
+    Raises nothing by itself: the thread ends the process with RankLost's exit code.
     """
 
     def __init__(self, rank: int, size: int, timeout: timedelta, address: str, port: int) -> None:
@@ -66,7 +71,7 @@ class RankWatch:
 
     def close(self) -> None:
         """This rank leaves as it should: nobody misses it."""
-        self._go(self._store, "ended as it should")
+        self._go(self._store, WELL)
         self._over.set()
 
     def failed(self, error: BaseException) -> None:
@@ -85,33 +90,35 @@ class RankWatch:
         self._over.set()
 
     def _post_mortem(self) -> str | None:
-        """Which rank is to blame that this one's collective failed: None: all of them failed in it."""
-        store, others = self._store, [r for r in range(self._size) if r != self._rank]
-        deadline = time.monotonic() + min(GRACE_S, self._limit_s)
+        """Which rank is to blame that this one's collective failed: None: all of them failed in it.
+
+        A request or three a poll, whatever the number of ranks: one of them alone asks after each.
+        """
+        store, grace = self._store, min(GRACE_S, self._limit_s)
+        deadline = time.monotonic() + grace
         store.set(f"waits/{self._rank}", "")
-        while True:
-            if store.check(["lost"]):
-                return _text(store.get("lost"))
-            missing = [r for r in others if not store.check([f"waits/{r}"])]
-            told = next((r for r in missing if store.check([f"gone/{r}"])), None)
-            if told is not None or not missing or time.monotonic() > deadline:
-                break
+        waiting = [f"waits/{rank}" for rank in range(self._size)]
+        while not store.check(["lost"]):
+            if store.check(waiting):
+                return None
+            late = time.monotonic() - deadline
+            if store.check([FAILED]) or (late > 0 and store.add("asked", 1) == 1) or late > grace:
+                store.set("lost", self._blamed(store))
             time.sleep(POLL_S)
-        if not missing:
-            return None
-        if told is not None:
-            reason = f"{self._name(store, told)} {_text(store.get(f'gone/{told}'))}; {AGAIN}"
-        else:
-            names = ", ".join(self._name(store, r) for r in missing)
-            reason = f"{names} took no part in a collective: it died, hangs or is cut off; {AGAIN}"
-        store.set("lost", reason)
-        return reason
+        return _text(store.get("lost"))
+
+    def _blamed(self, store: torch.distributed.Store) -> str:
+        if store.check([FAILED]):
+            return f"{_text(store.get(FAILED))}; {AGAIN}"
+        missing = [rank for rank in range(self._size) if not store.check([f"waits/{rank}"])]
+        names = ", ".join(self._name(store, rank) for rank in missing)
+        return f"{names} took no part in a collective: it died, hangs or is cut off; {AGAIN}"
 
     def _leave(self, reason: str, store: torch.distributed.Store) -> None:
         """Ends the process, from any thread, whatever the main thread waits for."""
         self._say(reason)
-        self._go(store, "lost a rank")
-        os._exit(RANK_LOST)
+        self._go(store, BEREFT)
+        os._exit(RankLost.exit_code)
 
     def _say(self, reason: str) -> None:
         """Once: the threads find the same."""
@@ -123,10 +130,12 @@ class RankWatch:
     def _go(self, store: torch.distributed.Store, how: str) -> None:
         """Tells the others; rank 0, whose store it may be, stays until they have gone or heard of it."""
         try:
+            if how not in (WELL, BEREFT):
+                store.set(FAILED, f"{self._name(store, self._rank)} {how}")
             store.set(f"gone/{self._rank}", how)
             deadline = time.monotonic() + 2 * self._beat_s
-            others = [f"gone/{r}" for r in range(self._size) if r]
-            while self._rank == 0 and time.monotonic() < deadline and not all(store.check([key]) for key in others):
+            others = [f"gone/{rank}" for rank in range(1, self._size)]
+            while self._rank == 0 and time.monotonic() < deadline and not store.check(others):
                 time.sleep(POLL_S)
         except STORE_ERRORS:
             return  # rank 0 has left before
@@ -142,15 +151,14 @@ class RankWatch:
                     return self._end(_text(store.get("lost")))
                 key = f"beat/{self._next}"
                 beat = _text(store.get(key)) if store.check([key]) else ""
-                gone = store.check([f"gone/{self._next}"])
+                key = f"gone/{self._next}"
+                gone = _text(store.get(key)) if store.check([key]) else ""
                 self._answered = answered = time.monotonic()
-                if beat != seen or gone:
+                silent = f"has given no sign of life for {answered - heard:.0f} s: it died, hangs or is cut off"
+                if beat != seen or gone == WELL:
                     seen, heard = beat, answered
                 elif answered - heard > self._limit_s:
-                    lost = (
-                        f"{self._name(store, self._next)} has given no sign of life for {answered - heard:.0f} s: it "
-                        f"died, hangs or is cut off; {AGAIN}"
-                    )
+                    lost = f"{self._name(store, self._next)} {gone or silent}; {AGAIN}"
                     store.set("lost", lost)
                     return self._end(lost)
             except STORE_ERRORS:
@@ -161,7 +169,7 @@ class RankWatch:
         while not self._over.wait(self._beat_s):
             if time.monotonic() - self._answered > self._limit_s:
                 self._say(self._silent_store())
-                os._exit(RANK_LOST)
+                os._exit(RankLost.exit_code)
 
     def _end(self, reason: str) -> None:
         if not self._over.is_set():

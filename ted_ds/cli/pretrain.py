@@ -33,7 +33,7 @@ def run_to(run: RunConfig, goal: Any) -> None:
     """Runs a recipe on the ranks that this process is one of, as far as `goal`, and prints what it gives.
 
     Raises a TedError: Stopped where a signal or `train.max_minutes` ended it. Where another rank is lost the process
-    ends with exit code RANK_LOST.
+    ends with RankLost's exit code.
     """
     from ted_ds.stop import StopRequest
 
