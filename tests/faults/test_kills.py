@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.faults.patches import SAVED_EVERY, dies_after_a_best
@@ -85,10 +86,16 @@ def test_a_task_goes_back_to_the_best_of_its_checkpoint(tmp_path: Path) -> None:
     assert ours[1] == theirs[1] and {k: ours[0][k] for k in theirs[1]} == theirs[1]
 
 
+def tokenizes(process: psutil.Process) -> bool:
+    """A process that was spawned, and is there yet."""
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+
+
 def test_a_killed_preparation_leaves_no_process_behind(tmp_path: Path, fault_project: Path) -> None:
     """Its workers hold both ends of the queue that they wait at: they have to watch their parent."""
-    import psutil
-
     text = (fault_project / "train.txt").read_text()
     with (tmp_path / "long.txt").open("w") as file:
         for _ in range(1 + (33 << 20) // len(text)):
@@ -98,7 +105,7 @@ def test_a_killed_preparation_leaves_no_process_behind(tmp_path: Path, fault_pro
     )
     ranks = Ranks(1, fault_project / "logs/orphans", recipe)
     main = psutil.Process(ranks.processes[0].pid)
-    ranks.wait_for(lambda: sum("spawn_main" in " ".join(child.cmdline()) for child in main.children()) >= 2)
+    ranks.wait_for(lambda: sum(map(tokenizes, main.children())) >= 2)
     workers = main.children(recursive=True)
     ranks.send(signal.SIGKILL)
     ranks.wait()
