@@ -139,8 +139,8 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     except torch.distributed.DistError as error:
         place, why = ":".join(map(str, _master())), str(error).splitlines()[0]
         raise RankLost(
-            f"the {os.environ['WORLD_SIZE']} ranks did not meet at {place} ({why}): see whether all of them were started, "
-            "and see that node and port"
+            f"the {os.environ['WORLD_SIZE']} ranks did not meet at {place} ({why}): see whether all of them were "
+            "started, and see that node and port"
         ) from error
     device = torch.device(accelerator.current_device_name())
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:

@@ -13,12 +13,14 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tqdm import tqdm
 
 from ted_ds.telemetry.recorder import read_metrics
 
@@ -43,6 +45,7 @@ def _serve(rank: int, size: int, port: int, argv: list[str], log: str, patch: Ca
     from ted_ds.cli.pretrain import run_command
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
     if patch is not None:
         patch(rank)
     sys.exit(guarded(lambda arguments: run_command(arguments, "ted-ds", "distilled"), argv))
