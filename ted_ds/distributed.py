@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import resource
 import socket
 import sys
 import warnings
@@ -134,8 +135,12 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator.set_device(local_rank)
     backend = accelerator.communication_backend_name()
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # gloo's ranks hold a socket to each other, per group
     try:
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
+        rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        watch = RankWatch(rank, size, timeout, *_master()) if size > 1 else None
     except torch.distributed.DistError as error:
         place, why = ":".join(map(str, _master())), str(error).splitlines()[0]
         raise RankLost(
@@ -147,10 +152,8 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
         # the ranks of a node share its cores; every one of them would start a thread a core
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
-    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     _quiet(rank)
     stop = stop or StopRequest()
-    watch = RankWatch(rank, size, timeout, *_master()) if size > 1 else None
     with _named(watch, stop):  # a group's members wait for each other as long as it will
         host = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
         control = torch.distributed.new_group(backend="gloo", timeout=timeout) if size > 1 else None
@@ -163,9 +166,10 @@ def _master() -> tuple[str, int]:
 
 def shut_down(world: World) -> None:
     """Leaves the process group; ranks that leave at different times would log errors otherwise."""
+    world.stop.leave()
+    torch.distributed.barrier()
     if world.watch is not None:
         world.watch.close()
-    torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
@@ -185,7 +189,8 @@ def _named(watch: RankWatch | None, stop: StopRequest) -> Iterator[None]:
         stop.leave()
         if watch is not None:
             watch.failed(error)
-        torch.distributed.destroy_process_group()
+        if not torch.cuda.is_available():  # NCCL's would wait for what others no longer send; see cli.common.guarded
+            torch.distributed.destroy_process_group()
         raise
 
 

@@ -45,7 +45,7 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._receive)
         if launchers := _launchers():
-            threading.Thread(target=_follow, args=(launchers,), name="launcher's watch", daemon=True).start()
+            threading.Thread(target=self._follow, args=(launchers,), name="launcher's watch", daemon=True).start()
 
     @contextmanager
     def postponed(self) -> Iterator[None]:
@@ -66,6 +66,13 @@ class StopRequest:
         if self._signal:
             return self._signal
         return CLOCK if self._deadline is not None and time.monotonic() > self._deadline else 0
+
+    def _follow(self, launchers: list[psutil.Process]) -> None:
+        """Asks this process to end once a launcher is gone, unless it was asked before."""
+        while all(map(_lives, launchers)):
+            time.sleep(FOLLOW_S)
+        if not self._signal:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
@@ -88,17 +95,20 @@ def _launchers() -> list[psutil.Process]:
     deepspeed is two, of which the outer one, that a user knows, dies by SIGTERM and tells nobody (0.19.8, runner.py).
     """
     above = psutil.Process().parents()[:2]
-    command = " ".join(above[0].cmdline()) if above else ""
+    try:
+        command = " ".join(above[0].cmdline()) if above else ""
+    except psutil.Error:  # another user's: no launcher
+        return []
     if "deepspeed.launcher.launch" in command:
         return above
     return above[:1] if "torchrun" in command or "torch.distributed.run" in command else []
 
 
-def _follow(launchers: list[psutil.Process]) -> None:
-    """Asks this process to end once a launcher is gone."""
-    while all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in launchers):
-        time.sleep(FOLLOW_S)
-    os.kill(os.getpid(), signal.SIGTERM)
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 class Agreement:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; without a network a name that is no folder costs 20 s of retries
+
 from collections.abc import Callable, Iterator
 
 import pytest

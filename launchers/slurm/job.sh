@@ -31,7 +31,8 @@ ranks() {
 }
 
 # 75: a warning ended the run, its state is saved. 76: a rank was lost. Above 128: a rank died by a signal; srun gives
-# that code, the highest, where the other ranks ended with 76. All else (0, 2: a person has to mend something) ends the job.
+# that code, the highest, where the other ranks ended with 76. All else ends the job: 0, 1 (a bug, on all ranks), and 2, a
+# mistake that a person has to mend, with which all ranks end. One rank's bug beside others' 76 is tried again too.
 go_on() {
   local code="$1" restarts="${SLURM_RESTART_COUNT:-0}" limit="${TED_DS_RESTARTS:-20}"
   if [ "$code" -ne 75 ] && [ "$code" -ne 76 ] && [ "$code" -le 128 ]; then

@@ -27,6 +27,7 @@ class BestStudent:
     def __init__(self, folder: Path, metric: str, tokenizer: Tokenizer, world: World) -> None:
         self._folder, self._metric, self._tokenizer, self._world = folder, f"validation_{metric}", tokenizer, world
         self.card: dict[str, Any] | None = world.on_main(self._read)
+        self._again: int | None = None
 
     def go_back(self, card: Mapping[str, Any] | None, steps: int) -> None:
         """The best was `card`'s when the checkpoint was saved that a run of `steps` steps goes on from.
@@ -38,10 +39,16 @@ class BestStudent:
                 f"{self._folder} holds the student of step {self.card['best_step']}, train.steps is {steps}: give "
                 "as many steps at least, or another output_dir"
             )
+        self._again = None if self.card is None else self.card["best_step"]
         self.card = None if card is None else dict(card)
 
-    def beaten_by(self, scores: dict[str, float]) -> bool:
-        """True where the scores are better, the same on every rank; a nan is not."""
+    def beaten_by(self, step: int, scores: dict[str, float]) -> bool:
+        """True where the scores are better, the same on every rank; a nan is not.
+
+        True, too, at the step whose student the folder holds from before: repeated, it may score a hair lower.
+        """
+        if step == self._again:
+            return True
         best = -math.inf if self.card is None else self.card[self._metric]
         return scores.get(self._metric, -math.inf) > best
 

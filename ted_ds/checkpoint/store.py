@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 from ted_ds.distributed import World, logger
 from ted_ds.errors import CheckpointError
@@ -160,7 +163,8 @@ def _seal(folder: Path, tag: str, card: Card, files: dict[str, tuple[int, str]],
     _name(folder, f"{tag}.tmp", tag, card, files)
     write_atomically(folder / LATEST, tag)
     for name in _superfluous(folder, tag, keep):
-        shutil.rmtree(folder / name)
+        # what an export that goes on beside the run is writing, or a node still reads, goes next time
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _name(folder: Path, temporary: str, name: str, card: Card, files: dict[str, tuple[int, str]]) -> None:
@@ -194,9 +198,12 @@ def _superfluous(folder: Path, tag: str, keep: Retention) -> list[str]:
     names = sorted(path.name for path in folder.iterdir() if path.name.startswith("step-") and path.name != tag)
     older = [name for name in names if TAG.fullmatch(name) and name < tag]
     scores = {name: card.score for name in (*older, tag) if (card := _read_card(folder / name)) is not None}
-    scored = [name for name, score in scores.items() if score is not None]
-    stay = {*older[len(older) - (keep.last - 1) :], *(n for n in older if keep.every and int(n[5:]) % keep.every == 0)}
-    stay |= {max(scored, key=lambda name: scores[name] or 0.0)} if scored else set()
+    scored = {name: score for name, score in scores.items() if score is not None and math.isfinite(score)}
+    stay = {
+        *older[max(0, len(older) - (keep.last - 1)) :],
+        *(n for n in older if keep.every and int(n[5:]) % keep.every == 0),
+    }
+    stay |= {max(scored, key=lambda name: scored[name])} if scored else set()
     return [name for name in names if name not in stay]
 
 
@@ -207,6 +214,8 @@ def _newest_first(folder: Path) -> list[str]:
     tags = sorted((path.name for path in folder.iterdir() if TAG.fullmatch(path.name)), reverse=True)
     path = folder / LATEST
     latest = path.read_bytes().decode(errors="replace").strip() if path.exists() else ""
+    if latest in tags and latest != tags[0]:
+        logger.warning("%s names %s: %s, which is later, is not looked at", path, latest, tags[0])
     return [tag for tag in tags if tag <= latest] if latest in tags else tags
 
 
@@ -258,7 +267,7 @@ def _load(engine: Any, folder: Path, tag: str, card: Card, world: World) -> None
     converted = f"{tag}.universal"
     if _whole(folder / converted, world, []) is None:
         logger.info("%s was written by %d ranks: converting it for %d", folder / tag, card.world_size, world.size)
-        world.on_main(lambda: _convert(folder, tag, converted, card))
+        world.on_main(lambda: _convert_alone(folder, tag, converted, card))
     optimizer = engine.optimizer.optimizer
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     engine._config.load_universal_checkpoint = True  # DeepSpeed reads it of its file, before anyone knows the ranks
@@ -281,22 +290,40 @@ def _load_states(engine: Any, folder: Path, tag: str) -> None:
         raise CheckpointError(f"DeepSpeed finds no states in {folder / tag}: was it written with other ds_configs?")
 
 
+def _convert_alone(folder: Path, tag: str, name: str, card: Card) -> None:
+    """`_convert`, unless another job (an export beside the run, say) has done it meanwhile."""
+    with FileLock(folder / "converting.lock"):
+        if _read_card(folder / name) is None:
+            _convert(folder, tag, name, card)
+
+
 def _convert(folder: Path, tag: str, name: str, card: Card) -> None:
     """Makes `name`, a universal checkpoint, of `tag`; on one rank. Raises CheckpointError where DeepSpeed cannot."""
-    temporary = folder / f"{name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = folder / f"{name}.{os.getpid()}.tmp"
     workers = str(min(MERGING, len(os.sched_getaffinity(0))))
     options = ["--num_extract_workers", workers, "--num_merge_workers", workers, "--inject_missing_state"]
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
     places = ["--input_folder", str(folder / tag), "--output_folder", str(temporary)]
-    done = subprocess.run([*command, *places, *options], capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    # a session of its own: its workers can be ended with it, which they are not by themselves
+    with subprocess.Popen(
+        [*command, *places, *options],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    ) as converter:
+        try:
+            _, said = converter.communicate()
+        except BaseException:
+            os.killpg(converter.pid, signal.SIGKILL)
+            raise
+    if converter.returncode:
+        reason = (said.strip().splitlines() or ["no message"])[-1]
         raise CheckpointError(
             f"DeepSpeed cannot convert checkpoint {folder / tag} for another number of ranks ({reason}): start it with "
             f"{card.world_size} ranks"
         )
-    (folder / "latest_universal").unlink()  # its own `latest`, which nobody reads
+    (folder / "latest_universal").unlink(missing_ok=True)  # its own `latest`, which nobody reads
     _name(folder, temporary.name, name, card, {})
 
 

@@ -49,5 +49,5 @@ def _run(run: RunConfig, goal: Any, stop: Any) -> dict[str, Any] | None:
     world = init_world(timedelta(minutes=run.train.timeout_minutes), stop)
     with lost_ranks_named(world):
         summary = run_recipe(run, world, goal)
-    shut_down(world)
+        shut_down(world)
     return summary if world.is_main else None

@@ -207,7 +207,7 @@ def _train(run: RunConfig, world: World, data: RunData, plan: Plan, engine: Any,
         metric = f"validation_{run.spec.best}" if run.spec.best else "validation_loss"
         if metric in scores:
             score = step, scores[metric] if run.spec.best else -scores[metric]
-        if best is not None and step and best.beaten_by(scores):
+        if best is not None and step and best.beaten_by(step, scores):
             scores |= data.evaluate_extra(engine, run, world)
             best.keep(engine.module.student, step, scores)
         return scores

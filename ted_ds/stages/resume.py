@@ -16,6 +16,7 @@ from ted_ds.config.schema import RunConfig
 from ted_ds.data.encoded import EncodedRows
 from ted_ds.data.prepare import PackedBlocks
 from ted_ds.distributed import World
+from ted_ds.errors import CheckpointError
 from ted_ds.stages.data import RunData
 from ted_ds.telemetry.recorder import Recorder
 
@@ -50,6 +51,11 @@ class Checkpoints:
         self._keep = Retention(run.train.keep_last, run.train.keep_every)
         self._identity = identity_of(engine.module, run, data, world)
         self.card: Card | None = load_checkpoint(engine, self._folder, self._identity, world)
+        if self.card is not None and self.card.rows != self.start * rows_a_step:
+            raise CheckpointError(
+                f"the checkpoint of step {self.start} in {self._folder} had consumed {self.card.rows} training rows, "
+                f"this run takes {rows_a_step} a step: restore its global batch size, or use another output_dir"
+            )
 
     @property
     def start(self) -> int:

@@ -47,7 +47,8 @@ class Recorder:
         if self._tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=start_step + 1)
+            first = start_step + 1 if kept_bytes else 0  # step 0's evaluation has a point too
+            self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=first)
         self._bar = tqdm(
             total=self._steps,
             initial=start_step,

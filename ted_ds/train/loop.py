@@ -104,7 +104,7 @@ def run_steps(
             if saves or ends:
                 save[1](done)
                 ends = ends or agreement.now()
-            if ends and done < steps:
+            if ends:
                 raise Stopped(f"{ends}: saved after step {done} of {steps}, the same command goes on from there")
             meters.restart()
         agreement.close()

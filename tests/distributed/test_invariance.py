@@ -18,6 +18,7 @@ from tests.workers import Workers
 TERMS = ("loss", "pred_loss", "kl_loss", "layer_loss")
 ZERO0, ZERO3 = "--deepspeed=ds_configs/zero0.json", "--deepspeed=ds_configs/zero3.json"
 REPLICATED = "--teacher.sharding=replicated"
+SHORT: dict[str, Any] = {"filters__steps": 5, "train__steps": 5, "train__save_every": 0}
 
 SPLITS = {
     "1 rank x 4 micro-batches": (1, ()),
@@ -31,12 +32,13 @@ SPLITS = {
     "activation checkpointing": (2, ("--student.activation_checkpointing=true",)),
 }
 
-NARROW = "cut in depth and width, narrow filters"
+NARROW: dict[str, Any] = {
+    "student__init": {"num_blocks": 2, "hidden_size": 8, "intermediate_size": 20},
+    "filters__output_dim": 12,
+}
+"""Cut in depth and width, narrow filters."""
+
 SHAPES: dict[str, dict[str, Any]] = {
-    NARROW: {
-        "student__init": {"num_blocks": 2, "hidden_size": 8, "intermediate_size": 20},
-        "filters__output_dim": 12,
-    },
     "nonlinear filters, raw layer loss, explicit pairs": {
         "filters__nonlinear": True,
         "filters__layer_map": [[0, 0], [1, 3]],
@@ -76,28 +78,26 @@ def test_both_stages_are_plain_torch_however_they_are_split(
     project: Path, workers: Callable[[int], Workers], split: str
 ) -> None:
     ranks, overrides = SPLITS[split]
-    shape = SHAPES[NARROW]
-    path = write_recipe(project, "-".join(split.split()), **shape)
+    path = write_recipe(project, "-".join(split.split()), **SHORT, **NARROW)
     workers(ranks).run(pretrain_recipe, path, overrides)
     folder = project / path.stem
-    assert_same(losses_of(folder), plain_stage2(path, steps=10)[0])
+    assert_same(losses_of(folder), plain_stage2(path, steps=5)[0])
     for side in ("teacher", "student"):
         stage1 = [line["loss"] for line in read_metrics(folder / f"{side}_filters")]
-        assert stage1 == pytest.approx(plain_stage1(path, side, steps=10), rel=1e-5)
+        assert stage1 == pytest.approx(plain_stage1(path, side, steps=5), rel=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_method_and_shape_is_plain_torch(project: Path, workers: Callable[[int], Workers], shape: str) -> None:
-    path = write_recipe(project, "shape-" + "-".join(shape.replace(",", "").split()), **SHAPES[shape])
+    path = write_recipe(project, "shape-" + "-".join(shape.replace(",", "").split()), **SHORT, **SHAPES[shape])
     workers(2).run(pretrain_recipe, path)
-    assert_same(losses_of(project / path.stem), plain_stage2(path, steps=10)[0])
+    assert_same(losses_of(project / path.stem), plain_stage2(path, steps=5)[0])
 
 
 @pytest.mark.parametrize("split", ["2 ranks x 2", "4 ranks x 1", "ZeRO-0", "activation checkpointing"])
 def test_gradients_are_plain_torchs(project: Path, workers: Callable[[int], Workers], split: str) -> None:
     ranks, overrides = SPLITS[split]
-    shape = SHAPES[NARROW]
-    path = write_recipe(project, "gradients-" + "-".join(split.split()), **shape)
+    path = write_recipe(project, "gradients-" + "-".join(split.split()), **NARROW, filters__steps=2)
     ours = workers(ranks).run(first_gradients, path, overrides)[0]
     expected = plain_stage2(path, steps=1)[1]
     assert ours.keys() == expected.keys()
@@ -125,8 +125,8 @@ def test_bfloat16_stays_near_float32(
 ) -> None:
     project = make_project(tmp_path, family="gpt2")
     dtypes = {"teacher__dtype": teacher, "student__dtype": student, "student__activation_checkpointing": True}
-    path = write_recipe(project, "run", **dtypes, filters__output_dim=12, optimizer__learning_rate=1e-3)
+    path = write_recipe(project, "run", **SHORT, **dtypes, filters__output_dim=12, optimizer__learning_rate=1e-3)
     workers(2).run(pretrain_recipe, path, (zero,))
-    for ours, expected in zip(losses_of(project / path.stem), plain_stage2(path, steps=10)[0], strict=True):
+    for ours, expected in zip(losses_of(project / path.stem), plain_stage2(path, steps=5)[0], strict=True):
         for name in TERMS:
             assert ours[name] == pytest.approx(expected[name], rel=0.1), name

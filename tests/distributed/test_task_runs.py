@@ -20,14 +20,19 @@ from tests.workers import Workers
 
 Group = Callable[[int], Workers]
 TERMS = ("step", "tokens", "loss", "pred_loss", "kl_loss", "layer_loss")
-ZERO0, ZERO3 = "--deepspeed=ds_configs/zero0.json", "--deepspeed=ds_configs/zero3.json"
+ZERO0 = "--deepspeed=ds_configs/zero0.json"
+
+SHORT: dict[str, Any] = {"filters__steps": 4, "train__steps": 4, "train__evaluate_every": 2, "train__save_every": 0}
+START: dict[str, Any] = {"filters__steps": 2, "train__steps": 2, "train__evaluate_every": 0}
+"""Where the first step shows it."""
 
 SPLITS: dict[str, tuple[int, tuple[str, ...]]] = {
     "2 ranks x 2": (2, ()),
-    "4 ranks x 1": (4, ()),
     "the whole batch at once": (1, ("--train.micro_batch_size=8",)),
-    "ZeRO-0, replicated teacher": (2, (ZERO0, "--teacher.sharding=replicated")),
-    "activation checkpointing": (2, ("--student.activation_checkpointing=true",)),
+    "4 ranks x 1, and whatever else may be chosen": (
+        4,
+        (ZERO0, "--teacher.sharding=replicated", "--student.activation_checkpointing=true"),
+    ),
 }
 EVERY, SOME = tuple(SPLITS), ("2 ranks x 2",)
 
@@ -66,7 +71,7 @@ def scores_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def assert_same(ours: Path, expected: Path) -> None:
-    assert len(terms_of(ours)) == len(terms_of(expected)) == 6
+    assert len(terms_of(ours)) == len(terms_of(expected)) >= SHORT["train__steps"]
     for a, b in zip(terms_of(ours), terms_of(expected), strict=True):
         assert a == pytest.approx(b, rel=2e-5, abs=1e-7), (ours, a, b)
     for a, b in zip(scores_of(ours), scores_of(expected), strict=True):
@@ -77,11 +82,11 @@ def assert_same(ours: Path, expected: Path) -> None:
 def test_a_task_does_not_depend_on_how_it_is_split(projects: Callable[..., Path], workers: Group, case: str) -> None:
     task, family, changes, splits = CASES[case]
     project = projects(task, family)
-    whole = write_task_recipe(project, task, "one", **changes)
+    whole = write_task_recipe(project, task, "one", **SHORT, **changes)
     workers(1).run(pretrain_recipe, whole)
     for split in splits:
         ranks, overrides = SPLITS[split]
-        path = write_task_recipe(project, task, "-".join(split.replace(",", "").split()), **changes)
+        path = write_task_recipe(project, task, "-".join(split.replace(",", "").split()), **SHORT, **changes)
         workers(ranks).run(pretrain_recipe, path, overrides)
         assert_same(project / path.stem, project / "one")
         for side in ("teacher", "student") if changes.get("method") != "lwd" else ():
@@ -107,7 +112,7 @@ def test_a_regressions_kl_is_that_of_the_global_batch(projects: Callable[..., Pa
 @pytest.mark.parametrize("method", ["ce", "kd", "lwd"])
 def test_every_method_starts_from_the_same_student(projects: Callable[..., Path], workers: Group, method: str) -> None:
     project = projects("sst2")
-    paths = [write_task_recipe(project, "sst2", f"start-{m}", method=m) for m in ("ted", method)]
+    paths = [write_task_recipe(project, "sst2", f"start-{m}", **START, method=m) for m in ("ted", method)]
     for path, m in zip(paths, ("ted", method), strict=True):
         alphas = {"ce": ("kl_alpha", "mse_alpha"), "kd": ("mse_alpha",)}.get(m, ())
         workers(2).run(pretrain_recipe, path, tuple(f"--loss.{a}=null" for a in alphas))
@@ -119,7 +124,8 @@ def test_every_method_starts_from_the_same_student(projects: Callable[..., Path]
 def test_a_run_leaves_the_best_student_and_goes_on_after_a_stop(projects: Callable[..., Path], workers: Group) -> None:
     project = projects("mnli")
     extra = {"data__extra_validation": {"mismatched": [str(project / "train.tsv")]}}
-    settings = {**extra, "optimizer__schedule": "constant", "train__evaluate_every": 1, "train__steps": 8}
+    settings = {**extra, "optimizer__schedule": "constant", "train__evaluate_every": 1, "train__steps": 6}
+    settings |= {"filters__steps": 2}
     path = write_task_recipe(project, "mnli", "whole", **settings)
     workers(2).run(pretrain_recipe, path)
     folder = project / "whole"
@@ -185,14 +191,15 @@ def test_recipes_in_epochs(projects: Callable[..., Path], workers: Group) -> Non
     project = projects("sst2")
     changes = {"train__steps": None, "train__epochs": 1.5, "filters__steps": None, "filters__epochs": 1}
     changes |= {"train__evaluate_every": "epoch", "train__save_every": "epoch"}
-    changes |= {"filters__global_batch_size": {"teacher": 16, "student": 8}, "filters__warmup_steps": 1}
+    changes |= {"train__global_batch_size": 12, "train__micro_batch_size": 6, "filters__warmup_steps": 1}
+    changes |= {"filters__global_batch_size": {"teacher": 24, "student": 12}}
     changes |= {"filters__learning_rate": {"teacher": 0.01, "student": 0.02}}
     path = write_task_recipe(project, "sst2", "epochs", **changes)
     workers(2).run(pretrain_recipe, path)
     lines = read_metrics(project / "epochs")
-    assert lines[-1]["step"] == 9  # 1.5 * 48 / 8
-    assert [line["step"] for line in lines if "validation_accuracy" in line] == [0, 6, 9]
-    assert [read_metrics(project / f"epochs/{s}_filters")[-1]["step"] for s in ("teacher", "student")] == [3, 6]
+    assert lines[-1]["step"] == 6  # 1.5 * 48 / 12
+    assert [line["step"] for line in lines if "validation_accuracy" in line] == [0, 4, 6]
+    assert [read_metrics(project / f"epochs/{s}_filters")[-1]["step"] for s in ("teacher", "student")] == [2, 4]
     rates = [read_metrics(project / f"epochs/{s}_filters")[0]["lr"] for s in ("teacher", "student")]
     assert rates == [0.01, 0.02]
     before = (project / "epochs/metrics.jsonl").read_text()
@@ -206,14 +213,14 @@ def test_a_student_starts_from_a_pretrained_model(tmp_path: Path, workers: Group
     model = AutoModelForSequenceClassification.from_pretrained(project / "student")
     model.base_model.save_pretrained(project / "pretrained")
     (project / "pretrained/config.json").write_text(model.config.to_json_string())
-    start = {"method": "kd", "loss__mse_alpha": None, "student__pretrained": str(project / "pretrained")}
+    start = {**START, "method": "kd", "loss__mse_alpha": None, "student__pretrained": str(project / "pretrained")}
     path = write_task_recipe(project, "sst2", "fresh", **start, student__init_from_pretrained=True)
     workers(2).run(pretrain_recipe, path)
     other = AutoModelForSequenceClassification.from_pretrained(project / "pretrained", num_labels=2)
     other.save_pretrained(project / "headed")  # a head of its own does not count
     start["student__pretrained"] = str(project / "headed")
     headed = write_task_recipe(project, "sst2", "headed-run", **start, student__init_from_pretrained=True)
-    workers(2).run(pretrain_recipe, headed)
+    workers(2).run(pretrain_recipe, headed, (), "student")
     own, again = (load_file(project / n / "initial_student/model.safetensors") for n in ("fresh", "headed-run"))
     assert all(torch.equal(own[name], again[name]) for name in own)
     base = load_file(project / "pretrained/model.safetensors")
@@ -241,7 +248,7 @@ def test_stage_0_makes_students_of_tasks(
     projects: Callable[..., Path], workers: Group, task: str, init: dict[str, Any]
 ) -> None:
     project = projects(task)
-    path = write_task_recipe(project, task, "stage0", student={"dtype": "float32", "init": init})
+    path = write_task_recipe(project, task, "stage0", **START, student={"dtype": "float32", "init": init})
     workers(2).run(pretrain_recipe, path)
     config = json.loads((project / "stage0/initial_student/config.json").read_text())
     assert config["num_hidden_layers"] == 2
@@ -253,7 +260,7 @@ def test_a_tokenizer_is_trained_on_the_tasks_texts(tmp_path: Path, workers: Grou
     shutil.rmtree(project / "tokenizer")
     config = {"model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     student = {"dtype": "float32", "init": {"config": config}}
-    changes = {"method": "ce", "teacher": None, "loss__mse_alpha": None, "data__train_tokenizer": 80}
+    changes = {**START, "method": "ce", "teacher": None, "loss__mse_alpha": None, "data__train_tokenizer": 80}
     path = write_task_recipe(project, "sst2", "trained", student=student, **changes)
     workers(2).run(pretrain_recipe, path)
     vocabulary = json.loads((project / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]

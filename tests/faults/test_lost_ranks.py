@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing as mp
+import os
+import re
 import signal
+import socket
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from ted_ds.watch import RankWatch
 from tests.faults.patches import bad_rows, hangs, has_a_bug, waits_for
 from tests.faults.ranks import Ranks, latest_is_whole, recorded, run
 
@@ -27,7 +34,7 @@ def ended(ranks: Ranks, survivors: list[int]) -> str:
         ranks.processes[rank].join(2 * TIMEOUT_S + 10)
         codes.append(ranks.processes[rank].exitcode)
     assert codes == [76] * len(survivors), (codes, ranks.said())
-    assert time.monotonic() - began < TIMEOUT_S + 6.0
+    assert time.monotonic() - began < TIMEOUT_S + 12.0
     said = ranks.said(*survivors)
     ranks.send(signal.SIGKILL)
     ranks.wait()
@@ -55,6 +62,38 @@ def test_a_stopped_process_is_named_by_the_watch(fault_project: Path, undisturbe
     ranks.send(signal.SIGSTOP, 1)
     said = ended(ranks, [0, 2])
     assert said.count("rank 1 (") == 2 and said.count("has given no sign of life for") == 2
+
+
+def test_a_killed_rank_among_many_is_named_alone(tmp_path: Path) -> None:
+    """In a ring its two neighbours alone fail in the collective; the others wait, and are alive."""
+    context = mp.get_context("forkserver")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    logs = [tmp_path / str(rank) for rank in range(8)]
+    ranks = [context.Process(target=ring, args=(rank, port, str(log))) for rank, log in enumerate(logs)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [76] * 5 + [-signal.SIGKILL] + [76] * 2
+    for log in logs[:5] + logs[6:]:
+        assert re.search(r"rank \d: rank 5 \(\S+, process \d+\) took no part in a collective", log.read_text())
+
+
+def ring(rank: int, port: int, log: str) -> None:
+    """One of eight ranks that add up numbers until rank 5 dies."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="8", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
+    watch = RankWatch(rank, 8, timedelta(seconds=30), "127.0.0.1", port)
+    try:
+        for step in range(1 << 20):
+            torch.distributed.all_reduce(torch.ones(1000))
+            if rank == 5 and step == 100:
+                os.kill(os.getpid(), signal.SIGKILL)
+    except RuntimeError as error:
+        watch.failed(error)
 
 
 def test_a_rank_that_hangs_in_python_is_named_by_those_that_waited(disturbed: Disturbed) -> None:

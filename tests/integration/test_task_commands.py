@@ -49,7 +49,7 @@ def test_the_launcher_fine_tunes_and_does_not_start_over(project: Path) -> None:
 
     spread = [line.split() for line in run(*TED_DS, "report", project / "ted", "--spread").stdout.splitlines()]
     number = f"{sum(hits) / 21:.4f}"
-    assert spread[1] == ["sst2", "ted", "1", "accuracy", number, "0.0000", number, number]
+    assert spread[1] == ["sst2", "ted", "1", "accuracy", number, "-", number, number]
 
 
 @pytest.mark.parametrize(

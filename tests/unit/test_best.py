@@ -63,7 +63,7 @@ def score(value: float) -> dict[str, float]:
 def steps_kept(best: BestStudent, values: list[float]) -> list[int]:
     kept = []
     for step, value in enumerate(values, 1):
-        if best.beaten_by(score(value)):
+        if best.beaten_by(step, score(value)):
             best.keep(student(step), step, score(value))
             kept.append(step)
     return kept
@@ -99,15 +99,14 @@ def test_the_first_highest_score_is_kept(
 
 def test_scores_of_other_sets_do_not_count(start: Callable[[], BestStudent]) -> None:
     best = start()
-    assert not best.beaten_by({}) and not best.beaten_by({"mismatched_matthews": 1.0, "validation_accuracy": 1.0})
+    assert not best.beaten_by(1, {}) and not best.beaten_by(1, {"mismatched_matthews": 1.0, "validation_accuracy": 1.0})
 
 
 def test_the_best_of_before_is_found_again_after_a_restart(start: Callable[[], BestStudent], tmp_path: Path) -> None:
     steps_kept(start(), [0.5])
     again = start()
     assert again.card == {"best_step": 1, **score(0.5)}
-    again.go_back(again.card, 2)
-    assert not again.beaten_by(score(0.5)) and not again.beaten_by(score(0.4)) and again.beaten_by(score(0.6))
+    assert not again.beaten_by(9, score(0.5)) and not again.beaten_by(9, score(0.4)) and again.beaten_by(9, score(0.6))
     assert steps_kept(again, [0.3, 0.6]) == [2] and start().card == again.card
     assert step_in(tmp_path / "best") == 2
 
@@ -119,9 +118,10 @@ def test_a_run_goes_back_to_the_best_of_its_checkpoint(start: Callable[[], BestS
     with pytest.raises(CheckpointError, match=r"holds the student of step 3, train.steps is 2: give as many steps at"):
         again.go_back({"best_step": 1, **score(0.5)}, 2)
     again.go_back({"best_step": 1, **score(0.5)}, 3)
-    assert again.beaten_by(score(0.6)) and not again.beaten_by(score(0.5))
+    assert again.beaten_by(2, score(0.6)) and not again.beaten_by(2, score(0.5))
+    assert again.beaten_by(3, score(0.49))  # rounded otherwise than before: the folder's is this step's
     again.go_back(None, 3)
-    assert again.beaten_by(score(-1.0))
+    assert again.beaten_by(1, score(-1.0))
 
 
 def test_a_process_that_dies_between_the_two_renames_loses_nothing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -98,6 +99,8 @@ def steps(folder: Path) -> list[int]:
         ((200, 400, 300), Retention(1), [300]),  # 400 is of a run that went on from 200
         ((100, 200, 400, 300), Retention(5), [100, 200, 300]),
         ((100, 200, 300, 400, 500), Retention(1, 200), [200, 400, 500]),
+        ((100, 200, 300), Retention(4), [100, 200, 300]),
+        ((100, 200, 300, 400, 500), Retention(4), [200, 300, 400, 500]),
     ],
 )
 def test_what_is_kept_is_the_saved_one_and_those_before_it(
@@ -116,8 +119,10 @@ def test_the_best_one_stays(tmp_path: Path) -> None:
     for step, score in ((1, -3.0), (2, -1.0), (3, None), (4, -2.0), (5, -1.5)):
         save(tmp_path, step, Retention(1), score=score)
     assert steps(tmp_path) == [2, 5]
-    save(tmp_path, 6, Retention(1), score=0.5)
-    assert steps(tmp_path) == [6]
+    save(tmp_path, 6, Retention(1), score=math.nan)
+    assert steps(tmp_path) == [2, 6]
+    save(tmp_path, 7, Retention(1), score=0.5)
+    assert steps(tmp_path) == [7]
 
 
 def test_a_card_says_what_a_checkpoint_is(tmp_path: Path) -> None:
