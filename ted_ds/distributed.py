@@ -189,7 +189,7 @@ def _named(watch: RankWatch | None, stop: StopRequest) -> Iterator[None]:
         stop.leave()
         if watch is not None:
             watch.failed(error)
-        if not torch.cuda.is_available():  # NCCL's would wait for what others no longer send; see cli.common.guarded
+        if not torch.cuda.is_available():  # NCCL's waits for what others no longer send; see `cli.common.guarded`
             torch.distributed.destroy_process_group()
         raise
 

@@ -44,8 +44,9 @@ def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int
         rank = os.environ.get("RANK", "0")
         if rank == "0" or not (isinstance(error, ConfigError) or error.said_by_main):
             print(f"ted_ds: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
-        if "WORLD_SIZE" in os.environ:
-            # a rank: at exit the threads of a process group that is still there may abort the interpreter
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.distributed.is_initialized():
+            # at exit the threads of a process group that is still there may abort the interpreter
             sys.stdout.flush()
             os._exit(error.exit_code)
         return error.exit_code
