@@ -18,7 +18,7 @@ from typing import Any
 from ted_ds.cluster import slurm_environment
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
-from ted_ds.errors import ConfigError, TedError
+from ted_ds.errors import ConfigError, RankLost, TedError
 from ted_ds.versions import commit
 
 
@@ -79,10 +79,10 @@ def _among_ranks(environment: Mapping[str, str], wait: timedelta, own: list[Any]
     started = time.monotonic()
     try:
         world = init_world(wait)
-    except RuntimeError as error:  # torch's, of the rendezvous and of devices
+    except (RuntimeError, RankLost) as error:  # torch's of devices, ours of the rendezvous
         rank, size = environment.get("RANK", "0"), environment.get("WORLD_SIZE", "1")
         address = f"{environment.get('MASTER_ADDR')}:{environment.get('MASTER_PORT')}"
-        seconds, reason = time.monotonic() - started, str(error).partition("\n")[0]
+        seconds, reason = time.monotonic() - started, str(error.__cause__ or error).partition("\n")[0]
         what = f"{socket.gethostname()} waited {seconds:.0f} s for {size} ranks to meet at {address} ({reason})"
         advice = "see whether all ranks were started, and whether each node reaches that address"
         if rank != "0":

