@@ -20,7 +20,7 @@ test: $(STAMP)
 	mypy ted_ds
 	pytest
 
-# tests/faults ten times as long: 60 kills, 1000 damaged checkpoints; about half an hour on 2 cores
+# tests/faults, with 60 kills and 1000 damaged checkpoints; a quarter of an hour on 2 cores
 torture: $(STAMP)
 	TED_DS_TORTURE=10 pytest -s tests/faults
 
