@@ -17,6 +17,8 @@ MICRO_BATCHES = 1 << 20
 
 SHOWN_ROWS = 8
 
+APPLIED = "DeepSpeed has applied it, as it does without ZeRO, and under stage 1 and 2 in float32"
+
 
 class FiniteGuard:
     """Remembers, on the device and without a host sync, the first micro-batch at which each term was not finite.
@@ -30,7 +32,8 @@ class FiniteGuard:
 
     def __init__(self, engine: Any, names: Sequence[str], world: World, *, budget: int) -> None:
         self._engine, self._names, self._world = engine, names, world
-        self._budget = budget if _leaves_out(engine) else 0
+        self._applied = "" if _leaves_out(engine) else APPLIED
+        self._budget = 0 if self._applied else budget
         self._never = torch.full((len(names),), NEVER, device=world.device)
         self._first = self._never
         self._skipped = engine.skipped_steps
@@ -69,7 +72,7 @@ class FiniteGuard:
         skipped = self._engine.skipped_steps
         if skipped > self._budget or skipped == self._skipped:
             raise TrainingError(
-                f"{what}; train.max_skipped_steps is {self._budget}; the last checkpoint is intact: look at those "
+                f"{what}; {self._applied or f'train.max_skipped_steps is {self._budget}'}; the last checkpoint is intact: look at those "
                 "rows, or start in another output_dir with a lower optimizer.learning_rate, lower alphas of the loss, "
                 "or a longer optimizer.warmup_steps"
             )

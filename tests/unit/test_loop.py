@@ -159,7 +159,7 @@ def test_steps_are_left_out_within_a_budget(caplog: pytest.LogCaptureFixture) ->
 
 
 def test_a_bad_step_that_was_applied_ends_the_run_whatever_the_budget() -> None:
-    with pytest.raises(TrainingError, match=r"step 2 on rank 0.*train.max_skipped_steps is 0;"):
+    with pytest.raises(TrainingError, match=r"step 2 on rank 0.*; DeepSpeed has applied it, as it does without"):
         run(Engine([3.0, math.nan, 2.0], stage=0), max_skipped=5)
 
 
