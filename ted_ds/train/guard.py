@@ -73,8 +73,8 @@ class FiniteGuard:
         if skipped > self._budget or skipped == self._skipped:
             why = self._applied or f"train.max_skipped_steps is {self._budget}"
             raise TrainingError(
-                f"{what}; {why}; the last checkpoint is intact: look at those rows, or start in another output_dir with a "
-                "lower optimizer.learning_rate, lower alphas of the loss, or a longer optimizer.warmup_steps"
+                f"{what}; {why}; the last checkpoint is intact: look at those rows, or start in another output_dir "
+                "with a lower optimizer.learning_rate, lower alphas of the loss, or a longer optimizer.warmup_steps"
             )
         if self._world.is_main:
             logger.warning("%s: left out, %d of train.max_skipped_steps %d", what, skipped, self._budget)
