@@ -99,11 +99,8 @@ def save_checkpoint(engine: Any, folder: Path, card: Card, world: World, keep: R
             "before it: make room, or see to the permissions, and start again"
         )
     files = {name: entry for part in world.gather_objects(mine) for name, entry in part.items()}
-    world.on_main(
-        lambda: _seal(
-            folder, tag, replace(card, world_size=world.size, zero_stage=engine.zero_optimization_stage()), files, keep
-        )
-    )
+    sealed = replace(card, world_size=world.size, zero_stage=engine.zero_optimization_stage())
+    world.on_main(lambda: _seal(folder, tag, sealed, files, keep))
     size = sum(bytes_ for bytes_, _ in files.values())
     logger.info("saved %s: %.3g GiB in %.1f s", folder / tag, size / 2**30, time.perf_counter() - began)
 
