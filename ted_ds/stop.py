@@ -38,10 +38,11 @@ class StopRequest:
         self._deadline = None if max_minutes is None else time.monotonic() + 60 * max_minutes
         self._signal = 0
         self._since = 0.0
-        self._postponed = self._leaving = False
+        self._postponed = self._listens = False
 
     def listen(self) -> None:
         """From here on signals are requests, and so is the launcher's end; in the main thread."""
+        self._listens = True
         for number in SIGNALS:
             signal.signal(number, self._receive)
         if launchers := _launchers():
@@ -57,8 +58,13 @@ class StopRequest:
             self._postponed = False
 
     def leave(self) -> None:
-        """The process is ending, and says why: a launcher that ends its other ranks does not change that."""
-        self._leaving = True
+        """The process is ending, and says why: a launcher that ends its other ranks does not change that.
+
+        Nor does SLURM's warning: a handler of Python's would be gone before the interpreter is, and kill it.
+        """
+        if self._listens:
+            for number in SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
 
     @property
     def code(self) -> int:
@@ -76,8 +82,6 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
-        if self._leaving:
-            return
         if not self._signal:
             self._signal, self._since = number, now
             if not self._postponed:
