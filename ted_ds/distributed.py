@@ -135,8 +135,7 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator.set_device(local_rank)
     backend = accelerator.communication_backend_name()
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # gloo's ranks hold a socket to each other, per group
+    _allow_open_files()
     try:
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -158,6 +157,13 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
         host = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
         control = torch.distributed.new_group(backend="gloo", timeout=timeout) if size > 1 else None
     return World(rank, size, device, host, control, stop, watch)
+
+
+def _allow_open_files() -> None:
+    """Up to the hard limit: in each of gloo's groups every rank holds a socket to every other."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _master() -> tuple[str, int]:

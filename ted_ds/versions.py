@@ -1,9 +1,15 @@
-"""Which code runs: the commit of this copy of ted_ds."""
+"""Which code runs: the commit of this copy of ted_ds, and the versions of what it stands on."""
 
 from __future__ import annotations
 
 import subprocess
+from importlib.metadata import version
 from pathlib import Path
+
+
+def versions() -> dict[str, str]:
+    """The packages whose version may change a run's numbers."""
+    return {name: version(name) for name in ("torch", "deepspeed", "transformers")}
 
 
 def commit() -> str | None:

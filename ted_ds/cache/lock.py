@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ted_ds.distributed import World, logger
+from ted_ds.lock import alone
 
 LOCK, POLL_S = "recording.lock", 1.0
 
 
-@contextmanager
-def alone_in(folder: Path, world: World) -> Iterator[None]:
-    """Alone in writing into `folder`, among all jobs that see it; a collective. The lock dies with its holder."""
-    lock = FileLock(folder / LOCK)
+def alone_in(folder: Path, world: World) -> AbstractContextManager[None]:
+    """Alone in writing into `folder`, once the job that does is done; a collective."""
 
-    def acquire() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            logger.info("teacher cache %s is being written by another job: waiting for it", folder)
-            lock.acquire(poll_interval=POLL_S)
+    def wait(lock: FileLock) -> None:
+        logger.info("teacher cache %s is being written by another job: waiting for it", folder)
+        lock.acquire(poll_interval=POLL_S)
 
-    try:
-        world.on_main(acquire)
-        yield
-    finally:
-        lock.release()
+    return alone(folder / LOCK, world, wait)

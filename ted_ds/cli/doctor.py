@@ -11,7 +11,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from ted_ds.cluster import slurm_environment
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.errors import ConfigError, RankLost, TedError
-from ted_ds.versions import commit
+from ted_ds.versions import commit, versions
 
 
 def main(argv: Sequence[str]) -> int:
@@ -89,14 +88,13 @@ def _among_ranks(environment: Mapping[str, str], wait: timedelta, own: list[Any]
             raise TedError(f"{what}: {advice}") from error
         return [Finding("FAIL", "ranks", what, advice)]
     with lost_ranks_named(world):
-        versions = {name: version(name) for name in ("torch", "deepspeed", "transformers")}
-        versions |= {"python": platform.python_version(), "commit": str(commit())}
-        found, facts = examine_ranks(world, own, versions, None if run is None else run.output_dir)
+        code = versions() | {"python": platform.python_version(), "commit": str(commit())}
+        found, facts = examine_ranks(world, own, code, None if run is None else run.output_dir)
         found += whole_job(environment, world.size)
         if world.is_main and run is not None:
             found += fit(run, share_of(facts, world.device))
         world.barrier()
-    shut_down(world)
+        shut_down(world)
     return found
 
 

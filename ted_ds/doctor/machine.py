@@ -30,7 +30,9 @@ SHARED_MEMORY, CGROUPS = Path("/dev/shm"), Path("/sys/fs/cgroup")
 LEAST_SHARED_MEMORY = GIB
 """Bytes of /dev/shm; NCCL takes some 10 MiB for each peer on the node, gloo and data workers more."""
 
-LEAST_FILES = 1024
+LEAST_FILES = 4096
+"""Enough for 512 ranks: two sockets to each, rank 0 some more, beside NCCL's own."""
+
 PROBE_BYTES, SLOW_PROBE_S = 1 << 20, 1.0
 
 
@@ -175,11 +177,12 @@ def shared_memory() -> Finding:
 
 
 def open_files() -> Finding:
-    """Descriptors: sockets to every rank, data files, checkpoints."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < LEAST_FILES:
-        return Finding("warn", "limits", f"{soft} open files", f"run `ulimit -n {LEAST_FILES}` before the start")
-    return Finding("ok", "limits", f"{soft} open files")
+    """Descriptors: sockets to every rank, data files, checkpoints. A run raises its soft limit to the hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= hard < LEAST_FILES:
+        advice = f"have `ulimit -Hn` raised to {LEAST_FILES}, for many ranks"
+        return Finding("warn", "limits", f"{hard} open files", advice)
+    return Finding("ok", "limits", f"{'unlimited' if hard < 0 else hard} open files")
 
 
 def writable(check: str, folder: Path) -> Finding:

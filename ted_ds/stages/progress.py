@@ -31,6 +31,7 @@ def finished(run: RunConfig) -> dict[str, Any] | None:
 def saved_step(run: RunConfig) -> int | None:
     """The step of Stage II that another start goes on from, 0 before the first checkpoint; None: never started."""
     latest = run.output_dir / "checkpoints" / "latest"
-    if latest.exists() and (tag := re.fullmatch(r"step-(\d+)\s*", latest.read_text(encoding="utf-8"))):
+    named = latest.read_bytes().decode(errors="replace") if latest.exists() else ""
+    if tag := re.fullmatch(r"step-(\d+)\s*", named):
         return int(tag[1])
     return 0 if (run.output_dir / "config.yaml").exists() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,7 @@ def settled(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in FREE and not key.endswith(".deepspeed")}
 
 
+@lru_cache(maxsize=1)  # both stages ask, and of labelled rows every one is read
 def _rows_fingerprint(rows: PackedBlocks | EncodedRows) -> str:
     targets = rows.targets.tolist() if isinstance(rows, EncodedRows) else []
     return _hash([teacher_rows(rows).fingerprint(), targets])

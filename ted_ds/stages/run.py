@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from ted_ds.checkpoint.store import latest_tag
 from ted_ds.config.deepspeed import frozen_engine_config
@@ -18,16 +16,17 @@ from ted_ds.config.load import dump_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.distributed import World, logger
 from ted_ds.errors import CheckpointError, ConfigError
+from ted_ds.lock import alone
 from ted_ds.stages.data import open_data, open_tokenizer
 from ted_ds.stages.distill import Plan, distill, export_checkpoint, export_published
 from ted_ds.stages.filters import learn_filters, plan_pairs
 from ted_ds.stages.models import check_models, ensure_models, trained_config
 from ted_ds.stages.progress import finished
 from ted_ds.stages.resume import settled
-from ted_ds.versions import commit
+from ted_ds.versions import commit, versions
 
 LOCK = "run.lock"
-"""In an output folder: held by the run that writes there, and free once its process is gone, however it went."""
+"""In an output folder: held by the run that writes there."""
 
 Goal = Literal["student", "filters", "distilled", "export", "export-published"]
 """Stage 0 done; Stage I done; all done; the last checkpoint exported, whether or not all is done."""
@@ -72,26 +71,16 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
     return EXPORTS.get(goal, distill)(run, world, data, Plan(models, pairs, filters))
 
 
-@contextmanager
-def _alone(folder: Path, world: World) -> Iterator[None]:
+def _alone(folder: Path, world: World) -> AbstractContextManager[None]:
     """The only run that writes into `folder`; a collective. Raises ConfigError where there is another."""
-    lock = FileLock(folder / LOCK)
 
-    def acquire() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise ConfigError(
-                f"{folder} has a run going on (it holds {LOCK}): wait until its processes have ended, or give another "
-                "output_dir"
-            ) from error
+    def refuse(lock: FileLock) -> None:
+        raise ConfigError(
+            f"{folder} has a run going on (it holds {LOCK}): wait until its processes have ended, or give another "
+            "output_dir"
+        )
 
-    world.on_main(acquire)
-    try:
-        yield
-    finally:
-        lock.release()
+    return alone(folder / LOCK, world, refuse)
 
 
 def _check_engines(run: RunConfig, world: World) -> None:
@@ -127,8 +116,4 @@ def _claim(run: RunConfig, *, export: bool) -> None:
                 "give another output_dir, or delete that folder"
             )
     if not export:
-        dump_config(run, path, {**_versions(), "commit": commit()})
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("torch", "deepspeed", "transformers")}
+        dump_config(run, path, {**versions(), "commit": commit()})

@@ -91,12 +91,8 @@ def run_steps(
             values = world.sum(terms).tolist()
             guard.check(lambda at, index: _row_numbers(rows.micro_batches(at)[index]))
             if evaluates or saves or logs:  # where the run ends is no reason for a line that others do not have
-                record = {"step": done, "tokens": tokens, **dict(zip(names, values, strict=False))}
-                if len(values) > len(names):
-                    record["layer_losses"] = values[len(names) :]
-                record |= {"lr": learning_rate, "grad_norm": _grad_norm(engine), **meters.read()}
-                if engine.skipped_steps:
-                    record["skipped_steps"] = engine.skipped_steps
+                record = {"step": done, "tokens": tokens, **_terms(names, values), "lr": learning_rate}
+                record |= {"grad_norm": _grad_norm(engine), **_skipped(engine), **meters.read()}
                 if evaluates:
                     record |= evaluate[1](done)
                     ends = ends or agreement.now()
@@ -114,6 +110,16 @@ def _seed(seed: int, step: int, world: World, index: int) -> None:
     """Dropout is a function of (seed, step, micro-batch of the global batch): nothing of it needs to be saved."""
     numbers = np.random.SeedSequence([seed, step, index * world.size + world.rank]).generate_state(1)
     torch.manual_seed(int(numbers[0]))
+
+
+def _terms(names: Sequence[str], values: list[float]) -> dict[str, Any]:
+    """The named terms, and those of the pairs after them."""
+    pairs = values[len(names) :]
+    return dict(zip(names, values, strict=False)) | ({"layer_losses": pairs} if pairs else {})
+
+
+def _skipped(engine: Any) -> dict[str, int]:
+    return {"skipped_steps": engine.skipped_steps} if engine.skipped_steps else {}
 
 
 def _row_numbers(batch: Batch) -> list[int]:

@@ -53,6 +53,17 @@ def _raise() -> None:
     raise ZeroDivisionError("a bug")
 
 
+def _refuse() -> None:
+    from ted_ds.errors import DataError
+
+    raise DataError("row 7 is no text: mend it")
+
+
+def errs(rank: int) -> None:
+    """Rank 1 ends at step 3 by a mistake of the user's, which the others do not see."""
+    _at_step(3, 1, _refuse, rank)
+
+
 def hangs(rank: int) -> None:
     """Rank 1 waits in Python at step 3, for ever."""
     _at_step(3, 1, partial(time.sleep, 1e6), rank)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from ted_ds.checkpoint.store import Identity, load_checkpoint
+from tests.alone import Alone
 from tests.faults.ranks import TORTURE, latest_is_whole, recorded, run
 
 Disturbed = Callable[..., tuple[Path, Path]]
@@ -79,18 +80,6 @@ def test_a_disk_that_became_read_only_ends_the_run_and_harms_nothing(
     assert (checkpoints / "latest").read_text() == before and latest_is_whole(folder)
     run(2, recipe, logs=logs)
     assert recorded(folder) == undisturbed
-
-
-class Alone:
-    """A world of one rank without a process group."""
-
-    rank, size = 0, 1
-
-    def on_main(self, work: Callable[[], Any]) -> Any:
-        return work()
-
-    def gather_objects(self, value: Any) -> list[Any]:
-        return [value]
 
 
 class Loads:

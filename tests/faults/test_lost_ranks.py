@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from ted_ds.watch import RankWatch
-from tests.faults.patches import bad_rows, hangs, has_a_bug, waits_for
+from tests.faults.patches import bad_rows, errs, hangs, has_a_bug, waits_for
 from tests.faults.ranks import Ranks, latest_is_whole, recorded, run
 
 Disturbed = Callable[..., tuple[Path, Path]]
@@ -110,6 +111,28 @@ def test_a_rank_that_fails_says_why_and_the_others_quote_it(disturbed: Disturbed
     assert ranks.wait() == [76, 1], ranks.said()
     assert "ZeroDivisionError: a bug" in ranks.said(1) and "Traceback" in ranks.said(1)
     assert "ended by ZeroDivisionError: a bug; the same command goes on" in ranks.said(0)
+
+
+def test_one_ranks_mistake_ends_all_with_its_code(disturbed: Disturbed) -> None:
+    """So that no job script starts again what a person has to mend."""
+    recipe, logs = disturbed("erring")
+    ranks = Ranks(2, logs, recipe, LIMIT, patch=errs)
+    assert ranks.wait() == [2, 2], ranks.said()
+    assert "ended by DataError: row 7 is no text: mend it" in ranks.said(0)
+
+
+def test_a_run_that_is_suspended_as_a_whole_goes_on(
+    fault_project: Path, undisturbed: Any, disturbed: Disturbed
+) -> None:
+    """For longer than a rank may give no sign of life: no rank is missed by another that slept too."""
+    recipe, logs = disturbed("suspended")
+    ranks = Ranks(2, logs, recipe, LIMIT)
+    ranks.wait_for((fault_project / "suspended/checkpoints/latest").exists)
+    ranks.send(signal.SIGSTOP)
+    time.sleep(0.75 * TIMEOUT_S)
+    ranks.send(signal.SIGCONT)
+    assert ranks.wait() == [0, 0], ranks.said()
+    assert recorded(fault_project / "suspended") == undisturbed
 
 
 def test_two_runs_in_one_folder_and_a_lock_that_dies_with_its_holder(fault_project: Path, disturbed: Disturbed) -> None:

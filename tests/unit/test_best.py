@@ -17,19 +17,11 @@ from ted_ds.checkpoint.best import BestStudent
 from ted_ds.checkpoint.export import recover_folder, replace_folder
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import CheckpointError
+from tests.alone import Alone
 from tests.task_project import write_tokenizer
 from tests.tiny_encoders import tiny_encoder
 
 T = TypeVar("T")
-
-
-class Alone:
-    """A world of one rank without a process group."""
-
-    is_main = True
-
-    def on_main(self, work: Callable[[], T]) -> T:
-        return work()
 
 
 class Killed(BaseException):

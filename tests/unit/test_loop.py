@@ -4,7 +4,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -18,30 +18,11 @@ from ted_ds.telemetry.flops import BatchFlops
 from ted_ds.telemetry.meters import Meters
 from ted_ds.telemetry.nvml import GpuCounters
 from ted_ds.train.loop import run_steps
+from tests.alone import Alone
 
 T = TypeVar("T")
 
 NAMES = ("loss", "pred_loss")
-
-
-class Alone:
-    """A world of one rank without a process group."""
-
-    rank, size, device, is_main, control = 0, 1, torch.device("cpu"), True, None
-
-    def __init__(self) -> None:
-        self.stop = StopRequest()
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        return values
-
-    min = gather = sum
-
-    def on_main(self, work: Callable[[], T]) -> T:
-        return work()
-
-    def gather_objects(self, value: T) -> list[T]:
-        return [value]
 
 
 class Engine:

@@ -24,22 +24,11 @@ from ted_ds.checkpoint.store import (
     write_atomically,
 )
 from ted_ds.errors import CheckpointError
+from tests.alone import Alone
 
 T = TypeVar("T")
 OURS = Identity("model", "recipe", "data")
 NINE = Retention(9)
-
-
-class Alone:
-    """A world of one rank without a process group."""
-
-    rank, size = 0, 1
-
-    def on_main(self, work: Callable[[], T]) -> T:
-        return work()
-
-    def gather_objects(self, value: T) -> list[T]:
-        return [value]
 
 
 class Engine:
