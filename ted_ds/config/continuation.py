@@ -74,7 +74,7 @@ def first_change(before: Mapping[str, Any], now: RunConfig | Mapping[str, Any], 
     new = _flat(now.model_dump(mode="json") if isinstance(now, RunConfig) else now)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
-            return f"{key}: {old.get(key)}, this recipe says {new.get(key)}"
+            return f"{key}: {old.get(key)!s:.200}, this recipe says {new.get(key)!s:.200}"
     return None
 
 

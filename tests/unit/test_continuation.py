@@ -178,7 +178,7 @@ def test_what_came_later_and_is_not_the_default_is_another_run(tmp_path: Path) -
 
 
 def test_what_only_says_how_may_change() -> None:
-    assert set(CHANGES) == MAY_CHANGE
+    assert set(CHANGES) <= MAY_CHANGE
     for key, value in CHANGES.items():
         changed = recipe(**{key.replace(".", "__"): value})
         assert changed != recipe()
