@@ -125,6 +125,7 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import groups
 
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.environ.update(slurm_environment(os.environ))
@@ -156,6 +157,8 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     with _named(watch, stop):  # a group's members wait for each other as long as it will
         host = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
         control = torch.distributed.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+        # ZeRO's collectives: the clone of the world that DeepSpeed would make waits as long as the back end's default
+        groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
     return World(rank, size, device, host, control, stop, watch)
 
 
