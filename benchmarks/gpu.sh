@@ -33,6 +33,7 @@ trap 'rm -rf "$scratch"' EXIT
 if [ -n "${WHEELS:-}" ]; then
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$scratch/site" \
     "$WHEELS"/*.whl || exit 1
+  "$python" -m compileall -q -j 0 "$scratch/site" >"$out/setup.log" 2>&1  # once, not in each of many processes
   export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 # the interpreter's own programs: ninja, by which DeepSpeed compiles
