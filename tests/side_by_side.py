@@ -16,6 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
+SHOWN = 25
+"""Lines of the log of a check that failed, on screen."""
+
 ON_CPU = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -139,7 +142,7 @@ class Checks:
             check.kill()
         line = f"{name:<16} {time.monotonic() - start:4.0f} s  {verdict}"
         with self._writing:
-            print(line, flush=True)
+            print(line, *(check.said().splitlines()[-SHOWN:] if name in self.failed else []), sep="\n", flush=True)
             with (self._out / "summary.txt").open("a") as summary, (self._out / "logs.txt").open("a") as logs:
                 summary.write(line + "\n")
                 logs.write(f"\n===== {line}\n{check.said()}")
