@@ -21,6 +21,7 @@ from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
 from ted_ds.batch import on_device
+from ted_ds.build_lock import build_under_a_lock
 from ted_ds.cluster import slurm_environment
 from ted_ds.errors import RankLost, TedError
 from ted_ds.stop import StopRequest
@@ -137,6 +138,7 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     accelerator.set_device(local_rank)
     backend = accelerator.communication_backend_name()
     _allow_open_files()
+    build_under_a_lock()
     try:
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
