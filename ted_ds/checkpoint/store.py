@@ -285,13 +285,22 @@ def _load(engine: Any, folder: Path, tag: str, card: Card, world: World) -> None
         _load_states(engine, folder, converted)
     finally:
         engine._config.load_universal_checkpoint = False
-    # DeepSpeed 0.19.8 gives every group the first one's options, and all of them one tensor that counts the steps, so
-    # that each group's update would move it (stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3)
+    # DeepSpeed 0.19.8 gives every group the first one's options (stage3.py,
+    # load_hp_checkpoint_state_from_checkpoint_dir_stage3)
     for group, decay in zip(optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
-    for state in optimizer.state.values():
+    _own_steps(optimizer)
+
+
+def _own_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Every state's `step` on its parameter's device, a tensor of its own.
+
+    DeepSpeed's universal loader gives all states one tensor, so that each group's update would move it, on the device
+    that it was saved from: fused AdamW refuses one that is not where its parameter is.
+    """
+    for parameter, state in optimizer.state.items():
         if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+            state["step"] = state["step"].to(parameter.device, copy=True)
 
 
 def _load_states(engine: Any, folder: Path, tag: str) -> None:

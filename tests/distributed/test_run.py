@@ -16,10 +16,10 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ted_ds.telemetry.recorder import read_metrics
-from tests.jobs import full_disk, pretrain_error, pretrain_recipe, restored_logits
+from tests.jobs import full_disk, pretrain_error, pretrain_recipe, restored_logits, zero_timeout
 from tests.project import VOCAB, make_project, write_recipe
 from tests.tiny_models import tiny_model
-from tests.workers import Workers
+from tests.workers import TIMEOUT_S, Workers
 
 Group = Callable[[int], Workers]
 LOSSES = ("step", "tokens", "loss", "pred_loss", "kl_loss", "layer_loss", "layer_losses", "lr", "validation_loss")
@@ -289,3 +289,7 @@ def test_a_run_on_other_data_is_refused(project: Path, workers: Group) -> None:
     path = write_recipe(project, "second", **short, data__sequence_length=8)
     (message, _) = workers(2).run(pretrain_error, path)
     assert "was prepared with other data.sequence_length: 12, now 8" in message
+
+
+def test_zeros_collectives_wait_as_long_as_the_run_says(workers: Callable[[int], Workers]) -> None:
+    assert workers(1).run(zero_timeout) == [TIMEOUT_S]

@@ -18,6 +18,7 @@ from ted_ds.checkpoint.store import (
     Card,
     Identity,
     Retention,
+    _own_steps,
     _read_card,
     _values_digest,
     latest_tag,
@@ -303,3 +304,16 @@ def test_a_card_survives_its_own_writing(tmp_path: Path) -> None:
     assert card is not None and card.identity == OURS and card.files["note.txt"][0] == 27
     write_atomically(tmp_path / "text", "a")
     assert (tmp_path / "text").read_text() == "a" and not list(tmp_path.glob("*.tmp"))
+
+
+def test_steps_of_a_universal_checkpoint_are_where_their_parameters_are() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2, device=device)) for device in ("meta", "cpu", "cpu")]
+    optimizer = torch.optim.AdamW(parameters)
+    shared = torch.tensor(7.0)
+    for parameter in parameters:
+        optimizer.state[parameter] = {"step": shared}
+    _own_steps(optimizer)
+    steps = [optimizer.state[parameter]["step"] for parameter in parameters]
+    assert [step.device.type for step in steps] == ["meta", "cpu", "cpu"]
+    steps[1].add_(1)
+    assert (float(steps[1]), float(steps[2])) == (8.0, 7.0)
