@@ -92,8 +92,8 @@ else
   bench ops 110 ops --tokens 8192 --width 4096 --vocab 128256 --repeats 5
   bench ops-odd 50 ops --tokens 8192 --width 2048 --vocab 151665 151936 50257 --repeats 5 --gate
   bench step-1.5b 60 step --size 1.5b --checkpointing off --repeats 5
-  bench memory 60 memory --pairs 2 6 12 --width 1024 --vocab 128256 --sequence 1024
-  bench data 60 data --size 1.5b
+  bench memory 60 memory --pairs 2 12 --width 512 --vocab 50257 --sequence 1024
+  bench data 60 data --size 1.5b --mib 8
 fi
 
 echo

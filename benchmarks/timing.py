@@ -96,7 +96,7 @@ def environment(device: torch.device, name: str, arguments: Sequence[str]) -> di
     """What a number depends on: machine, threads, versions, command, commit, date.
 
     name, arguments: of the benchmark, as it was called; of an absolute path only the last part is kept.
-    The commit is git's, or what COMMIT says where the files were copied without their history.
+    The commit is what COMMIT says, for files that were copied without their history, or git's.
     """
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
@@ -154,10 +154,12 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
+    if given := os.environ.get("COMMIT"):
+        return given
     done = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,
     )
-    return done.stdout.strip() or os.environ.get("COMMIT") or None
+    return done.stdout.strip() or None

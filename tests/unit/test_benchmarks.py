@@ -184,6 +184,11 @@ def test_counted_flops_are_those_that_torch_counts(name: str) -> None:
     assert products == pytest.approx(step_flops(name.removeprefix("naive "), shape) - attention, rel=1e-4)
 
 
+def test_a_copy_says_of_which_commit_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMMIT", "abc123")
+    assert environment(CPU, "ops", [])["commit"] == "abc123"
+
+
 def test_environment_keeps_no_absolute_path() -> None:
     told = environment(CPU, "ops", ["--json", "/somewhere/else/ops.json", "--repeats", "2"])
     assert told["command"] == "python -m benchmarks.ops --json ops.json --repeats 2"
