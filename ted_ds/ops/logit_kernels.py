@@ -5,6 +5,9 @@ logits in device memory: each side's are read once for the sums and once for the
 student's place: 2 reads and 1 write of x_s, 2 reads of x_t (the Jensen-Shannon divergence, whose gradient needs a sum
 over its own terms: 3 reads of each); without gradients half of it. A row of V = 128256 in bfloat16 is 250 KiB: it does
 not stay on a multiprocessor, its second read may come from the level-2 cache.
+
+Rows begin at multiples of `EVEN` elements, and are read and written to the next such multiple behind V: a mask that
+ends at an odd V would make every access one of 2 bytes instead of 16.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ _BLOCK, _WARPS = 2048, 8
 registers and no stack, so three programs fit a multiprocessor; 4096 took 122 to 188, one or two. Not timed on a device
 yet."""
 
+EVEN = 8
+"""Elements; 16 bytes of bfloat16, the most that a thread loads at a time."""
+
 _NONE, _FORWARD, _REVERSE, _JENSEN_SHANNON = (tl.constexpr(i) for i in range(4))
 _KINDS = {"forward": 1, "reverse": 2, "jensen-shannon": 3}
 
@@ -36,7 +42,11 @@ def fused_losses_and_gradient(
     divergence: Divergence,
     mixture: Mixture | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`logit_rows.losses_and_gradient` in one launch; rows of x_s [C, V] and of a teacher's may be apart alike."""
+    """`logit_rows.losses_and_gradient` in one launch.
+
+    x_s [C, V] and a dense teacher's have one row stride, a multiple of `EVEN`; what lies behind V up to there is
+    overwritten.
+    """
     rows, vocab = x_s.shape
     ce, kl = (torch.empty(rows, dtype=torch.float32, device=x_s.device) for _ in range(2))
     if rows == 0:
@@ -44,6 +54,7 @@ def fused_losses_and_gradient(
     weights = ce if mixture is None else torch.stack([mixture.cross_entropy, mixture.divergence]).float()
     common = {
         "V": vocab,
+        "END": -(-vocab // EVEN) * EVEN,
         "STRIDE": x_s.stride(0),
         "T": temperature,
         "CAP_S": forms[0].capped_factor or 0.0,
@@ -78,8 +89,15 @@ def _scaled(x, CAP: tl.constexpr):
 
 
 @triton.jit
-def _load(pointer, offsets, V: tl.constexpr, CAP: tl.constexpr):
-    return _scaled(tl.load(pointer + offsets, mask=offsets < V, other=float("-inf")).to(tl.float32), CAP)
+def _raw(pointer, offsets, V: tl.constexpr, END: tl.constexpr):
+    """The GEMM's output, -inf behind V."""
+    x = tl.load(pointer + offsets, mask=offsets < END, other=float("-inf")).to(tl.float32)
+    return x if V == END else tl.where(offsets < V, x, float("-inf"))
+
+
+@triton.jit
+def _load(pointer, offsets, V: tl.constexpr, END: tl.constexpr, CAP: tl.constexpr):
+    return _scaled(_raw(pointer, offsets, V, END), CAP)
 
 
 @triton.jit
@@ -132,6 +150,7 @@ def _dense_rows(
     ce,
     kl,
     V: tl.constexpr,
+    END: tl.constexpr,
     STRIDE: tl.constexpr,
     T: tl.constexpr,
     CAP_S: tl.constexpr,
@@ -157,10 +176,10 @@ def _dense_rows(
     cross = 0.0
     for start in range(0, V, BLOCK):
         inside = start + lanes < V
-        y_s = _load(x_s, start + lanes, V, CAP_S)
+        y_s = _load(x_s, start + lanes, V, END, CAP_S)
         m_s, sum_s, sum_hot, e_s, shrunk = _add_block(y_s, m_s, sum_s, sum_hot, T)
         if KIND != _NONE:
-            y_t = _load(x_t, start + lanes, V, CAP_T)
+            y_t = _load(x_t, start + lanes, V, END, CAP_T)
             before_t = m_t
             m_t = tl.maximum(m_t, tl.max(y_t, 0))
             e_t = tl.exp(y_t - m_t)
@@ -187,8 +206,8 @@ def _dense_rows(
         kl_p = 0.0
         for start in range(0, V, BLOCK):
             inside = start + lanes < V
-            log_q = _load(x_s, start + lanes, V, CAP_S) - lse_s
-            log_p = _load(x_t, start + lanes, V, CAP_T) - lse_t
+            log_q = _load(x_s, start + lanes, V, END, CAP_S) - lse_s
+            log_p = _load(x_t, start + lanes, V, END, CAP_T) - lse_t
             log_m = _log_mean(log_p, log_q)
             kl_p += tl.sum(tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0), 0)
             cross += tl.sum(tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0), 0)
@@ -199,13 +218,12 @@ def _dense_rows(
         a = tl.load(weights)
         b = tl.load(weights + 1)
         for start in range(0, V, BLOCK):
-            inside = start + lanes < V
-            x = tl.load(x_s + start + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+            x = _raw(x_s, start + lanes, V, END)
             y_s = _scaled(x, CAP_S)
             gradient = a * (tl.exp(T * y_s - lse_hot) - tl.where(start + lanes == target, 1.0, 0.0))
             if KIND != _NONE:
                 q = tl.exp(y_s - lse_s)
-                y_t = _load(x_t, start + lanes, V, CAP_T)
+                y_t = _load(x_t, start + lanes, V, END, CAP_T)
                 if KIND == _FORWARD:
                     gradient += b * (q - tl.exp(y_t - lse_t))
                 elif KIND == _REVERSE:
@@ -213,7 +231,7 @@ def _dense_rows(
                 else:
                     log_q = y_s - lse_s
                     gradient += b * 0.5 * q * (log_q - _log_mean(y_t - lse_t, log_q) - cross)
-            tl.store(x_s + start + lanes, _through_cap(gradient, x, CAP_S), mask=inside)
+            tl.store(x_s + start + lanes, _through_cap(gradient, x, CAP_S), mask=start + lanes < END)
 
 
 @triton.jit
@@ -234,6 +252,7 @@ def _top_k_rows(
     ce,
     kl,
     V: tl.constexpr,
+    END: tl.constexpr,
     STRIDE: tl.constexpr,
     T: tl.constexpr,
     CAP_S: tl.constexpr,
@@ -263,7 +282,7 @@ def _top_k_rows(
     sum_s = 0.0
     sum_hot = 0.0
     for start in range(0, V, BLOCK):
-        y = _load(x_s, start + lanes, V, CAP_S)
+        y = _load(x_s, start + lanes, V, END, CAP_S)
         m, sum_s, sum_hot, _, _ = _add_block(y, m, sum_s, sum_hot, T)
     lse_others = _shift(m) + tl.log(sum_s)
     largest = tl.maximum(m, tl.max(y_top, 0))
@@ -284,13 +303,12 @@ def _top_k_rows(
         a = tl.load(weights)
         b = tl.load(weights + 1)
         for start in range(0, V, BLOCK):
-            inside = start + lanes < V
-            x = tl.load(x_s + start + lanes, mask=inside, other=float("-inf")).to(tl.float32)
+            x = _raw(x_s, start + lanes, V, END)
             y = _scaled(x, CAP_S)
             gradient = a * (tl.exp(T * y - lse_hot) - tl.where(start + lanes == target, 1.0, 0.0))
             # to the others the teacher gives its rest as the student shares it among them
             gradient += b * (tl.exp(y - lse_s) - tl.where(some, tl.exp(y - lse_others + rest), 0.0))
-            tl.store(x_s + start + lanes, _through_cap(gradient, x, CAP_S), mask=inside)
+            tl.store(x_s + start + lanes, _through_cap(gradient, x, CAP_S), mask=start + lanes < END)
         tl.debug_barrier()
         gradient = a * (tl.exp(T * y_top - lse_hot) - tl.where(places == target, 1.0, 0.0))
         gradient += b * (tl.exp(y_top - lse_s) - p)

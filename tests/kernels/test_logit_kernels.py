@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ted_ds.batch import IGNORED
-from ted_ds.ops import Head, linear_cross_entropy_kl, logit_loss, teacher_top_k
+from ted_ds.ops import Head, linear_cross_entropy_kl, logit_loss, teacher_top_k, token_scores
 from ted_ds.ops.reference import cross_entropy_sum, kl_sum, soft_capped, top_k_kl_sum
 from tests.conftest import DEVICE
 
@@ -142,6 +142,33 @@ def test_large_vocabularies(kind: str, vocab: int, temperature: float, dtype: to
 def test_vocabularies_around_a_block(vocab: int) -> None:
     for kind in ("forward", "cross-entropy alone"):
         compare(kind, tokens=3, vocab=vocab)
+
+
+@pytest.mark.parametrize("vocab", [401, 408, 3])
+def test_gemms_have_even_sizes_and_rows_that_are_aligned(monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
+    """In training, evaluation, and of a recorded teacher; what is left of an odd vocabulary goes by itself."""
+    seen: set[tuple[int, int]] = set()
+    gemm = logit_loss._gemm_logits
+
+    def spy(*call: Any) -> torch.Tensor:
+        logits = gemm(*call)
+        widths = [part.stop - part.start for part in logit_loss._even_parts(logits)]
+        assert sum(widths) == vocab and all(width % 8 == 0 or width < 8 for width in widths)
+        seen.add((len(logits), logits.stride(0) % 64))
+        return logits
+
+    monkeypatch.setattr(logit_loss, "_gemm_logits", spy)
+    hidden, weight = torch.randn(6, 8, device=DEVICE), torch.randn(vocab, 8, device=DEVICE)
+    targets = torch.tensor([0, 2, IGNORED, 1, 1, 2], device=DEVICE)
+    head = Head(weight, None)
+    linear_cross_entropy_kl(hidden, head, targets, pred_scale=1.0, chunk_tokens=6)
+    nll, greedy = token_scores(hidden[:5], head, targets[:5], chunk_tokens=5)
+    top = teacher_top_k(hidden[:4], head, 2, temperature=1.0, chunk_tokens=4)
+    assert seen == {(6, 0), (5, 0), (4, 0)}
+    log_probs = (hidden.double() @ weight.double().T).log_softmax(-1)
+    assert distance(nll, -log_probs[:5].gather(1, targets[:5, None].clamp_min(0))[:, 0] * (targets[:5] >= 0)) < 1e-5
+    assert distance(top.log_probs, log_probs[:4].topk(2).values) < 1e-5
+    assert torch.equal(greedy, targets[:5] == log_probs[:5].argmax(-1))
 
 
 @pytest.mark.parametrize("kind", ["forward", "reverse", "jensen-shannon", "top 5"])

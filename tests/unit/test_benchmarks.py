@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import check, data, memory, ops, scaling, step
+from benchmarks import check, data, gemms, memory, ops, scaling, step
 from benchmarks.collectives import theory
 from benchmarks.flops import step_flops
 from benchmarks.memory import Point
@@ -56,6 +56,12 @@ def test_ops_runs_every_size_and_says_what_it_skips(tmp_path: Path, peaks_here: 
     assert len(two_passes) == 4 and all(two_passes)
     assert report["extra_memory_ratio_fused_to_naive"] == 1.0
     assert set(check.RATIOS["ops"]) <= report.keys()
+
+
+def test_gemms_times_every_variant_of_every_vocabulary(tmp_path: Path) -> None:
+    rows = report_of(gemms.main, tmp_path, "--tokens 8 --width 8 --vocab 33 40 --repeats 1")["gemms"]
+    assert [row["vocab"] for row in rows] == [33] * 5 + [40] * 5
+    assert [row["variant"] for row in rows if "copy" in row] == ["padded"] * 2
 
 
 @pytest.mark.parametrize("op", [ops.CE_KL, ops.LAYER])
