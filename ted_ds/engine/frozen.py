@@ -8,12 +8,14 @@ import deepspeed
 import torch
 
 from ted_ds.distill.frozen import FrozenModel, FrozenModule
+from ted_ds.engine.blocks import handle_whole_blocks
 
 
 def host_frozen(module: FrozenModule, device: torch.device, deepspeed_config: dict[str, Any] | None) -> FrozenModel:
     """`module` behind a ZeRO-3 engine without optimizer, or on this rank's device (config None)."""
     if deepspeed_config is None:
         return FrozenModel(module.to(device))
+    handle_whole_blocks(module.structure, trained=False)
     engine, *_ = deepspeed.initialize(model=module, config=deepspeed_config)
     engine.eval()
     return FrozenModel(module, engine)

@@ -9,6 +9,10 @@ import deepspeed
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ted_ds.distill.objective import DistillationModel
+from ted_ds.engine.blocks import handle_whole_blocks
+from ted_ds.engine.loading import is_sharded
+
 
 def build_trained_engine(
     module: nn.Module, *, deepspeed_config: dict[str, Any], schedule: Callable[[int], float]
@@ -17,6 +21,8 @@ def build_trained_engine(
 
     schedule: step -> multiplier of the learning rate. Matrices decay, vectors (norms, biases) do not.
     """
+    if is_sharded(deepspeed_config) and isinstance(module, DistillationModel):
+        handle_whole_blocks(module.structure, trained=True)
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
     for parameter in module.parameters():
