@@ -5,6 +5,7 @@ project's own engines, in each mode
 
 * `zero3`: `ds_configs/zero3.json` and `teacher_zero3.json`,
 * `replicated`: `zero3.json` and a teacher that is whole,
+* `zero1`: `zero1.json` and a teacher that is whole,
 * `zero0`: `zero0.json` and a teacher that is whole,
 
 beside `plain`: the teacher's forward with its logits, and a student's CE step in the same engine. For each: seconds,
@@ -51,6 +52,7 @@ from ted_ds.train.step import train_step
 MODES: dict[str, dict[str, Any]] = {
     "zero3": {"deepspeed": "ds_configs/zero3.json", "teacher": {"deepspeed": "ds_configs/teacher_zero3.json"}},
     "replicated": {"deepspeed": "ds_configs/zero3.json", "teacher": {"sharding": "replicated"}},
+    "zero1": {"deepspeed": "ds_configs/zero1.json", "teacher": {"sharding": "replicated"}},
     "zero0": {"deepspeed": "ds_configs/zero0.json", "teacher": {"sharding": "replicated"}},
 }
 """Mode -> what its recipe changes."""

@@ -81,16 +81,23 @@ bench() {
 }
 
 if [ -n "$small" ]; then
+  bench gemms 20 gemms --tokens 64 --width 32 --vocab 401 --repeats 1
   bench ops 40 ops --tokens 128 --width 64 --vocab 2048 --repeats 2
-  bench engine 60 engine --size tiny --steps 2 --profile "$out/profile.txt"
+  for mode in zero3 replicated zero1 zero0; do
+    bench "engine-$mode" 60 engine --size tiny --steps 2 --modes "$mode"
+  done
   bench step 60 step --size tiny --repeats 2 --checkpointing off --methods ted
   bench memory 40 memory --blocks 2 --pairs 1 2 --width 64 --vocab 2048 --sequence 64
   bench data 30 data --size tiny --mib 0.5 --vocab 700 --repeats 1
   bench scaling 60 scaling --device cpu --ranks 1 2 --steps 1 --blocks 2 --width 64 --vocab 1024 --sequence 32
 else
-  bench engine 140 engine --size 1.5b --profile "$out/profile.txt"
-  bench ops 110 ops --tokens 8192 --width 4096 --vocab 128256 --repeats 5
+  # a process a mode: DeepSpeed keeps engines that are over
+  for mode in zero3 replicated zero1 zero0; do
+    bench "engine-$mode" 60 engine --size 1.5b --modes "$mode" --profile "$out/profile-$mode.txt"
+  done
+  bench gemms 30 gemms --tokens 4096 --width 2048 --vocab 50257 151665
   bench ops-odd 50 ops --tokens 8192 --width 2048 --vocab 151665 151936 50257 --repeats 5 --gate
+  bench ops 60 ops --tokens 8192 --width 4096 --vocab 128256 --repeats 5
   bench step-1.5b 60 step --size 1.5b --checkpointing off --repeats 5
   bench memory 60 memory --pairs 2 12 --width 512 --vocab 50257 --sequence 1024
   bench data 60 data --size 1.5b --mib 8

@@ -27,6 +27,7 @@ SPLITS = {
     "1 rank, the whole batch at once": (1, ("--train.micro_batch_size=4",)),
     "ZeRO-0": (2, (ZERO0,)),
     "ZeRO-0, replicated teacher": (2, (ZERO0, REPLICATED)),
+    "ZeRO-1, replicated teacher": (2, ("--deepspeed=ds_configs/zero1.json", REPLICATED)),
     "replicated teacher": (2, (REPLICATED,)),
     "offloaded parameters and optimizer": (2, ("--deepspeed=ds_configs/zero3_offload.json",)),
     "activation checkpointing": (2, ("--student.activation_checkpointing=true",)),
