@@ -31,10 +31,17 @@ class TextData:
     validation: PackedBlocks | None
 
     @staticmethod
-    def open(run: RunConfig, tokenizer: Tokenizer) -> TextData:
-        """The blocks that `prepare_text` made."""
+    def open(run: RunConfig, tokenizer: Tokenizer, vocabulary_rows: int | None) -> TextData:
+        """The blocks that `prepare_text` made. vocabulary_rows: see `open_data`."""
         blocks = {split: PackedBlocks(run.prepared_folder / split) for split in SPLITS if getattr(run.data, split)}
-        return TextData(tokenizer, CausalLM(tokenizer.vocab_size), blocks["train"], blocks.get("validation"))
+        ids = tokenizer.vocab_size
+        task = CausalLM(ids if vocabulary_rows is None else min(ids, vocabulary_rows))
+        return TextData(tokenizer, task, blocks["train"], blocks.get("validation"))
+
+    @property
+    def splits(self) -> dict[str, PackedBlocks]:
+        """All blocks by name."""
+        return {"train": self.train} | ({} if self.validation is None else {"validation": self.validation})
 
     @property
     def num_rows(self) -> int:
@@ -53,12 +60,13 @@ class TextData:
         )
 
     def evaluate(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
-        """validation_loss and validation_perplexity; nothing without held-out data."""
+        """validation_loss, validation_perplexity, and a word's and byte's; nothing without held-out data."""
         if self.validation is None:
             return {}
         size = run.train.micro_batch_size
         rows = EvaluationRows(self.validation, batch_size=size, rank=world.rank, world_size=world.size)
-        return held_out_perplexity(engine, rows, world)
+        made = self.validation.manifest
+        return held_out_perplexity(engine, rows, world, words=made.words, size=made.bytes)
 
     def evaluate_extra(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
         """Nothing: a causal LM has one held-out set."""
@@ -72,7 +80,7 @@ class TextData:
         return LMHead(
             norm,
             head,
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=self.task.vocab_size,
             token_fraction=run.filters.token_fraction,
             seed=run.seed,
         )
@@ -83,7 +91,7 @@ def ensure_text_tokenizer(data: DataConfig) -> Tokenizer:
     if data.train_tokenizer is not None and not Path(data.tokenizer).exists():
         texts = (piece.text for piece in iter_pieces(data.train, text_column=data.text_column))
         train_sentencepiece(texts, data.train_tokenizer, Path(data.tokenizer))
-    return load_tokenizer(data.tokenizer)
+    return load_tokenizer(data.tokenizer, trust_remote_code=data.trust_remote_code)
 
 
 def prepare_text(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> dict[str, PackedBlocks]:
