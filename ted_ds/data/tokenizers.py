@@ -352,13 +352,15 @@ class _TrainingLines:
     def report(self) -> None:
         """Says in the log what was done to the lines."""
         if self._long:
-            logger.warning("training the tokenizer: %d lines of more than %d bytes were cut", self._long, LINE_BYTES)
+            logger.warning(
+                "training the tokenizer: lines of more than %d bytes, which were cut: %d", LINE_BYTES, self._long
+            )
         if self._reserved:
             logger.warning(
-                "training the tokenizer: %d lines were cut at U+%04X, which sentencepiece keeps for itself: texts get "
-                "bytes for it",
-                self._reserved,
+                "training the tokenizer: lines with U+%04X, which sentencepiece keeps for itself, and which were cut "
+                "there: %d",
                 ord(RESERVED),
+                self._reserved,
             )
         if self.count > TRAINING_LINES:
             logger.warning(
