@@ -21,8 +21,11 @@ class BadRow(DataError):
     """
 
     def __init__(self, problem: str, remedy: str = "fix or drop such rows") -> None:
-        super().__init__(f"{problem}: {remedy}")
+        super().__init__(problem, remedy)  # as they came, so that a pickled one is made anew from them
         self.problem, self.remedy = problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}: {self.remedy}"
 
 
 class BadRows:
