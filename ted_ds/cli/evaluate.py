@@ -100,7 +100,7 @@ def _task_scores(arguments: argparse.Namespace, model: Any, tokenizer: Any, worl
     model.config.pad_token_id = tokenizer.pad_id
     with tempfile.TemporaryDirectory() as folder:
         split = Path(folder) / "rows"
-        options = {"max_length": length, "stride": arguments.doc_stride, "training": False}
+        options = {"max_length": length, "stride": arguments.doc_stride, "training": False, "skip_bad_rows": None}
         rows = ensure_encoded(arguments.data, spec, tokenizer, split, **options)
         batches = ScoringRows(rows, batch_size=arguments.batch_size, rank=world.rank, world_size=world.size)
         outputs = collect_outputs(_scorer(model, make_task(spec, world)), batches, len(rows), world)

@@ -293,6 +293,9 @@ class DataConfig(Section):
     labels: tuple[str, ...] | None = Field(
         default=None, min_length=2, description="their order numbers them; null: the task's own"
     )
+    skip_bad_rows: bool = Field(
+        default=False, description="rows that cannot be used are left out and counted; false: they end the run"
+    )
     tokenizer: str = Field(description="folder or hub id for AutoTokenizer, or a SentencePiece .model file")
     sequence_length: PositiveInt = Field(
         default=1024, description="tokens a row (S); other tasks than causal-lm: at most, longer texts are cut"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -17,15 +18,15 @@ SHOWN = 3
 class BadRow(DataError):
     """One row, line or question that cannot be used, in a file that can be read on behind it.
 
-    problem: where the row is, and what is wrong with it. remedy: what to do with one or more of its kind.
+    problem: where the row is, and what is wrong with it. remedy: what else can be done than to fix or drop it.
     """
 
-    def __init__(self, problem: str, remedy: str = "fix or drop such rows") -> None:
+    def __init__(self, problem: str, remedy: str = "") -> None:
         super().__init__(problem, remedy)  # as they came, so that a pickled one is made anew from them
         self.problem, self.remedy = problem, remedy
 
     def __str__(self) -> str:
-        return f"{self.problem}: {self.remedy}"
+        return f"{self.problem}: {_remedies('the row', [self])}"
 
 
 class BadRows:
@@ -77,9 +78,14 @@ class BadRows:
         raise DataError(self._described() + offer)
 
     def _described(self) -> str:
-        number = "" if self.count == 1 else f"{self.count} rows cannot be used: "
-        return f"{number}{self._problems()}: {', or '.join(dict.fromkeys(row.remedy for row in self._shown))}"
+        if self.count == 1:
+            return str(self._shown[0])
+        return f"{self.count} rows cannot be used: {self._problems()}: {_remedies('such rows', self._shown)}"
 
     def _problems(self) -> str:
         more = self.count - len(self._shown)
         return "; ".join(row.problem for row in self._shown) + (f"; and {more} more" if more else "")
+
+
+def _remedies(what: str, rows: Sequence[BadRow]) -> str:
+    return ", or ".join(dict.fromkeys([f"fix or drop {what}", *(row.remedy for row in rows if row.remedy)]))

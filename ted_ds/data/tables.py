@@ -6,14 +6,16 @@ import csv
 import json
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ted_ds.config.schema import HubDataset
 from ted_ds.config.tasks import TaskSpec
+from ted_ds.data.bad_rows import BadRow, BadRows
 from ted_ds.data.sources import JSON_SUFFIXES, file_kind, hub_rows, matching_files, numbered_lines, opened, readable
 from ted_ds.errors import DataError
 
@@ -34,32 +36,49 @@ class Example:
     where: str
 
 
-def iter_examples(entries: Sequence[str | HubDataset], spec: TaskSpec) -> Iterator[Example]:
+def iter_examples(entries: Sequence[str | HubDataset], spec: TaskSpec, bad: BadRows | None = None) -> Iterator[Example]:
     """The rows of all entries in order.
 
-    Labels are names or numbers of `spec.labels`; an empty one is none, and so is GLUE's -1. In a `.tsv`, cells are
-    never quoted. One of a GLUE task has the official layout: rows of it that lack cells are passed over with one
-    warning a file (QQP has some), and it may be without labels. Compressed files are read as such.
+    Labels are names of `spec.labels`, or numbers of `spec.numbered`; an empty one is none, and so is GLUE's -1. In a
+    `.tsv`, cells are never quoted. One of a GLUE task has the official layout: rows of it that lack cells are passed
+    over with one warning a file (QQP has some), and it may be without labels. Compressed files are read as such.
+    bad: gets the rows that cannot be used; None: the first of them is raised.
     Raises DataError naming the file and line of what is missing, unreadable or not a label.
     """
     for entry in entries:
         if isinstance(entry, HubDataset):
             where, rows = hub_rows(entry)
-            yield from _examples(where, _hub_table(where, rows, spec), spec)
+            yield from _examples(where, _hub_table(where, rows, spec), spec, bad)
             continue
         for path in matching_files(entry):
-            yield from _examples(str(path), _file_table(path, spec), spec)
+            yield from _examples(str(path), _file_table(path, spec), spec, bad)
 
 
-def _examples(source: str, rows: Iterator[tuple[str, Row]], spec: TaskSpec) -> Iterator[Example]:
+def _examples(
+    source: str, rows: Iterator[tuple[str, Row | BadRow]], spec: TaskSpec, bad: BadRows | None
+) -> Iterator[Example]:
     found = False
     with readable(source):
         for where, row in rows:
             found = True
-            texts = tuple(_text(row[name], name, where) for name in spec.text_columns)
-            yield Example(texts, _label(row.get(spec.label_column), spec, where), where)
+            try:
+                example = _example(row, spec, where)
+            except BadRow as error:
+                if bad is None:
+                    raise
+                bad.add(error)
+                continue
+            if bad is None or not bad.refused:
+                yield example
     if not found:
         raise DataError(f"{source} has no rows: remove it from the recipe's data, or fill it")
+
+
+def _example(row: Row | BadRow, spec: TaskSpec, where: str) -> Example:
+    if isinstance(row, BadRow):
+        raise row
+    texts = tuple(_text(row[name], name, where) for name in spec.text_columns)
+    return Example(texts, _label(row.get(spec.label_column), spec, where), where)
 
 
 def _hub_table(where: str, rows: Any, spec: TaskSpec) -> Iterator[tuple[str, Row]]:
@@ -186,7 +205,7 @@ def _check_columns(where: str, there: Sequence[str], needed: Sequence[str], show
 
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} is {value!r:.40}, not a string: fix or drop the row")
+        raise BadRow(f"{where}: {column!r} is {value!r:.40}, not a string")
     return value
 
 
@@ -194,13 +213,26 @@ def _label(value: Any, spec: TaskSpec, where: str) -> int | float | None:
     text = "" if value is None else str(value).strip()
     if spec.kind == "regression":
         return _number(text, spec, where)
-    if text in spec.labels:
-        return spec.labels.index(text)
-    if text in ("", "-1"):
+    # pandas turns a column of numbers into 1.0 and nan if a row of it is empty
+    whole = re.sub(r"(?<=[0-9])\.0+$", "", text)
+    # JSON and YAML spell true what Python spells True
+    for name in (text, text.lower()) if isinstance(value, bool) else (text, whole):
+        if name in spec.labels:
+            return spec.labels.index(name)
+    if whole in ("", "-1") or (isinstance(value, float) and math.isnan(value)):
         return None
-    if text.isdecimal() and int(text) < len(spec.labels):
-        return int(text)
-    _bad_label(text, f"one of {', '.join(spec.labels)}, or its number", where)
+    if not re.fullmatch("[0-9]+", whole):
+        raise BadRow(
+            f"{where}: the label is {text!r:.60}, expected one of {', '.join(spec.labels)}",
+            "set data.labels",
+        )
+    # a number is a place in its own data's order of names, which the recipe's need not be
+    if int(whole) < len(spec.numbered) and spec.numbered[int(whole)] in spec.labels:
+        return spec.labels.index(spec.numbered[int(whole)])
+    raise BadRow(
+        f"{where}: the label is the number {whole:.20}, and nothing says which of {', '.join(spec.labels)} it means",
+        "write labels by name, or name the numbers themselves in data.labels, in quotes",
+    )
 
 
 def _number(text: str, spec: TaskSpec, where: str) -> float | None:
@@ -208,12 +240,7 @@ def _number(text: str, spec: TaskSpec, where: str) -> float | None:
         value = float(text or "nan")
     except ValueError:
         value = math.inf
-    if math.isinf(value):
-        _bad_label(text, "a number", where)
+    if math.isinf(value) or "_" in text:  # Python reads 1_0 as 10
+        raise BadRow(f"{where}: the label is {text!r:.60}, expected a number")
     # -1 is a value like others in a user's own data
     return None if math.isnan(value) or (spec.name == "stsb" and value == -1) else value
-
-
-def _bad_label(text: str, expected: str, where: str) -> NoReturn:
-    hint = "" if expected == "a number" else ", or set data.labels"
-    raise DataError(f"{where}: the label is {text!r:.60}, expected {expected}: fix or drop the row{hint}")

@@ -26,7 +26,7 @@ OFFER = ", or set data.skip_bad_rows: true, which leaves them out"
 @pytest.mark.parametrize(
     ("found", "message"),
     [
-        (rows(1), "f, line 1: no text: fix or drop such rows"),
+        (rows(1), "f, line 1: no text: fix or drop the row"),
         (rows(2), "2 rows cannot be used: f, line 1: no text; f, line 2: no text: fix or drop such rows"),
         (
             [rows(1)[0], BadRow("f, line 9: no label", "label it"), *rows(3)],
@@ -64,9 +64,9 @@ def test_readers_know_when_nothing_will_come_of_it() -> None:
     bad = BadRows(skip=False)
     bad.add(rows(1)[0])
     assert bad.refused
-    assert str(bad.nothing_left()) == "no row is left: f, line 1: no text: fix or drop such rows"
+    assert str(bad.nothing_left()) == "no row is left: f, line 1: no text: fix or drop the row"
 
 
 def test_a_row_that_nobody_collects_is_an_error_by_itself() -> None:
-    with pytest.raises(DataError, match=r"^f, line 1: no text: fix or drop such rows$"):
+    with pytest.raises(DataError, match=r"^f, line 1: no text: fix or drop the row$"):
         raise pickle.loads(pickle.dumps(rows(1)[0]))  # rank 0's reach the others so

@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import lzma
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 
 from ted_ds.config.schema import HubDataset
 from ted_ds.config.tasks import TASKS, TaskSpec
+from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.tables import Example, iter_examples
 from ted_ds.errors import DataError
 
@@ -131,13 +133,52 @@ def test_parquet_rows(tmp_path: Path) -> None:
     assert examples(tmp_path / "own.parquet", VALUES)[1].where == f"{tmp_path / 'own.parquet'}, row 2"
 
 
+def labelled(folder: Path, label: Any) -> Path:
+    (folder / "own.jsonl").write_text(json.dumps({"text": "t", "sentence": "t", "class": label, "label": label}))
+    return folder / "own.jsonl"
+
+
 @pytest.mark.parametrize(
     ("label", "number"),
-    [("good", 1), (" good ", 1), ("1", 1), (1, 1), (0, 0), ("", None), (None, None), (-1, None), ("-1", None)],
+    [("good", 1), (" good ", 1), ("", None), (None, None), (-1, None), ("-1", None), (-1.0, None), (math.nan, None)],
 )
-def test_labels_are_names_or_numbers(tmp_path: Path, label: Any, number: int | None) -> None:
-    (tmp_path / "own.jsonl").write_text(json.dumps({"text": "t", "class": label}))
-    assert read(tmp_path / "own.jsonl", OWN) == [("t", number)]
+def test_labels_are_names(tmp_path: Path, label: Any, number: int | None) -> None:
+    assert read(labelled(tmp_path, label), OWN) == [("t", number)]
+
+
+@pytest.mark.parametrize("label", [1, 0, "1", " 1 ", 1.0, "1.0", "0.0", 2, "007"])
+def test_a_number_has_no_name_of_its_own(tmp_path: Path, label: Any) -> None:
+    """By place it would be guessed: the order of data.labels is the recipe's, not the data's."""
+    path, written = labelled(tmp_path, label), str(label).strip().split(".")[0]
+    said = (
+        f"{path}, line 1: the label is the number {written}, and nothing says which of bad, good it means: fix or "
+        "drop the row, or write labels by name, or name the numbers themselves in data.labels, in quotes"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(said)}$"):
+        examples(path, OWN)
+
+
+@pytest.mark.parametrize("label", [1, "1", 1.0, "1.0", "1 ", "1.00"])
+def test_numbers_that_are_named_are_found_however_they_are_written(tmp_path: Path, label: Any) -> None:
+    path = labelled(tmp_path, label)
+    assert read(path, replace(OWN, labels=("1", "0"))) == [("t", 0)]
+    assert read(path, TASKS["sst2"]) == [("t", 1)]  # GLUE's own numbers
+
+
+def test_numbers_of_a_glue_task_are_its_official_ones_whatever_the_recipe_s_order(tmp_path: Path) -> None:
+    path = labelled(tmp_path, 1)
+    assert read(path, TASKS["sst2"].with_columns(None, None, ("positive", "negative"))) == [("t", 0)]
+    with pytest.raises(DataError, match=r"the label is the number 1, and nothing says which of good, bad it means"):
+        examples(path, TASKS["sst2"].with_columns(None, None, ("good", "bad")))
+
+
+@pytest.mark.parametrize(("labels", "number"), [(("true", "false"), 0), (("False", "True"), 1)])
+def test_booleans_are_found_by_both_their_names(tmp_path: Path, labels: tuple[str, str], number: int) -> None:
+    path = labelled(tmp_path, True)
+    assert read(path, replace(OWN, labels=labels)) == [("t", number)]
+    for spec in (replace(OWN, labels=("0", "1")), TASKS["sst2"]):
+        with pytest.raises(DataError, match=r"the label is 'True', expected one of "):
+            examples(path, spec)
 
 
 def test_a_label_that_is_called_a_number_is_meant_by_name(tmp_path: Path) -> None:
@@ -145,12 +186,10 @@ def test_a_label_that_is_called_a_number_is_meant_by_name(tmp_path: Path) -> Non
     assert read(path, replace(OWN, labels=("3", "1", "-1"))) == [("a", 1), ("b", 2), ("c", 0)]
 
 
-@pytest.mark.parametrize("label", ["2", "Good", "1.0", "\u00b2", "-2"])
+@pytest.mark.parametrize("label", ["Good", "\u00b2", "\u0661", "-2", "1.5", "1,0", "."])
 def test_what_is_no_label_is_named_with_its_place(tmp_path: Path, label: str) -> None:
     path = tsv(tmp_path, "text|class", "a|good", f"b|{label}")
-    said = (
-        f"{path}, line 3: the label is {label!r}, expected one of bad, good, or its number: fix or drop the row, or set"
-    )
+    said = f"{path}, line 3: the label is {label!r}, expected one of bad, good: fix or drop the row, or set data.labels"
     with pytest.raises(DataError, match=re.escape(said)):
         examples(path, OWN)
 
@@ -159,7 +198,7 @@ def test_values_are_numbers_and_minus_one_is_none_in_stsb_alone(tmp_path: Path) 
     path = tsv(tmp_path, "a|b|label", "x|y|-1", "x|y|1e-1", "x|y|", "x|y|nan")
     assert [row[2] for row in read(path, VALUES)] == [-1.0, 0.1, None, None]
     assert read(tsv(tmp_path, "sentence1|sentence2|label", "x|y|-1.0"), TASKS["stsb"]) == [("x", "y", None)]
-    for wrong in ("high", "inf", "1,5"):
+    for wrong in ("high", "inf", "1,5", "1_0"):
         with pytest.raises(
             DataError, match=rf"set\.tsv, line 2: the label is '{wrong}', expected a number: fix or drop"
         ):
@@ -232,3 +271,21 @@ def test_hub_rows_are_numbered_by_the_names_of_their_labels(hub: Path, streaming
         examples(entry, replace(OWN, text_columns=("body",)))
     with pytest.raises(DataError, match=r"hub \(default, test\) cannot be loaded: "):
         examples(HubDataset(hub=str(hub), split="test", streaming=streaming), OWN)
+
+
+def test_all_bad_rows_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "own.jsonl"
+    rows: list[Any] = [("a", "good"), (None, "good"), ("b", "fair"), ("c", 1), (3, "bad"), ("d", "bad")]
+    path.write_text("".join(json.dumps({"text": text, "class": label}) + "\n" for text, label in rows))
+    with pytest.raises(DataError) as error, BadRows(skip=False) as refused:
+        assert [e.texts for e in iter_examples([str(path)], OWN, refused)] == [("a",)]
+    assert str(error.value) == (
+        f"4 rows cannot be used: {path}, line 2: 'text' is None, not a string; {path}, line 3: the label is 'fair', "
+        f"expected one of bad, good; {path}, line 4: the label is the number 1, and nothing says which of bad, good it "
+        "means; and 1 more: fix or drop such rows, or set data.labels, or write labels by "
+        "name, or name the numbers themselves in data.labels, in quotes, or set data.skip_bad_rows: true, which leaves "
+        "them out"
+    )
+    with caplog.at_level(logging.WARNING, "ted_ds"), BadRows(skip=True) as bad:
+        assert [e.texts for e in iter_examples([str(path)] * 2, OWN, bad)] == [("a",), ("d",)] * 2
+    assert [record.getMessage()[:27] for record in caplog.records] == ["8 bad rows are left out: /t"]
