@@ -57,7 +57,7 @@ class BadRows:
 
     @property
     def refused(self) -> bool:
-        """Whether the split is going to be refused: a reader needs to look for bad rows alone, and yields no more."""
+        """Whether the split is going to be refused: what is left to do is to count the other bad rows."""
         return self.count > 0 and not self._skip
 
     def nothing_left(self) -> DataError:

@@ -268,7 +268,7 @@ def _text_groups(
                 bad.add(BadRow(f"{example.where} has no text that makes a token"))
             else:
                 kept.append((example, ids, second))
-        if bad.refused or not kept:
+        if not kept:
             continue
         # those that fill max_length were cut or just fit; few do, so a second look costs little
         full = [example.texts for example, ids, _ in kept if len(ids) == max_length]
@@ -297,6 +297,8 @@ def _window_groups(
         questions = _of_own_ids(questions, bad)
     with questions_path.open("w", encoding="utf-8") as file:
         while group := list(islice(questions, GROUP // 4)):
+            if bad.refused:
+                continue
             pairs = [(question.question, question.context) for question in group]
             windows = tokenizer.encode_windows(pairs, max_length, stride)
             spans = [

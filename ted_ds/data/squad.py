@@ -64,7 +64,7 @@ def _checked(
                 if bad is None:
                     raise question
                 bad.add(question)
-            elif bad is None or not bad.refused:
+            else:
                 yield question
     if not found:
         raise DataError(f"{source} has no questions: remove it from the recipe's data, or fill it")

@@ -68,8 +68,7 @@ def _examples(
                     raise
                 bad.add(error)
                 continue
-            if bad is None or not bad.refused:
-                yield example
+            yield example
     if not found:
         raise DataError(f"{source} has no rows: remove it from the recipe's data, or fill it")
 
