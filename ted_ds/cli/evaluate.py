@@ -11,6 +11,7 @@ from typing import Any
 
 from ted_ds.cli.common import printed
 from ted_ds.config.tasks import TASKS
+from ted_ds.errors import NotFiniteError
 
 OWN_COLUMNS = ("classification", "regression")
 """Tasks whose columns a recipe names."""
@@ -35,8 +36,15 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--lambada is for causal LMs, --task is {arguments.task}")
     if arguments.sequence_length is None:
         arguments.sequence_length = {"causal-lm": 1024, "question-answering": 384}.get(TASKS[arguments.task].kind, 256)
-    printed(lambda: _evaluate(arguments))
+    printed(lambda: _named(arguments))
     return 0
+
+
+def _named(arguments: argparse.Namespace) -> dict[str, Any]:
+    try:
+        return _evaluate(arguments)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"model {arguments.model}: {error}: there is no score, see to its weights") from error
 
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -339,7 +339,7 @@ def _of_own_ids(questions: Iterator[Question], bad: BadRows) -> Iterator[Questio
         else:
             bad.add(BadRow(f"{question.where}: its id was there before", "give every question its own"))
     if twice:
-        logger.warning("%d held-out questions stand in the data more than once, and are scored once", twice)
+        logger.warning("of questions that stand in the held-out data more than once, %d are left out", twice)
 
 
 def _answer_tokens(question: Question, offsets: np.ndarray) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from ted_ds.distill.objective import TERMS, DistillationModel
 from ted_ds.distributed import World, logger, seed_everything
 from ted_ds.engine.loading import checkpoint_activations, load_model, whole_tensors
 from ted_ds.engine.trained import build_trained_engine
+from ted_ds.errors import NotFiniteError, TrainingError
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.stages.data import RunData
 from ted_ds.stages.filters import PairPlan
@@ -202,6 +203,17 @@ def _train(run: RunConfig, world: World, data: RunData, plan: Plan, engine: Any,
         best.go_back(checkpoints.card.best if checkpoints.card else None, run.train.steps)
 
     def evaluate(step: int) -> dict[str, float]:
+        try:
+            return scored(step)
+        except NotFiniteError as error:
+            diverged = TrainingError(
+                f"the student at step {step} has no score: {error}: "
+                + ("lower optimizer.learning_rate" if step else "see to the weights it begins with")
+            )
+            diverged.said_by_main = not world.is_main  # the score is of all ranks' outputs, and so is its fault
+            raise diverged from error
+
+    def scored(step: int) -> dict[str, float]:
         nonlocal score
         scores = data.evaluate(engine, run, world)
         metric = f"validation_{run.spec.best}" if run.spec.best else "validation_loss"
@@ -273,7 +285,7 @@ def _summarise(run: RunConfig, best: dict[str, Any] | None) -> dict[str, Any]:
         **{f"initial_{name}": value for name, value in first.items() if name.startswith("validation_")},
         **(best or {name: value for name, value in last.items() if name.startswith("validation_")}),
     }
-    write_atomically(run.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(run.output_dir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return summary
 
 

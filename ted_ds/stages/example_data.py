@@ -21,6 +21,7 @@ from ted_ds.data.tables import iter_examples
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer, train_wordpiece
 from ted_ds.distill.frozen import FrozenModel
 from ted_ds.distributed import World
+from ted_ds.errors import NotFiniteError
 from ted_ds.evaluation.glue import glue_scores
 from ted_ds.evaluation.outputs import collect_outputs
 from ted_ds.evaluation.squad import select_answers, squad_scores
@@ -98,7 +99,10 @@ class ExampleData:
             size = run.train.micro_batch_size
             batches = ScoringRows(rows, batch_size=size, rank=world.rank, world_size=world.size)
             outputs = collect_outputs(engine, batches, len(rows), world)
-            found = world.on_main(partial(score_outputs, self.spec, rows, outputs))
+            try:
+                found = world.on_main(partial(score_outputs, self.spec, rows, outputs))
+            except NotFiniteError as error:
+                raise NotFiniteError(f"data.{name}: {error}") from error
             scores |= {f"{name}_{metric}": value for metric, value in found.items()}
         return scores
 

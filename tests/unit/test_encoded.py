@@ -238,7 +238,7 @@ def test_a_question_that_stands_twice_is_scored_once(
         rows = encode(entry, SQUAD, tokenizer, tmp_path / "data", training=False)
     assert rows.manifest.examples == len(rows.questions()) == 9 and rows.manifest.left_out == 0
     assert [record.getMessage() for record in caplog.records] == [
-        "2 held-out questions stand in the data more than once, and are scored once"
+        "of questions that stand in the held-out data more than once, 2 are left out"
     ]
 
 
