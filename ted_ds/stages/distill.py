@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -203,25 +205,15 @@ def _train(run: RunConfig, world: World, data: RunData, plan: Plan, engine: Any,
         best.go_back(checkpoints.card.best if checkpoints.card else None, run.train.steps)
 
     def evaluate(step: int) -> dict[str, float]:
-        try:
-            return scored(step)
-        except NotFiniteError as error:
-            diverged = TrainingError(
-                f"the student at step {step} has no score: {error}: "
-                + ("lower optimizer.learning_rate" if step else "see to the weights it begins with")
-            )
-            diverged.said_by_main = not world.is_main  # the score is of all ranks' outputs, and so is its fault
-            raise diverged from error
-
-    def scored(step: int) -> dict[str, float]:
         nonlocal score
-        scores = data.evaluate(engine, run, world)
-        metric = f"validation_{run.spec.best}" if run.spec.best else "validation_loss"
-        if metric in scores:
-            score = step, scores[metric] if run.spec.best else -scores[metric]
-        if best is not None and step and best.beaten_by(step, scores):
-            scores |= data.evaluate_extra(engine, run, world)
-            best.keep(engine.module.student, step, scores)
+        with scorable(step, world):
+            scores = data.evaluate(engine, run, world)
+            metric = f"validation_{run.spec.best}" if run.spec.best else "validation_loss"
+            if metric in scores:
+                score = step, scores[metric] if run.spec.best else -scores[metric]
+            if best is not None and step and best.beaten_by(step, scores):
+                scores |= data.evaluate_extra(engine, run, world)
+                best.keep(engine.module.student, step, scores)
         return scores
 
     def save(step: int) -> None:
@@ -258,6 +250,18 @@ def _train(run: RunConfig, world: World, data: RunData, plan: Plan, engine: Any,
             save=(run.train.save_every, save),
             meters=Meters(world, _flops(run, data, plan)),
         )
+
+
+@contextmanager
+def scorable(step: int, world: World) -> Iterator[None]:
+    """Within it, a student whose outputs are not finite ends the run: a TrainingError that rank 0 says."""
+    try:
+        yield
+    except NotFiniteError as error:
+        remedy = "lower optimizer.learning_rate" if step else "see to the weights that it begins with"
+        diverged = TrainingError(f"step {step}: the student has no score: {error}: {remedy}")
+        diverged.said_by_main = not world.is_main
+        raise diverged from error
 
 
 def _flops(run: RunConfig, data: RunData, plan: Plan) -> BatchFlops | None:

@@ -102,7 +102,7 @@ class ExampleData:
             try:
                 found = world.on_main(partial(score_outputs, self.spec, rows, outputs))
             except NotFiniteError as error:
-                raise NotFiniteError(f"data.{name}: {error}") from error
+                raise NotFiniteError(f"in {name}, {error}") from error
             scores |= {f"{name}_{metric}": value for metric, value in found.items()}
         return scores
 
