@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 from zipfile import ZipFile
 
+from ted_ds.data.bad_rows import BadRow
 from ted_ds.data.hub import cause
 from ted_ds.errors import DataError
 
@@ -141,8 +142,8 @@ class TextFile:
         if number is None:
             return DataError(f"{self.name}: not valid JSON ({error}): fix the file, or name JSON lines .jsonl")
         whole = getattr(error, "pos", 0) < len(text.rstrip())
-        what = "fix or drop the line" if whole else "write each object on one line, or fix or drop the line"
-        return DataError(f"{self.name}, line {number}: not valid JSON ({error}): {what}")
+        remedy = "" if whole else "write each object on one line"
+        return BadRow(f"{self.name}, line {number}: not valid JSON ({error})", remedy)
 
     def looks_like_json(self) -> bool:
         """Whether it begins with an object that has a key, or with a list of such."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ted_ds.data.bad_rows import BadRow
 from ted_ds.data.files import JSON_SUFFIXES, TSV_SUFFIXES, TextFile, file_kind, refuse_binary, text_file
 from ted_ds.errors import DataError
 
@@ -24,11 +25,14 @@ _QUOTED = re.compile(r'"(?:[^"]|"")*"', re.DOTALL)
 
 
 class Record(NamedTuple):
-    """A row. number: its line or row, from 1. read: bytes on disk since the record before, for a progress bar."""
+    """A row. number: its line or row, from 1. read: bytes on disk since the record before, for a progress bar.
+
+    values: what is wrong with the row, where it cannot be used.
+    """
 
     number: int
     where: str
-    values: Mapping[str, Any]
+    values: Mapping[str, Any] | BadRow
     read: float
 
 
@@ -106,19 +110,28 @@ def _python(batch: Any, where: str, before: int) -> list[dict[str, Any]]:
 
 
 def _json(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
-    needed = frozenset(columns)
+    needed, first = frozenset(columns), True
     quoted = [f'"{name}"' for name in columns]
     for number, line in file.lines():
         if not line.strip():
             continue
-        where, values = f"{file.name}, line {number}", file.json(line, number)
+        where = f"{file.name}, line {number}"
+        try:
+            values = file.json(line, number)
+        except BadRow as error:
+            values = error
         if isinstance(values, dict):
-            if not needed <= values.keys():
-                check_columns(where, list(values), columns, setting)
+            if not needed <= values.keys() and setting:
+                if first:  # the recipe is wrong rather than the row
+                    check_columns(where, list(values), columns, setting)
+                lacking = next(name for name in columns if name not in values)
+                there = ", ".join(values) or "none"
+                values = BadRow(f"{where} has no column {lacking!r}, only {there}", f"set {setting}")
             if any(line.count(name) > 1 for name in quoted):  # perhaps within another column
                 check_columns(where, [name for name, _ in json.loads(line, object_pairs_hook=list)], columns, None)
-        elif setting:
-            raise DataError(f"{where}: not an object with columns: fix or drop the line")
+        elif setting and not isinstance(values, BadRow):
+            values = BadRow(f"{where}: not an object with columns")
+        first = False
         yield Record(number, where, values, file.read())
 
 
@@ -163,7 +176,7 @@ def _tsv(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterato
         # a writer that quotes doubles the marks within; else they may be the text's own
         _refuse_quoted(where, [cell for cell in quoted if '""' in cell])
         values = _row(where, header, cells, "; cells of a .tsv are not quoted" if '"' in "".join(cells) else "")
-        if any(values.get(name) in quoted for name in columns):
+        if not isinstance(values, BadRow) and any(values.get(name) in quoted for name in columns):
             marks.append(number)
         yield Record(number, where, values, file.read())
     if marks:
@@ -184,7 +197,7 @@ def _refuse_quoted(where: str, cells: Sequence[str]) -> None:
         )
 
 
-def _row(where: str, header: Sequence[str], cells: Sequence[str], hint: str = "") -> Mapping[str, str]:
+def _row(where: str, header: Sequence[str], cells: Sequence[str], hint: str = "") -> Mapping[str, str] | BadRow:
     if len(cells) != len(header):
-        raise DataError(f"{where}: {len(cells)} cells, the header has {len(header)}: fix or drop the row{hint}")
+        return BadRow(f"{where}: {len(cells)} cells, the header has {len(header)}{hint}")
     return dict(zip(header, cells, strict=True))

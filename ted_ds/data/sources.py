@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ted_ds.config.schema import HubDataset
+from ted_ds.data.bad_rows import BadRow
 from ted_ds.data.files import (
     PLAIN_SUFFIXES,
     POINTER,
@@ -66,6 +67,8 @@ def _file_pieces(path: Path, text_column: str, by_line: bool) -> Iterator[Piece]
     with readable(path):
         if kind in RECORD_SUFFIXES:
             for record in iter_records(path, (text_column,), "data.text_column"):
+                if isinstance(record.values, BadRow):
+                    raise record.values
                 yield from _whole(record.values[text_column], record.where, text_column, record.read)
         elif kind in TEXT_SUFFIXES:
             with text_file(path) as file:

@@ -216,7 +216,7 @@ ERRORS: list[tuple[str, bytes, str]] = [
     ("e.csv", b"text,class\na,good\nb\n", "e.csv, line 3: 1 cells, the header has 2: fix or drop the row"),
     ("e.csv", b"text,class\na,b,good\n", "e.csv, line 2: 3 cells, the header has 2: fix or drop the row"),
     ("e.csv", b'text,class\n"a\n,good\n', "e.csv, line 2: not valid CSV (unexpected end of data): fix or drop"),
-    ("e.jsonl", b"[1]\n", "e.jsonl, line 1: not an object with columns: fix or drop the line"),
+    ("e.jsonl", b"[1]\n", "e.jsonl, line 1: not an object with columns: fix or drop the row"),
     ("e.jsonl", b"\n{\n", "e.jsonl, line 2: not valid JSON (Expecting"),
     ("e.jsonl", b'{"text": null, "class": 1}', "e.jsonl, line 1: 'text' is None, not a string: fix or drop the row"),
     ("e.tsv", b"text\tclass\n\xff\tgood\n", "e.tsv, line 2: not UTF-8 (invalid start byte): convert the file"),
@@ -289,3 +289,29 @@ def test_all_bad_rows_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING, "ted_ds"), BadRows(skip=True) as bad:
         assert [e.texts for e in iter_examples([str(path)] * 2, OWN, bad)] == [("a",), ("d",)] * 2
     assert [record.getMessage()[:27] for record in caplog.records] == ["8 bad rows are left out: /t"]
+
+
+def test_lines_that_are_no_rows_are_bad_rows_too(tmp_path: Path) -> None:
+    """But for a first line without the columns: there the recipe is wrong."""
+    good, bad = '{"text": "a", "class": "good"}\n', ['{"text"\n', "[1]\n", '{"text": "b"}\n', '"text class"\n']
+    files = {
+        "a.jsonl": good + "".join(bad) + good,
+        "a.csv": "text,class\na,good\nb\nc,d,e\na,good\n",
+        "a.tsv": 'text\tclass\na\tgood\nb\n"c" d\te\tf\na\tgood\n',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with BadRows(skip=True) as found:
+        assert [e.texts for e in iter_examples([str(tmp_path / "a.*")], OWN, found)] == [("a",)] * 6
+    assert found.count == 2 + 4 + 2
+    with pytest.raises(DataError) as error, BadRows(skip=False) as refused:
+        list(iter_examples([str(tmp_path / "a.jsonl")], OWN, refused))
+    assert str(error.value) == (
+        f"4 rows cannot be used: {tmp_path}/a.jsonl, line 2: not valid JSON (Expecting ':' delimiter: line 2 column 1 "
+        f"(char 8)); {tmp_path}/a.jsonl, line 3: not an object with columns; {tmp_path}/a.jsonl, line 4 has no column "
+        "'class', only text; and 1 more: fix or drop such rows, or write each object on one line, or set "
+        "data.text_columns and data.label_column, or set data.skip_bad_rows: true, which leaves them out"
+    )
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n' + good)
+    with pytest.raises(DataError, match=r"b\.jsonl, line 1 has no column 'class', only text: set data"), found:
+        list(iter_examples([str(tmp_path / "b.jsonl")], OWN, found))
