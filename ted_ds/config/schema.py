@@ -294,6 +294,10 @@ class DataConfig(Section):
         default=None, min_length=2, description="their order numbers them; null: the task's own"
     )
     tokenizer: str = Field(description="folder or hub id for AutoTokenizer, or a SentencePiece .model file")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run the tokenizer's own code; true if `tokenizer` is a model whose section says so",
+    )
     sequence_length: PositiveInt = Field(
         default=1024, description="tokens a row (S); other tasks than causal-lm: at most, longer texts are cut"
     )
@@ -426,6 +430,13 @@ class RunConfig(Section):
             weights[name] = default if given is None else given
         # pydantic refuses assignment to a frozen model, also by its own validators
         object.__setattr__(self, "loss", self.loss.model_copy(update=weights))
+        return self
+
+    @model_validator(mode="after")
+    def _trust_a_model_s_tokenizer(self) -> Self:
+        sides = [self.student] if self.teacher is None else [self.student, self.teacher]
+        if any(side.trust_remote_code and side.model == self.data.tokenizer for side in sides):
+            object.__setattr__(self, "data", self.data.model_copy(update={"trust_remote_code": True}))
         return self
 
     @model_validator(mode="after")

@@ -52,6 +52,11 @@ class ExampleData:
         return ExampleData(tokenizer, make_task(run.spec, world), run.spec, splits.pop("train"), splits)
 
     @property
+    def splits(self) -> dict[str, EncodedRows]:
+        """All rows by name."""
+        return {"train": self.train, **self.held_out}
+
+    @property
     def num_rows(self) -> int:
         """Training rows: examples, or windows of contexts."""
         return len(self.train)
@@ -121,7 +126,7 @@ def ensure_task_tokenizer(run: RunConfig) -> Tokenizer:
         else:
             texts = (text for example in iter_examples(data.train, run.spec) for text in example.texts)
         train_wordpiece(texts, data.train_tokenizer, Path(data.tokenizer))
-    return load_tokenizer(data.tokenizer)
+    return load_tokenizer(data.tokenizer, trust_remote_code=data.trust_remote_code)
 
 
 def prepare_examples(run: RunConfig, tokenizer: Tokenizer) -> dict[str, EncodedRows]:

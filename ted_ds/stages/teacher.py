@@ -103,7 +103,7 @@ def _outputs(run: RunConfig, data: RunData, live: LiveTeacher) -> list[CachedOut
     exact = LastHiddenStates(structure, dtype)
     if run.loss.kl_top_k is None:
         return [exact]
-    return [TopLogits(run.loss.kl_top_k, run.loss.temperature, data.tokenizer.vocab_size), exact]
+    return [TopLogits(run.loss.kl_top_k, run.loss.temperature, data.task.vocab_size), exact]
 
 
 def _manifests(
