@@ -84,9 +84,11 @@ def _plain_model(name_or_path: str) -> Iterator[str]:
 
 def _perplexity(arguments: argparse.Namespace, model: Any, tokenizer: Any, world: Any) -> dict[str, Any]:
     from ted_ds.data.documents import iter_documents
+    from ted_ds.distributed import logger
     from ted_ds.evaluation.perplexity import document_perplexity
 
-    scores = document_perplexity(
+    logger.info("each document is scored by itself (a run's validation_perplexity: in rows, after other documents)")
+    return document_perplexity(
         model,
         tokenizer,
         iter_documents(arguments.data, tokenizer),
@@ -94,7 +96,6 @@ def _perplexity(arguments: argparse.Namespace, model: Any, tokenizer: Any, world
         batch_size=arguments.batch_size,
         device=world.device,
     )
-    return scores
 
 
 def _task_scores(arguments: argparse.Namespace, model: Any, tokenizer: Any, world: Any) -> dict[str, float]:

@@ -434,8 +434,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _trust_a_model_s_tokenizer(self) -> Self:
-        sides = [self.student] if self.teacher is None else [self.student, self.teacher]
-        if any(side.trust_remote_code and side.model == self.data.tokenizer for side in sides):
+        trusted = [self.student.model, self.student.pretrained] if self.student.trust_remote_code else []
+        trusted += [self.teacher.model] if self.teacher is not None and self.teacher.trust_remote_code else []
+        if self.data.tokenizer in trusted:
             object.__setattr__(self, "data", self.data.model_copy(update={"trust_remote_code": True}))
         return self
 

@@ -104,7 +104,10 @@ def _sums(
 ) -> torch.Tensor:
     """[3] float64: nats of all targets, of those that are no document's end, and how many targets there are."""
     structure = find_structure(model)
-    hidden = structure.backbone(input_ids=inputs, use_cache=False).last_hidden_state
+    # a mask of ones is as none, but transformers, which looks for padding, does not warn
+    hidden = structure.backbone(
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False
+    ).last_hidden_state
     head = Head(structure.lm_head.weight, structure.lm_head.bias, structure.logit_softcap, structure.logit_scale)
     vocabulary = min(tokenizer.vocab_size, structure.vocab_rows)
     nll, _ = token_scores(hidden.flatten(0, 1), head, targets.flatten(), vocab_size=vocabulary)

@@ -73,10 +73,10 @@ def open_tokenizer(run: RunConfig, world: World) -> Tokenizer:
     return load_tokenizer(run.data.tokenizer, trust_remote_code=run.data.trust_remote_code)
 
 
-def open_data(run: RunConfig, world: World, tokenizer: Tokenizer, vocabulary_rows: int) -> RunData:
+def open_data(run: RunConfig, world: World, tokenizer: Tokenizer, vocabulary_rows: int | None = None) -> RunData:
     """The run's data on every rank, prepared by rank 0 where it has to be; a collective.
 
-    vocabulary_rows: the fewest that a model of the run has.
+    vocabulary_rows: the fewest that a model of the run has; None: as many as the tokenizer has ids.
     Raises DataError, on every rank, where data are missing, unreadable or do not fit.
     """
     if run.task == "causal-lm":

@@ -31,10 +31,11 @@ class TextData:
     validation: PackedBlocks | None
 
     @staticmethod
-    def open(run: RunConfig, tokenizer: Tokenizer, vocabulary_rows: int) -> TextData:
-        """The blocks that `prepare_text` made. vocabulary_rows: the fewest that a model of the run has."""
+    def open(run: RunConfig, tokenizer: Tokenizer, vocabulary_rows: int | None) -> TextData:
+        """The blocks that `prepare_text` made. vocabulary_rows: see `open_data`."""
         blocks = {split: PackedBlocks(run.prepared_folder / split) for split in SPLITS if getattr(run.data, split)}
-        task = CausalLM(min(tokenizer.vocab_size, vocabulary_rows))
+        ids = tokenizer.vocab_size
+        task = CausalLM(ids if vocabulary_rows is None else min(ids, vocabulary_rows))
         return TextData(tokenizer, task, blocks["train"], blocks.get("validation"))
 
     @property
