@@ -297,6 +297,10 @@ class DataConfig(Section):
         default=False, description="rows that cannot be used are left out and counted; false: they end the run"
     )
     tokenizer: str = Field(description="folder or hub id for AutoTokenizer, or a SentencePiece .model file")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run the tokenizer's own code; true if `tokenizer` is a model whose section says so",
+    )
     sequence_length: PositiveInt = Field(
         default=1024, description="tokens a row (S); other tasks than causal-lm: at most, longer texts are cut"
     )
@@ -429,6 +433,14 @@ class RunConfig(Section):
             weights[name] = default if given is None else given
         # pydantic refuses assignment to a frozen model, also by its own validators
         object.__setattr__(self, "loss", self.loss.model_copy(update=weights))
+        return self
+
+    @model_validator(mode="after")
+    def _trust_a_model_s_tokenizer(self) -> Self:
+        trusted = [self.student.model, self.student.pretrained] if self.student.trust_remote_code else []
+        trusted += [self.teacher.model] if self.teacher is not None and self.teacher.trust_remote_code else []
+        if self.data.tokenizer in trusted:
+            object.__setattr__(self, "data", self.data.model_copy(update={"trust_remote_code": True}))
         return self
 
     @model_validator(mode="after")

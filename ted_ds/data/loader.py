@@ -56,7 +56,10 @@ class TrainingRows:
         self._rank, self._world = rank, world_size
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of the 0-based `step`; a row's last position predicts nothing."""
+        """This rank's micro-batches of the 0-based `step`.
+
+        A row's last position predicts nothing, and no position predicts what the tokenizer put before a document.
+        """
         starts = range(self._rank * self._micro, self._global, self._world * self._micro)
         return [self._batch(step * self._global + start) for start in starts]
 
@@ -69,13 +72,17 @@ class TrainingRows:
         ids = torch.from_numpy(self._blocks.rows(rows))
         targets = torch.full_like(ids, IGNORED)
         targets[:, :-1] = ids[:, 1:]
+        inserted = self._blocks.inserted(rows)
+        if inserted is not None:
+            targets[:, :-1].masked_fill_(torch.from_numpy(inserted[:, 1:]), IGNORED)
         return Batch(ids, targets, rows=torch.from_numpy(rows))
 
 
 class EvaluationRows:
     """Held-out rows in order: over all ranks, every token but the stream's first is predicted exactly once.
 
-    A row's last position predicts the next row's first token. Every rank gets as many batches, the last ones
+    A row's last position predicts the next row's first token. What the tokenizer put before documents is not
+    predicted. Every rank gets as many batches, the last ones
     possibly without targets: under ZeRO-3 a forward is a collective.
     """
 
@@ -93,9 +100,13 @@ class EvaluationRows:
 
     def _batch(self, rows: np.ndarray) -> Batch:
         count, last = len(self._blocks), len(self._blocks) - 1
-        ids = torch.from_numpy(self._blocks.rows(rows.clip(max=last)))
-        following = torch.from_numpy(self._blocks.rows((rows + 1).clip(max=last)))
-        targets = torch.cat([ids[:, 1:], following[:, :1]], dim=1)
+        here, next_ = rows.clip(max=last), (rows + 1).clip(max=last)
+        ids = torch.from_numpy(self._blocks.rows(here))
+        targets = torch.cat([ids[:, 1:], torch.from_numpy(self._blocks.rows(next_))[:, :1]], dim=1)
+        inserted, following = self._blocks.inserted(here), self._blocks.inserted(next_)
+        if inserted is not None and following is not None:
+            marks = np.concatenate([inserted[:, 1:], following[:, :1]], axis=1)
+            targets.masked_fill_(torch.from_numpy(marks), IGNORED)
         length = self._blocks.row_length(last)
         for i, row in enumerate(rows):
             if row >= count:

@@ -29,6 +29,7 @@ from ted_ds.errors import DataError
 Entries = Sequence[str | HubDataset]
 
 BLOCKS, MANIFEST = "blocks.arrow", "manifest.json"
+INSERTED = "inserted"
 
 TASK_CHARACTERS = 1 << 20
 """Text handed to a process at a time: tens of milliseconds of work, so that handing it over costs little."""
@@ -47,6 +48,8 @@ class Manifest:
     entries, text_column, sources: the recipe's data, and name -> bytes of the files it meant.
     tokens: of all documents, their prefixes and ends included, and a dropped tail too. last_row_length: tokens
     of the last row that are not padding. digest: SHA-256 of the rows' ids, as int32.
+    prefix: what the tokenizer put before each document. largest_id: of the rows. Both None in folders of versions
+    that did not write them.
     """
 
     tokenizer: str
@@ -60,10 +63,15 @@ class Manifest:
     entries: tuple[str, ...]
     sources: dict[str, int]
     digest: str
+    prefix: tuple[int, ...] | None = None
+    largest_id: int | None = None
 
 
 class PackedBlocks:
     """The packed rows of one split, memory-mapped: rows that are not read cost no memory.
+
+    The file has a column `inserted` where the tokenizer begins documents: S bits a row, packed into bytes, 1 on tokens
+    that it put there by itself. Files of tokenizers that put nothing there, and of older versions, have none.
 
     Raises DataError where the folder is not whole.
     """
@@ -71,14 +79,17 @@ class PackedBlocks:
     def __init__(self, folder: Path) -> None:
         try:
             values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            self.manifest = Manifest(**{**values, "entries": tuple(values["entries"])})
+            tuples = {name: tuple(v) for name in ("entries", "prefix") if (v := values.get(name)) is not None}
+            self.manifest = Manifest(**{**values, **tuples})
             self._file = pa.ipc.open_file(pa.memory_map(str(folder / BLOCKS)))
-            batches = [self._file.get_batch(i).column(0) for i in range(self._file.num_record_batches)]
+            batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
             raise DataError(f"{folder} holds no whole prepared data ({error}): delete it to prepare it anew") from error
         length = self.manifest.sequence_length
         # zero-copy views of the map; every batch but the last has as many rows
-        self._batches = [batch.flatten().to_numpy().reshape(-1, length) for batch in batches]
+        self._batches = [batch.column(0).flatten().to_numpy().reshape(-1, length) for batch in batches]
+        marked = INSERTED in self._file.schema.names
+        self._inserted = [_bytes_of(batch.column(INSERTED)) for batch in batches] if marked else None
         if sum(map(len, self._batches)) != self.manifest.rows:
             raise DataError(f"{folder}: {BLOCKS} and {MANIFEST} differ in rows: delete the folder to prepare it anew")
 
@@ -90,10 +101,29 @@ class PackedBlocks:
         size = len(self._batches[0])
         return np.stack([self._batches[i // size][i % size] for i in indices.tolist()]).astype(np.int64)
 
+    def inserted(self, indices: np.ndarray) -> np.ndarray | None:
+        """[len(indices), S] bool: true on tokens that the tokenizer put before documents; None where it puts none."""
+        if self._inserted is None:
+            return None
+        size = len(self._batches[0])
+        marks = np.stack([self._inserted[i // size][i % size] for i in indices.tolist()])
+        return np.unpackbits(marks, axis=1, count=self.manifest.sequence_length).view(bool)
+
+    def largest_id(self) -> int:
+        """The largest id of all rows, read through where the folder does not say."""
+        known = self.manifest.largest_id
+        return max(int(batch.max()) for batch in self._batches) if known is None else known
+
     def row_length(self, index: int) -> int:
         """Tokens of a row that are not padding: S, or less in the last row."""
         last = index == len(self) - 1
         return self.manifest.last_row_length if last else self.manifest.sequence_length
+
+
+def _bytes_of(column: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """[rows, bytes] uint8, a view."""
+    width = column.type.byte_width
+    return np.frombuffer(column.buffers()[1], np.uint8, len(column) * width).reshape(-1, width)
 
 
 def ensure_prepared(
@@ -134,8 +164,10 @@ def check(
     """Raises DataError where `blocks` were made of other data, by another tokenizer, or at another length."""
     made = blocks.manifest
     sizes = file_sizes(entries) if made.entries == entry_names(entries) else {}
+    prefix = None if made.prefix is None else tuple(tokenizer.prefix)
     wanted: list[tuple[str, object, object]] = [
         ("tokenizer", made.tokenizer_fingerprint, tokenizer.fingerprint),
+        ("ids before each document", made.prefix, prefix),
         ("data.sequence_length", made.sequence_length, sequence_length),
         ("data.text_column", made.text_column, text_column),
         ("data entries", list(made.entries), list(entry_names(entries))),
@@ -168,7 +200,8 @@ def prepare(
 
     Documents follow each other, each after the tokenizer's own prefix and closed by its end-of-document
     token, and are cut every `sequence_length` tokens: a row may hold the end of one and the beginning of
-    the next. Nothing is lost but, with `drop_tail`, a last row that is not full; else it is padded.
+    the next. Where prefix and end are one token (OPT), it stands once between two documents, as in the data of such
+    models. Nothing is lost but, with `drop_tail`, a last row that is not full; else it is padded.
     processes: that tokenize; None: one a core. The result does not depend on it.
     Raises DataError for data that is missing, unreadable, or makes no full row.
     """
@@ -176,17 +209,11 @@ def prepare(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     sizes = file_sizes(entries)
-    workers = processes or os.cpu_count() or 1
-    if sizes and sum(sizes.values()) < ALONE_BYTES:
-        workers = 1
     packer = _Packer(temporary / BLOCKS, tokenizer, sequence_length)
-    pieces = iter_pieces(entries, text_column=text_column)
-    with tqdm(total=sum(sizes.values()) or None, unit="B", unit_scale=True, desc=f"prepare {folder.name}") as bar:
-        for group, encoded in _encoded(pieces, tokenizer, workers):
-            for piece, ids in zip(group, encoded, strict=True):
-                packer.add(piece, ids)
-                bar.update(piece.read)
-            bar.set_postfix(tokens=f"{packer.tokens:,}", refresh=False)
+    for piece, ids in tokenized(
+        entries, tokenizer, text_column=text_column, processes=processes, what=f"prepare {folder.name}"
+    ):
+        packer.add(piece, ids)
     last_row_length = packer.close(drop_tail=drop_tail)
     if not packer.rows:
         raise DataError(
@@ -204,6 +231,8 @@ def prepare(
         text_column=text_column,
         entries=entry_names(entries),
         sources=sizes,
+        prefix=tuple(tokenizer.prefix),
+        largest_id=packer.largest_id,
         digest=packer.digest.hexdigest(),
     )
     (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
@@ -211,55 +240,94 @@ def prepare(
     return PackedBlocks(folder)
 
 
+def tokenized(
+    entries: Entries, tokenizer: Tokenizer, *, text_column: str, processes: int | None, what: str
+) -> Iterator[tuple[Piece, list[int]]]:
+    """The pieces of all documents in order, each with its ids, which begin with the tokenizer's prefix.
+
+    processes, errors: see `prepare`. what: the progress bar's name.
+    """
+    sizes = file_sizes(entries)
+    workers = processes or os.cpu_count() or 1
+    if sizes and sum(sizes.values()) < ALONE_BYTES:
+        workers = 1
+    pieces = iter_pieces(entries, text_column=text_column)
+    tokens = 0
+    with tqdm(total=sum(sizes.values()) or None, unit="B", unit_scale=True, desc=what) as bar:
+        for group, encoded in _encoded(pieces, tokenizer, workers):
+            for piece, ids in zip(group, encoded, strict=True):
+                yield piece, ids
+                tokens += len(ids)
+                bar.update(piece.read)
+            bar.set_postfix(tokens=f"{tokens:,}", refresh=False)
+
+
 class _Packer:
     """Cuts the stream of tokens into rows and writes them."""
 
     def __init__(self, path: Path, tokenizer: Tokenizer, length: int) -> None:
-        self.rows = self.tokens = self.documents = 0
+        self.rows = self.tokens = self.documents = self.largest_id = 0
         self.digest = hashlib.sha256()
-        self._prefix, self._eos, self._length = len(tokenizer.prefix), tokenizer.eos_id, length
+        self._prefix, self._eos, self._length = tokenizer.prefix, tokenizer.eos_id, length
+        self._one_mark = self._prefix == [self._eos]
         self._rows_a_batch = max(1, BATCH_TOKENS // length)
         self._held: list[np.ndarray] = []
+        self._marks: list[np.ndarray] | None = None if self._one_mark or not self._prefix else []
         self._held_tokens = 0
-        schema = pa.schema([("input_ids", pa.list_(pa.int32(), length))])
+        columns = [("input_ids", pa.list_(pa.int32(), length))]
+        if self._marks is not None:
+            columns.append((INSERTED, pa.binary(-(-length // 8))))
         self._sink = pa.OSFile(str(path), "wb")
-        self._writer = pa.ipc.new_file(self._sink, schema)
+        self._writer = pa.ipc.new_file(self._sink, pa.schema(columns))
 
     def add(self, piece: Piece, ids: list[int]) -> None:
         """One piece's ids, which begin with the tokenizer's prefix whether or not a document does."""
-        ids = ids if piece.starts else ids[self._prefix :]
-        self._push(np.array([*ids, self._eos] if piece.ends else ids, dtype=np.int32))
-        self.tokens += len(ids) + piece.ends
+        begins = piece.starts and not (self._one_mark and self.tokens)
+        ids = ids if begins else ids[len(self._prefix) :]
+        row = np.array([*ids, self._eos] if piece.ends else ids, dtype=np.int32)
+        self._hold(row, inserted=len(self._prefix) if begins else 0)
+        while self._held_tokens >= self._rows_a_batch * self._length:
+            self._write(self._rows_a_batch)
+        self.tokens += len(row)
         self.documents += piece.ends
 
     def close(self, *, drop_tail: bool) -> int:
         """Writes what is left; returns how many tokens of the last row are not padding."""
         rest = self._held_tokens % self._length
         if rest and not drop_tail:
-            self._hold(np.full(self._length - rest, self._eos, dtype=np.int32))
+            self._hold(np.full(self._length - rest, self._eos, dtype=np.int32), inserted=0)
         self._write(self._held_tokens // self._length)
         self._writer.close()
         self._sink.close()
         return rest if rest and not drop_tail else self._length
 
-    def _push(self, ids: np.ndarray) -> None:
-        self._hold(ids)
-        while self._held_tokens >= self._rows_a_batch * self._length:
-            self._write(self._rows_a_batch)
-
-    def _hold(self, ids: np.ndarray) -> None:
+    def _hold(self, ids: np.ndarray, *, inserted: int) -> None:
+        """inserted: how many ids at the beginning are the tokenizer's own."""
         self._held.append(ids)
         self._held_tokens += len(ids)
+        if self._marks is not None:
+            self._marks.append(np.arange(len(ids)) < inserted)
 
     def _write(self, rows: int) -> None:
-        held = np.concatenate(self._held) if self._held else np.empty(0, dtype=np.int32)
-        full, rest = held[: rows * self._length], held[rows * self._length :]
-        self._held, self._held_tokens = [rest], len(rest)
+        full, self._held = _parted(self._held, rows * self._length)
+        self._held_tokens -= len(full)
+        columns: dict[str, pa.Array] = {"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(full), self._length)}
+        if self._marks is not None:
+            marks, self._marks = _parted(self._marks, rows * self._length)
+            packed = np.packbits(marks.reshape(rows, self._length), axis=1)
+            kind = pa.binary(packed.shape[1])
+            columns[INSERTED] = pa.FixedSizeBinaryArray.from_buffers(kind, rows, [None, pa.py_buffer(packed)])
         if rows:
-            column = pa.FixedSizeListArray.from_arrays(pa.array(full), self._length)
-            self._writer.write_batch(pa.record_batch([column], names=["input_ids"]))
+            self._writer.write_batch(pa.record_batch(columns))
             self.digest.update(full.tobytes())
+            self.largest_id = max(self.largest_id, int(full.max()))
             self.rows += rows
+
+
+def _parted(held: list[np.ndarray], length: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(the first `length` elements of the arrays, what is left)."""
+    whole = np.concatenate(held) if held else np.empty(0, dtype=np.int32)
+    return whole[:length], [whole[length:]]
 
 
 def _encoded(
@@ -275,7 +343,9 @@ def _encoded(
         return
     waiting: deque[tuple[list[Piece], Future[list[list[int]]]]] = deque()
     # spawned, not forked: the parent may hold threads and a process group
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (tokenizer.name,)) as pool:
+    with ProcessPoolExecutor(
+        workers, get_context("spawn"), _start_worker, (tokenizer.name, tokenizer.trust_remote_code)
+    ) as pool:
         try:
             for group in groups:
                 waiting.append((group, pool.submit(_encode_group, [piece.text for piece in group])))
@@ -307,11 +377,11 @@ def _grouped(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 _worker_tokenizer: Tokenizer
 
 
-def _start_worker(name: str) -> None:
+def _start_worker(name: str, trust_remote_code: bool) -> None:
     global _worker_tokenizer
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # a process a core is enough
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    _worker_tokenizer = load_tokenizer(name)
+    _worker_tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
 
 
 def _end_with_parent() -> None:

@@ -24,6 +24,8 @@ class Encoder(Protocol):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
+    def spelled(self, number: int) -> str: ...
+
 
 def split_last_word(text: str) -> tuple[str, str]:
     """(context, word): the word after the last white space, which it keeps in front; trailing space is cut.
@@ -48,8 +50,15 @@ def lambada(
     perplexity: exp(mean over passages of the word's -log p, summed over its tokens).
     batch_size: passages a forward, padded on the right. A passage longer than the model's positions loses
     its beginning. The model is evaluated in eval mode, and left in the mode it was in.
+    Raises DataError for a passage that is too short, or holds an id that the model has no row for.
     """
     examples = sorted(_encode(tokenizer, texts, _longest_input(model)), key=lambda e: len(e[0]), reverse=True)
+    largest, rows = max((max(ids) for ids, _ in examples), default=0), find_structure(model).vocab_rows
+    if largest >= rows:
+        raise DataError(
+            f"a LAMBADA passage holds the id {tokenizer.spelled(largest)}, the model has {rows} vocabulary rows: use "
+            "the tokenizer that the model was trained with"
+        )
     was_training = model.training
     model.eval()
     try:

@@ -1,15 +1,21 @@
-"""Held-out perplexity from an engine: exact over all tokens, the same at any number of ranks."""
+"""Held-out perplexity: of a run's packed rows from its engine, and of documents, each by itself, from a model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 
-from ted_ds.batch import Batch
+from ted_ds.batch import IGNORED, Batch
+from ted_ds.data.documents import Document, beginning, window_batches
+from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.distributed import World
+from ted_ds.errors import DataError
 from ted_ds.evaluation.scores import perplexity
+from ted_ds.models.structure import find_structure
+from ted_ds.ops import Head, token_scores
 
 
 def held_out_perplexity(engine: Any, rows: Iterable[Batch], world: World) -> dict[str, float]:
@@ -27,3 +33,85 @@ def held_out_perplexity(engine: Any, rows: Iterable[Batch], world: World) -> dic
     nll, count = world.sum(sums).tolist()
     score = perplexity(nll, int(count))
     return {"validation_loss": score.loss, "validation_perplexity": score.perplexity}
+
+
+def document_perplexity(
+    model: Any,
+    tokenizer: Tokenizer,
+    documents: Iterator[Document],
+    *,
+    length: int,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Perplexities of a causal Hugging Face model, each document by itself: it sees nothing of the others.
+
+    loss, perplexity: a token's, of the documents' own and of their ends. word_perplexity, byte_perplexity,
+    bits_per_byte: of the documents' own tokens alone, over words and bytes (see `Document`), as lm-evaluation-harness
+    has them. documents_begin_with: the tokens that each document follows, null if none (see `beginning`). Further
+    documents, tokens (predicted ones), words, bytes.
+    length: tokens a window. batch_size: windows of full length a forward; of shorter ones it takes more. The model is
+    in eval mode on `device`. Raises DataError for an id that the model has no row for.
+    """
+    begin, documents = beginning(tokenizer, documents)
+    counts = _Counts()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    rows = find_structure(model).vocab_rows
+    batches = window_batches(
+        counts.counted(documents), begin, tokenizer.end, length=length, batch_tokens=batch_size * length
+    )
+    for batch in batches:
+        largest = max(int(batch.inputs.max()), int(batch.targets.max()))
+        if largest >= rows:
+            raise DataError(
+                f"the data holds the id {tokenizer.spelled(largest)}, the model has {rows} vocabulary rows: use the "
+                "tokenizer that the model was trained with"
+            )
+        sums += _sums(model, batch.inputs.to(device), batch.targets.to(device), batch.ends.to(device), tokenizer)
+    nll, own, tokens = sums.tolist()
+    token = perplexity(nll, int(tokens))
+    return {
+        "documents_begin_with": tokenizer.decode(begin) if begin else None,
+        "documents": counts.documents,
+        "tokens": int(tokens),
+        "words": counts.words,
+        "bytes": counts.bytes,
+        "loss": token.loss,
+        "perplexity": token.perplexity,
+        "word_perplexity": perplexity(own, counts.words).perplexity,
+        "byte_perplexity": perplexity(own, counts.bytes).perplexity,
+        "bits_per_byte": own / counts.bytes / math.log(2),
+    }
+
+
+class _Counts:
+    """What documents count, as they go by."""
+
+    def __init__(self) -> None:
+        self.documents = self.words = self.bytes = 0
+
+    def counted(self, documents: Iterator[Document]) -> Iterator[Document]:
+        for document in documents:
+            self.documents += 1
+            self.words += document.words
+            self.bytes += document.bytes
+            yield document
+
+
+@torch.no_grad()
+def _sums(
+    model: Any, inputs: torch.Tensor, targets: torch.Tensor, ends: torch.Tensor, tokenizer: Tokenizer
+) -> torch.Tensor:
+    """[3] float64: nats of all targets, of those that are no document's end, and how many targets there are."""
+    structure = find_structure(model)
+    # a mask of ones is as none, but transformers, which looks for padding, does not warn
+    hidden = structure.backbone(
+        input_ids=inputs, attention_mask=torch.ones_like(inputs), use_cache=False
+    ).last_hidden_state
+    head = Head(structure.lm_head.weight, structure.lm_head.bias, structure.logit_softcap, structure.logit_scale)
+    vocabulary = min(tokenizer.vocab_size, structure.vocab_rows)
+    nll, _ = token_scores(hidden.flatten(0, 1), head, targets.flatten(), vocab_size=vocabulary)
+    own = nll.masked_fill(ends.flatten(), 0.0)
+    return torch.stack(
+        [nll.sum(dtype=torch.float64), own.sum(dtype=torch.float64), (targets != IGNORED).sum().double()]
+    )

@@ -55,6 +55,11 @@ class ExampleData:
         return ExampleData(tokenizer, make_task(run.spec, world), run.spec, splits.pop("train"), splits)
 
     @property
+    def splits(self) -> dict[str, EncodedRows]:
+        """All rows by name."""
+        return {"train": self.train, **self.held_out}
+
+    @property
     def num_rows(self) -> int:
         """Training rows: examples, or windows of contexts."""
         return len(self.train)
@@ -124,7 +129,7 @@ def ensure_task_tokenizer(run: RunConfig) -> Tokenizer:
         with BadRows(skip=data.skip_bad_rows) as bad:
             texts = list(_all_texts(run, bad))  # all of them before a tokenizer is written that would be taken again
         train_wordpiece(texts, data.train_tokenizer, Path(data.tokenizer))
-    return load_tokenizer(data.tokenizer)
+    return load_tokenizer(data.tokenizer, trust_remote_code=data.trust_remote_code)
 
 
 def _all_texts(run: RunConfig, bad: BadRows) -> Iterator[str]:

@@ -34,6 +34,7 @@ FREE = (
     "train.max_minutes",
     "train.timeout_minutes",
     "data.processes",
+    "data.trust_remote_code",
     "teacher.cache",
 )
 

@@ -31,10 +31,17 @@ class TextData:
     validation: PackedBlocks | None
 
     @staticmethod
-    def open(run: RunConfig, tokenizer: Tokenizer) -> TextData:
-        """The blocks that `prepare_text` made."""
+    def open(run: RunConfig, tokenizer: Tokenizer, vocabulary_rows: int | None) -> TextData:
+        """The blocks that `prepare_text` made. vocabulary_rows: see `open_data`."""
         blocks = {split: PackedBlocks(run.prepared_folder / split) for split in SPLITS if getattr(run.data, split)}
-        return TextData(tokenizer, CausalLM(tokenizer.vocab_size), blocks["train"], blocks.get("validation"))
+        ids = tokenizer.vocab_size
+        task = CausalLM(ids if vocabulary_rows is None else min(ids, vocabulary_rows))
+        return TextData(tokenizer, task, blocks["train"], blocks.get("validation"))
+
+    @property
+    def splits(self) -> dict[str, PackedBlocks]:
+        """All blocks by name."""
+        return {"train": self.train} | ({} if self.validation is None else {"validation": self.validation})
 
     @property
     def num_rows(self) -> int:
@@ -72,7 +79,7 @@ class TextData:
         return LMHead(
             norm,
             head,
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=self.task.vocab_size,
             token_fraction=run.filters.token_fraction,
             seed=run.seed,
         )
@@ -83,7 +90,7 @@ def ensure_text_tokenizer(data: DataConfig) -> Tokenizer:
     if data.train_tokenizer is not None and not Path(data.tokenizer).exists():
         texts = (piece.text for piece in iter_pieces(data.train, text_column=data.text_column))
         train_sentencepiece(texts, data.train_tokenizer, Path(data.tokenizer))
-    return load_tokenizer(data.tokenizer)
+    return load_tokenizer(data.tokenizer, trust_remote_code=data.trust_remote_code)
 
 
 def prepare_text(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> dict[str, PackedBlocks]:

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,13 +28,15 @@ TORN = "holds no whole prepared data"
 SHORT = ["w1 w2", "w3", " ", "w4\nw5 w6 " * 9, "unknown", *(f"w{i}" for i in range(40))]
 
 
-def tokenizer_in(folder: Path, *, bos: bool) -> Tokenizer:
-    """A tokenizer of words, so that a text cut at line ends keeps its ids."""
+def tokenizer_in(folder: Path, *, bos: bool = False, prefix: str = "") -> Tokenizer:
+    """A tokenizer of words, so that a text cut at line ends keeps its ids. prefix: tokens that it begins texts with."""
+    prefix = "<bos>" if bos else prefix
     words = ["<eos>", "<unk>", "<bos>", *(f"w{i}" for i in range(40))]
     core = Core(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos:
-        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    if prefix:
+        special = [(word, i) for i, word in enumerate(words[:3])]
+        core.post_processor = processors.TemplateProcessing(single=f"{prefix} $A", special_tokens=special)
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
     return load_tokenizer(str(folder))
 
@@ -108,7 +111,79 @@ def test_the_manifest_says_what_was_packed(tmp_path: Path, entries: list[str], t
         "entries": entries,
         "sources": {str(path): path.stat().st_size for path in (tmp_path / "long.txt", tmp_path / "short.jsonl")},
         "digest": hashlib.sha256(padded.tobytes()).hexdigest(),
+        "prefix": [2],
+        "largest_id": 42,
     }
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 64])
+@pytest.mark.parametrize("prefix", ["<bos>", "<bos> <unk>"])
+@pytest.mark.usefixtures("small")
+def test_the_rows_know_by_place_what_the_tokenizer_put_there(
+    tmp_path: Path, entries: list[str], prefix: str, length: int
+) -> None:
+    """Also when a document spells it out, and when it is cut by the end of a row."""
+    tokenizer = tokenizer_in(tmp_path / "words", prefix=prefix)
+    (tmp_path / "spelled.txt").write_text("w1 <bos> w2 <bos> <unk> w3")
+    texts = [LONG, *SHORT, "w1 <bos> w2 <bos> <unk> w3"]
+    size = len(tokenizer.prefix)
+    marks = [i < size for ids in tokenizer.encode_batch(texts) for i in range(len(ids) + 1)]
+    blocks = packed([*entries, str(tmp_path / "spelled.txt")], tokenizer, tmp_path / "data", length, drop_tail=False)
+    found = blocks.inserted(np.arange(len(blocks)))
+    assert found is not None and found.dtype == bool and found.shape == (len(blocks), length)
+    assert found.reshape(-1).tolist() == marks + [False] * (found.size - len(marks))
+    again = PackedBlocks(tmp_path / "data").inserted(np.array([3, 0]))
+    assert again is not None and np.array_equal(again, found[[3, 0]])
+
+
+@pytest.mark.usefixtures("small")
+def test_one_token_stands_between_documents_where_the_end_is_the_beginning_too(
+    tmp_path: Path, entries: list[str]
+) -> None:
+    tokenizer, plain = (tokenizer_in(tmp_path / (p or "none"), prefix=p) for p in ("<eos>", ""))
+    assert (tokenizer.prefix, plain.prefix) == ([0], [])
+    blocks = packed(entries, tokenizer, tmp_path / "data", 8, drop_tail=False)
+    stream = blocks.rows(np.arange(len(blocks))).reshape(-1)[: blocks.manifest.tokens]
+    assert stream.tolist() == [0, *stream_of(plain)]
+    assert blocks.inserted(np.arange(2)) is None
+
+
+@pytest.mark.usefixtures("small")
+def test_a_folder_of_before_is_what_it_was(tmp_path: Path, entries: list[str], tokenizer: Tokenizer) -> None:
+    """Neither the column nor the manifest's new keys: rows, digest and checks as ever, nothing is inserted."""
+    new = packed(entries, tokenizer, tmp_path / "data", 8)
+    rows = new.rows(np.arange(len(new)))
+    folder = tmp_path / "before"
+    folder.mkdir()
+    with pa.OSFile(str(folder / BLOCKS), "wb") as sink, new._file as file:
+        batches = [file.get_batch(i).select(["input_ids"]) for i in range(file.num_record_batches)]
+        with pa.ipc.new_file(sink, batches[0].schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+    values = json.loads((tmp_path / "data" / MANIFEST).read_text())
+    del values["prefix"], values["largest_id"]
+    (folder / MANIFEST).write_text(json.dumps(values))
+    old = PackedBlocks(folder)
+    assert np.array_equal(old.rows(np.arange(len(old))), rows) and old.inserted(np.arange(len(old))) is None
+    assert (old.manifest.prefix, old.manifest.largest_id, old.largest_id()) == (None, None, int(rows.max()))
+    assert hashlib.sha256(rows.astype(np.int32).tobytes()).hexdigest() == old.manifest.digest
+    check(old, folder, entries, tokenizer, 8, text_column="body")
+
+
+def test_nothing_is_added_to_the_file_of_a_tokenizer_without_a_beginning(tmp_path: Path, entries: list[str]) -> None:
+    blocks = packed(entries, tokenizer_in(tmp_path / "words", bos=False), tmp_path / "data", 8)
+    with pa.memory_map(str(tmp_path / "data" / BLOCKS)) as file:
+        assert pa.ipc.open_file(file).schema.names == ["input_ids"]
+    assert blocks.inserted(np.arange(3)) is None and blocks.largest_id() == 42
+
+
+def test_processes_that_tokenize_trust_what_the_recipe_trusts(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(module.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(module, "load_tokenizer", lambda name, **options: given.append((name, options)))
+    monkeypatch.setattr(module, "_worker_tokenizer", None, raising=False)
+    module._start_worker("t", True)
+    assert given == [("t", {"trust_remote_code": True})]
 
 
 @pytest.mark.usefixtures("small")
