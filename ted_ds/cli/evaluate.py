@@ -51,6 +51,7 @@ def _named(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from ted_ds.data.bad_rows import BadRows
     from ted_ds.data.sources import iter_pieces
     from ted_ds.data.tokenizers import load_tokenizer
     from ted_ds.distributed import init_world
@@ -71,8 +72,9 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         score = _perplexity if kind == "causal-lm" else _task_scores
         results |= score(arguments, model, tokenizer, world)
     if arguments.lambada:
-        passages = iter_pieces([arguments.lambada], text_column="text", by_line=True)
-        texts = [piece.text for piece in passages]
+        with BadRows(skip=None) as bad:
+            passages = iter_pieces([arguments.lambada], text_column="text", by_line=True, bad=bad)
+            texts = [piece.text for piece in passages]
         scores = lambada(model, tokenizer, texts, batch_size=arguments.batch_size, device=world.device)
         results |= {f"lambada_{name}": value for name, value in scores.items()}
     return results

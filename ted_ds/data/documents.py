@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ted_ds.batch import IGNORED
+from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.prepare import Entries, tokenized
 from ted_ds.data.tokenizers import Tokenizer
 
@@ -50,11 +51,12 @@ class _Open:
 def iter_documents(entries: Entries, tokenizer: Tokenizer, *, text_column: str = "text") -> Iterator[Document]:
     """The documents of all entries, in order; DataError where data is missing or unreadable."""
     held = _Open()
-    for piece, ids in tokenized(entries, tokenizer, text_column=text_column, processes=None, what="tokenize"):
-        held.add(piece.text, ids[len(tokenizer.prefix) :])
-        if piece.ends:
-            yield Document(np.array(held.ids, dtype=np.int32), held.spaces + 1, held.bytes)
-            held = _Open()
+    with BadRows(skip=None) as bad:
+        for piece, ids in tokenized(entries, tokenizer, bad, text_column=text_column, processes=None, what="tokenize"):
+            held.add(piece.text, ids[len(tokenizer.prefix) :])
+            if piece.ends:
+                yield Document(np.array(held.ids, dtype=np.int32), held.spaces + 1, held.bytes)
+                held = _Open()
 
 
 def beginning(tokenizer: Tokenizer, documents: Iterator[Document]) -> tuple[list[int], Iterator[Document]]:

@@ -19,7 +19,7 @@ import torch
 from ted_ds.batch import Batch
 from ted_ds.config.tasks import TaskSpec
 from ted_ds.data.bad_rows import BadRow, BadRows
-from ted_ds.data.prepare import MANIFEST, Entries, entry_names, file_sizes, refuse_differences
+from ted_ds.data.prepare import MANIFEST, Entries, entry_names, file_sizes, refuse_differences, refuse_left_out
 from ted_ds.data.squad import Question, iter_questions
 from ted_ds.data.tables import iter_examples
 from ted_ds.data.tokenizers import Tokenizer
@@ -174,11 +174,7 @@ def ensure_encoded(
         _encode(entries, spec, tokenizer, folder, max_length, stride, training, skip_bad_rows)
     rows = EncodedRows(folder)
     made = rows.manifest
-    if made.left_out and not skip_bad_rows:
-        raise DataError(
-            f"{folder} was prepared without {made.left_out} bad rows, which data.skip_bad_rows: false refuses: set it "
-            "to true, or delete that folder to prepare it anew"
-        )
+    refuse_left_out(folder, made.left_out, skip_bad_rows)
     question_answering = spec.kind == "question-answering"
     columns = () if question_answering else (*spec.text_columns, spec.label_column)
     sizes = file_sizes(entries) if made.entries == entry_names(entries) else {}

@@ -21,6 +21,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from ted_ds.config.schema import HubDataset
+from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.files import matching_files
 from ted_ds.data.sources import Piece, iter_pieces
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
@@ -49,7 +50,7 @@ class Manifest:
     tokens: of all documents, their prefixes and ends included, and a dropped tail too. last_row_length: tokens
     of the last row that are not padding. digest: SHA-256 of the rows' ids, as int32.
     prefix: what the tokenizer put before each document. largest_id: of the rows. Both None in folders of versions
-    that did not write them.
+    that did not write them. left_out: bad rows of the data, of which there is nothing here.
     """
 
     tokenizer: str
@@ -65,6 +66,7 @@ class Manifest:
     digest: str
     prefix: tuple[int, ...] | None = None
     largest_id: int | None = None
+    left_out: int = 0
 
 
 class PackedBlocks:
@@ -135,6 +137,7 @@ def ensure_prepared(
     text_column: str,
     drop_tail: bool,
     processes: int | None,
+    skip_bad_rows: bool = False,
 ) -> PackedBlocks:
     """The packed blocks in `folder`, prepared now if it does not exist; DataError as `prepare` and `check` raise it."""
     if not folder.exists():
@@ -146,8 +149,10 @@ def ensure_prepared(
             text_column=text_column,
             drop_tail=drop_tail,
             processes=processes,
+            skip_bad_rows=skip_bad_rows,
         )
     blocks = PackedBlocks(folder)
+    refuse_left_out(folder, blocks.manifest.left_out, skip_bad_rows)
     check(blocks, folder, entries, tokenizer, sequence_length, text_column=text_column)
     return blocks
 
@@ -186,6 +191,15 @@ def refuse_differences(folder: Path, wanted: Sequence[tuple[str, object, object]
             )
 
 
+def refuse_left_out(folder: Path, left_out: int, skip_bad_rows: bool | None) -> None:
+    """Raises DataError where the folder lacks bad rows of its data that are not to be left out."""
+    if left_out and not skip_bad_rows:
+        raise DataError(
+            f"{folder} was prepared without {left_out} bad rows, which data.skip_bad_rows: false refuses: set it to "
+            "true, or delete that folder to prepare it anew"
+        )
+
+
 def prepare(
     entries: Entries,
     tokenizer: Tokenizer,
@@ -195,6 +209,7 @@ def prepare(
     text_column: str = "text",
     drop_tail: bool = True,
     processes: int | None = None,
+    skip_bad_rows: bool = False,
 ) -> PackedBlocks:
     """Tokenizes and packs all documents into `folder`, renamed into place when it is whole.
 
@@ -202,7 +217,7 @@ def prepare(
     token, and are cut every `sequence_length` tokens: a row may hold the end of one and the beginning of
     the next. Where prefix and end are one token (OPT), it stands once between two documents, as in the data of such
     models. Nothing is lost but, with `drop_tail`, a last row that is not full; else it is padded.
-    processes: that tokenize; None: one a core. The result does not depend on it.
+    processes: that tokenize; None: one a core. The result does not depend on it. skip_bad_rows: see `BadRows`.
     Raises DataError for data that is missing, unreadable, or makes no full row.
     """
     temporary = folder.with_name(folder.name + ".tmp")
@@ -210,10 +225,12 @@ def prepare(
     temporary.mkdir(parents=True)
     sizes = file_sizes(entries)
     packer = _Packer(temporary / BLOCKS, tokenizer, sequence_length)
-    for piece, ids in tokenized(
-        entries, tokenizer, text_column=text_column, processes=processes, what=f"prepare {folder.name}"
-    ):
-        packer.add(piece, ids)
+    what = f"prepare {folder.name}"
+    with BadRows(skip=skip_bad_rows) as bad:
+        for piece, ids in tokenized(entries, tokenizer, bad, text_column=text_column, processes=processes, what=what):
+            packer.add(piece, ids)
+    if bad.count and not packer.tokens:
+        raise bad.nothing_left()
     last_row_length = packer.close(drop_tail=drop_tail)
     if not packer.rows:
         raise DataError(
@@ -233,6 +250,7 @@ def prepare(
         sources=sizes,
         prefix=tuple(tokenizer.prefix),
         largest_id=packer.largest_id,
+        left_out=bad.count,
         digest=packer.digest.hexdigest(),
     )
     (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
@@ -241,17 +259,17 @@ def prepare(
 
 
 def tokenized(
-    entries: Entries, tokenizer: Tokenizer, *, text_column: str, processes: int | None, what: str
+    entries: Entries, tokenizer: Tokenizer, bad: BadRows, *, text_column: str, processes: int | None, what: str
 ) -> Iterator[tuple[Piece, list[int]]]:
     """The pieces of all documents in order, each with its ids, which begin with the tokenizer's prefix.
 
-    processes, errors: see `prepare`. what: the progress bar's name.
+    bad: gets the rows that cannot be used. processes, errors: see `prepare`. what: the progress bar's name.
     """
     sizes = file_sizes(entries)
     workers = processes or os.cpu_count() or 1
     if sizes and sum(sizes.values()) < ALONE_BYTES:
         workers = 1
-    pieces = iter_pieces(entries, text_column=text_column)
+    pieces = iter_pieces(entries, text_column=text_column, bad=bad)
     tokens = 0
     with tqdm(total=sum(sizes.values()) or None, unit="B", unit_scale=True, desc=what) as bar:
         for group, encoded in _encoded(pieces, tokenizer, workers):

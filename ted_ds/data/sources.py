@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ted_ds.config.schema import HubDataset
-from ted_ds.data.bad_rows import BadRow
+from ted_ds.data.bad_rows import BadRow, BadRows
 from ted_ds.data.files import (
     PLAIN_SUFFIXES,
     POINTER,
@@ -42,41 +42,55 @@ class Piece:
     read: float = 0.0
 
 
-def iter_pieces(entries: Sequence[str | HubDataset], *, text_column: str, by_line: bool = False) -> Iterator[Piece]:
+def iter_pieces(
+    entries: Sequence[str | HubDataset], *, text_column: str, by_line: bool = False, bad: BadRows | None = None
+) -> Iterator[Piece]:
     """The documents of all entries in order; no piece is empty.
 
     A text file is one document, or with `by_line` each of its lines; a JSON line or a row of a CSV, TSV or Parquet
     file or hub data set is one each (the string in `text_column`). Compressed files are read as such.
+    bad: gets the rows that cannot be used, of which the first ends the pieces of data that is refused for it; None: the
+    first of them is raised.
     Raises DataError naming the file, and the line where there is one, that is missing, empty or unreadable.
     """
     for entry in entries:
         if isinstance(entry, HubDataset):
-            yield from _hub_pieces(entry, text_column)
+            where, rows = hub_rows(entry)
+            remedy = "choose another split, or set data.text_column"
+            yield from _checked(where, _hub_pieces(where, rows, text_column), remedy, bad)
             continue
         for path in matching_files(entry):
-            found = False
-            for piece in _file_pieces(path, text_column, by_line):
-                found = True
+            remedy = "remove it from the recipe's data, or fill it"
+            yield from _checked(str(path), _file_pieces(path, text_column, by_line), remedy, bad)
+
+
+def _checked(source: str, pieces: Iterator[Piece | BadRow], remedy: str, bad: BadRows | None) -> Iterator[Piece]:
+    found = False
+    with readable(source):  # a streamed file is parsed, and perhaps found broken, only here
+        for piece in pieces:
+            found = True
+            if isinstance(piece, BadRow):
+                if bad is None:
+                    raise piece
+                bad.add(piece)
+            elif bad is None or not bad.refused:
                 yield piece
-            if not found:
-                raise DataError(f"{path} has no text: remove it from the recipe's data, or fill it")
+    if not found:
+        raise DataError(f"{source} has no text: {remedy}")
 
 
-def _file_pieces(path: Path, text_column: str, by_line: bool) -> Iterator[Piece]:
+def _file_pieces(path: Path, text_column: str, by_line: bool) -> Iterator[Piece | BadRow]:
     kind = file_kind(path)
-    with readable(path):
-        if kind in RECORD_SUFFIXES:
-            for record in iter_records(path, (text_column,), "data.text_column"):
-                if isinstance(record.values, BadRow):
-                    raise record.values
-                yield from _whole(record.values[text_column], record.where, text_column, record.read)
-        elif kind in TEXT_SUFFIXES:
-            with text_file(path) as file:
-                if kind in PLAIN_SUFFIXES and file.looks_like_json():
-                    raise DataError(f"{path} holds JSON, not plain text: name JSON lines .jsonl")
-                yield from _lines(file) if by_line else _text(file)
-        else:
-            no_format(path, ".jsonl, .csv, .tsv or .parquet, or .txt for plain text")
+    if kind in RECORD_SUFFIXES:
+        for record in iter_records(path, (text_column,), "data.text_column"):
+            yield from _whole(record.values, record.where, text_column, record.read)
+    elif kind in TEXT_SUFFIXES:
+        with text_file(path) as file:
+            if kind in PLAIN_SUFFIXES and file.looks_like_json():
+                raise DataError(f"{path} holds JSON, not plain text: name JSON lines .jsonl")
+            yield from _lines(file) if by_line else _text(file)
+    else:
+        no_format(path, ".jsonl, .csv, .tsv or .parquet, or .txt for plain text")
 
 
 def _text(file: TextFile) -> Iterator[Piece]:
@@ -101,25 +115,20 @@ def _lines(file: TextFile) -> Iterator[Piece]:
             yield Piece(line.rstrip("\r\n"), read=file.read())
 
 
-def _whole(text: Any, where: str, column: str, read: float) -> Iterator[Piece]:
+def _whole(row: Mapping[str, Any] | BadRow, where: str, column: str, read: float) -> Iterator[Piece | BadRow]:
     """A document that is one string; an empty one is passed over."""
-    if not isinstance(text, str):
-        raise DataError(f"{where}: {column!r} is {text!r:.40}, not a string: fix or drop it, or set data.text_column")
-    if text:
+    if isinstance(row, BadRow):
+        yield row
+    elif not isinstance(text := row[column], str):
+        yield BadRow(f"{where}: {column!r} is {text!r:.40}, not a string", "set data.text_column")
+    elif text:
         yield Piece(text, read=read)
 
 
-def _hub_pieces(entry: HubDataset, column: str) -> Iterator[Piece]:
-    where, rows = hub_rows(entry)
+def _hub_pieces(where: str, rows: Any, column: str) -> Iterator[Piece | BadRow]:
     if rows.column_names is not None:
         check_columns(where, rows.column_names, (column,), "data.text_column")
-    found = False
-    with readable(where):  # a streamed file is parsed, and perhaps found broken, only here
-        for number, row in enumerate(rows, 1):
-            if str(row[column]).startswith(POINTER):  # a clone's text file
-                raise DataError(f"{where}, row {number} is of a pointer of git LFS: run `git lfs pull` in its folder")
-            for piece in _whole(row[column], f"{where}, row {number}", column, 0.0):
-                found = True
-                yield piece
-    if not found:
-        raise DataError(f"{where} has no text: choose another split, or set data.text_column")
+    for number, row in enumerate(rows, 1):
+        if str(row[column]).startswith(POINTER):  # a clone's text file
+            raise DataError(f"{where}, row {number} is of a pointer of git LFS: run `git lfs pull` in its folder")
+        yield from _whole(row, f"{where}, row {number}", column, 0.0)
