@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ted_ds.data.files import JSON_SUFFIXES, TSV_SUFFIXES, TextFile, file_kind, refuse_binary, text_file
+from ted_ds.data.files import JSON_SUFFIXES, TSV_SUFFIXES, TextFile, TwiceNamed, file_kind, refuse_binary, text_file
 from ted_ds.errors import DataError
 
 logger = logging.getLogger("ted_ds")
@@ -63,9 +62,8 @@ def check_columns(
 
 def class_names(path: Path, column: str) -> list[str] | None:
     """The names of a Parquet column's numbers, where `datasets` wrote them (ClassLabel) into the file."""
-    import pyarrow.parquet as pq
-
-    schema = pq.read_schema(path)
+    with _parquet_file(path) as file:
+        schema = file.schema_arrow
     if b"huggingface" not in (schema.metadata or {}):
         return None
     from datasets import Features
@@ -73,7 +71,7 @@ def class_names(path: Path, column: str) -> list[str] | None:
     return getattr(Features.from_arrow_schema(schema).get(column), "names", None)
 
 
-def _parquet(path: Path, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
+def _parquet_file(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     if path.suffix.lower() != PARQUET:
@@ -81,7 +79,11 @@ def _parquet(path: Path, columns: Sequence[str], setting: str | None) -> Iterato
     with path.open("rb") as raw:
         if not (head := raw.peek()).startswith(b"PAR1"):
             refuse_binary(head, path)
-    with pq.ParquetFile(path) as file:
+    return pq.ParquetFile(path)
+
+
+def _parquet(path: Path, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
+    with _parquet_file(path) as file:
         names = file.schema_arrow.names
         check_columns(str(path), names, columns, setting)
         number, share = 0, path.stat().st_size / max(1, file.metadata.num_rows)
@@ -107,7 +109,6 @@ def _python(batch: Any, where: str, before: int) -> list[dict[str, Any]]:
 
 def _json(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
     needed = frozenset(columns)
-    quoted = [f'"{name}"' for name in columns]
     for number, line in file.lines():
         if not line.strip():
             continue
@@ -115,8 +116,8 @@ def _json(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterat
         if isinstance(values, dict):
             if not needed <= values.keys():
                 check_columns(where, list(values), columns, setting)
-            if any(line.count(name) > 1 for name in quoted):  # perhaps within another column
-                check_columns(where, [name for name, _ in json.loads(line, object_pairs_hook=list)], columns, None)
+            if isinstance(values, TwiceNamed):
+                check_columns(where, values.names, columns, None)
         elif setting:
             raise DataError(f"{where}: not an object with columns: fix or drop the line")
         yield Record(number, where, values, file.read())

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 from ted_ds.config.schema import HubDataset
 from ted_ds.data.files import (
@@ -27,8 +26,7 @@ PIECE_CHARACTERS = 1 << 16
 """A text file is cut into pieces of about this size, at line ends, so that one huge file is still many tasks."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Consecutive text of one document, or all of it.
 
     starts, ends: whether the document begins, and is over, with it. read: bytes on disk that reading has
@@ -66,7 +64,11 @@ def _file_pieces(path: Path, text_column: str, by_line: bool) -> Iterator[Piece]
     with readable(path):
         if kind in RECORD_SUFFIXES:
             for record in iter_records(path, (text_column,), "data.text_column"):
-                yield from _whole(record.values[text_column], record.where, text_column, record.read)
+                text = record.values[text_column]
+                if not isinstance(text, str):
+                    _no_text(text, record.where, text_column)
+                if text:
+                    yield Piece(text, read=record.read)
         elif kind in TEXT_SUFFIXES:
             with text_file(path) as file:
                 if kind in PLAIN_SUFFIXES and file.looks_like_json():
@@ -98,12 +100,8 @@ def _lines(file: TextFile) -> Iterator[Piece]:
             yield Piece(line.rstrip("\r\n"), read=file.read())
 
 
-def _whole(text: Any, where: str, column: str, read: float) -> Iterator[Piece]:
-    """A document that is one string; an empty one is passed over."""
-    if not isinstance(text, str):
-        raise DataError(f"{where}: {column!r} is {text!r:.40}, not a string: fix or drop it, or set data.text_column")
-    if text:
-        yield Piece(text, read=read)
+def _no_text(value: Any, where: str, column: str) -> NoReturn:
+    raise DataError(f"{where}: {column!r} is {value!r:.40}, not a string: fix or drop it, or set data.text_column")
 
 
 def _hub_pieces(entry: HubDataset, column: str) -> Iterator[Piece]:
@@ -113,10 +111,13 @@ def _hub_pieces(entry: HubDataset, column: str) -> Iterator[Piece]:
     found = False
     with readable(where):  # a streamed file is parsed, and perhaps found broken, only here
         for number, row in enumerate(rows, 1):
-            if str(row[column]).startswith(POINTER):  # a clone's text file
+            text = row[column]
+            if not isinstance(text, str):
+                _no_text(text, f"{where}, row {number}", column)
+            if text.startswith(POINTER):  # a text file of a clone
                 raise DataError(f"{where}, row {number} is of a pointer of git LFS: run `git lfs pull` in its folder")
-            for piece in _whole(row[column], f"{where}, row {number}", column, 0.0):
+            if text:
                 found = True
-                yield piece
+                yield Piece(text)
     if not found:
         raise DataError(f"{where} has no text: choose another split, or set data.text_column")

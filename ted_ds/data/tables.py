@@ -93,10 +93,10 @@ def _named(
         )
     for where, row in rows:
         label = row[spec.label_column]
-        if label is not None and label >= len(names):
+        if isinstance(label, int) and label >= len(names):
             raise DataError(f"{where}: the label is {label}, and the data names {len(names)}: fix or drop the row")
         # -1 is no label
-        yield where, row if label is None or label < 0 else {**row, spec.label_column: names[label]}
+        yield where, row if not isinstance(label, int) or label < 0 else {**row, spec.label_column: names[label]}
 
 
 def _official_table(path: Path, spec: TaskSpec, layout: Tsv) -> Iterator[tuple[str, Row]]:
