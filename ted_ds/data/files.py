@@ -8,6 +8,7 @@ import json
 import logging
 import lzma
 import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -62,8 +63,9 @@ ARCHIVES: tuple[tuple[bytes, str], ...] = (
 # those of UTF-32 first: its little-endian one begins with UTF-16's
 WIDE = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_JSON_BEGINS = re.compile(rb'(?:\xef\xbb\xbf)?\s*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
+_JSON_BEGINS = re.compile(rb'\s*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
 
 def matching_files(entry: str) -> list[Path]:
@@ -110,15 +112,16 @@ class TextFile:
         self._first_mended: int | None = None
 
     def lines(self) -> Iterator[tuple[int, str]]:
-        """(1-based number, line with its end) of each line; a byte order mark is dropped."""
-        for number, line in enumerate(self._plain, 1):
-            if b"\0" in line:
-                raise DataError(f"{self.name}, line {number}: a NUL byte, so not plain UTF-8: convert the file")
-            try:
+        """(1-based number, line with its end) of each line."""
+        number = 0
+        try:
+            for number, line in enumerate(self._plain, 1):
                 text = line.decode()
-            except UnicodeDecodeError as error:
-                raise DataError(f"{self.name}, line {number}: not UTF-8 ({error.reason}): convert the file") from error
-            yield number, text if number > 1 else text.removeprefix("\ufeff")
+                if "\0" in text:
+                    raise DataError(f"{self.name}, line {number}: a NUL byte, so binary or UTF-16: convert the file")
+                yield number, text
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.name}, line {number}: not UTF-8 ({error.reason}): convert the file") from error
 
     def read(self) -> float:
         """Bytes on disk that reading has gone through since the last call."""
@@ -128,10 +131,10 @@ class TextFile:
     def json(self, text: str, number: int | None = None) -> Any:
         """JSON of a line, or with None of the file. Lone surrogates, which no tokenizer takes, become U+FFFD."""
         try:
-            value = json.loads(text)
+            value = _DECODER.decode(text)
         except ValueError as error:
             raise self._not_json(error, text, number) from error
-        if "\\ud" in text or "\\uD" in text:  # the only way by which UTF-8 holds one
+        if "\\" in text and _ESCAPED_SURROGATE.search(text):  # most lines cost the first look alone
             value, count = _mended(value)
             if count and not self._mended:
                 self._first_mended = number
@@ -168,6 +171,8 @@ def text_file(path: Path) -> Iterator[TextFile]:
         try:
             with BufferedReader(unpack(raw)) if unpack else raw as plain:
                 refuse_binary(plain.peek(), path)
+                if plain.peek().startswith(BOM_UTF8):
+                    plain.read(len(BOM_UTF8))
                 file = TextFile(path, plain, raw)
                 try:
                     yield file
@@ -204,6 +209,23 @@ def _refuse_pointer(head: bytes, path: Path) -> None:
         raise DataError(f"{path} is a pointer of git LFS, not the file itself: run `git lfs pull`")
 
 
+class TwiceNamed(dict[str, Any]):
+    """A JSON object in which `names` come, some of them more than once; the last counts."""
+
+    names: list[str]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        made = TwiceNamed(made)
+        made.names = [name for name, _ in pairs]
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _mended(value: Any) -> tuple[Any, int]:
     """(the value with U+FFFD for each lone surrogate, how many there were)."""
     if isinstance(value, str):
@@ -212,8 +234,12 @@ def _mended(value: Any) -> tuple[Any, int]:
         parts = [_mended(part) for part in value]
         return [part for part, _ in parts], sum(count for _, count in parts)
     if isinstance(value, dict):
-        pairs = [(_mended(name), _mended(part)) for name, part in value.items()]
-        return {name: part for (name, _), (part, _) in pairs}, sum(n + m for (_, n), (_, m) in pairs)
+        count = 0
+        for name in list(value):
+            (new, more), (part, still_more) = _mended(name), _mended(value.pop(name))
+            value[new] = part  # in its old place, as all others are put anew, too
+            count += more + still_more
+        return value, count
     return value, 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ted_ds.data.bad_rows import BadRow
-from ted_ds.data.files import JSON_SUFFIXES, TSV_SUFFIXES, TextFile, file_kind, refuse_binary, text_file
+from ted_ds.data.files import JSON_SUFFIXES, TSV_SUFFIXES, TextFile, TwiceNamed, file_kind, refuse_binary, text_file
 from ted_ds.errors import DataError
 
 logger = logging.getLogger("ted_ds")
@@ -67,9 +66,8 @@ def check_columns(
 
 def class_names(path: Path, column: str) -> list[str] | None:
     """The names of a Parquet column's numbers, where `datasets` wrote them (ClassLabel) into the file."""
-    import pyarrow.parquet as pq
-
-    schema = pq.read_schema(path)
+    with _parquet_file(path) as file:
+        schema = file.schema_arrow
     if b"huggingface" not in (schema.metadata or {}):
         return None
     from datasets import Features
@@ -77,7 +75,7 @@ def class_names(path: Path, column: str) -> list[str] | None:
     return getattr(Features.from_arrow_schema(schema).get(column), "names", None)
 
 
-def _parquet(path: Path, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
+def _parquet_file(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     if path.suffix.lower() != PARQUET:
@@ -85,7 +83,11 @@ def _parquet(path: Path, columns: Sequence[str], setting: str | None) -> Iterato
     with path.open("rb") as raw:
         if not (head := raw.peek()).startswith(b"PAR1"):
             refuse_binary(head, path)
-    with pq.ParquetFile(path) as file:
+    return pq.ParquetFile(path)
+
+
+def _parquet(path: Path, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
+    with _parquet_file(path) as file:
         names = file.schema_arrow.names
         check_columns(str(path), names, columns, setting)
         number, share = 0, path.stat().st_size / max(1, file.metadata.num_rows)
@@ -111,7 +113,6 @@ def _python(batch: Any, where: str, before: int) -> list[dict[str, Any]]:
 
 def _json(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
     needed, first = frozenset(columns), True
-    quoted = [f'"{name}"' for name in columns]
     for number, line in file.lines():
         if not line.strip():
             continue
@@ -121,14 +122,14 @@ def _json(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterat
         except BadRow as error:
             values = error
         if isinstance(values, dict):
+            if isinstance(values, TwiceNamed):
+                check_columns(where, values.names, columns, None)
             if not needed <= values.keys() and setting:
                 if first:  # the recipe is wrong rather than the row
                     check_columns(where, list(values), columns, setting)
                 lacking = next(name for name in columns if name not in values)
                 there = ", ".join(values) or "none"
                 values = BadRow(f"{where} has no column {lacking!r}, only {there}", f"set {setting}")
-            if any(line.count(name) > 1 for name in quoted):  # perhaps within another column
-                check_columns(where, [name for name, _ in json.loads(line, object_pairs_hook=list)], columns, None)
         elif setting and not isinstance(values, BadRow):
             values = BadRow(f"{where}: not an object with columns")
         first = False

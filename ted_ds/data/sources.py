@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ted_ds.config.schema import HubDataset
 from ted_ds.data.bad_rows import BadRow, BadRows
@@ -28,8 +27,7 @@ PIECE_CHARACTERS = 1 << 16
 """A text file is cut into pieces of about this size, at line ends, so that one huge file is still many tasks."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Consecutive text of one document, or all of it.
 
     starts, ends: whether the document begins, and is over, with it. read: bytes on disk that reading has
@@ -83,7 +81,8 @@ def _file_pieces(path: Path, text_column: str, by_line: bool) -> Iterator[Piece 
     kind = file_kind(path)
     if kind in RECORD_SUFFIXES:
         for record in iter_records(path, (text_column,), "data.text_column"):
-            yield from _whole(record.values, record.where, text_column, record.read)
+            if piece := _whole(record.values, record.where, text_column, record.read):
+                yield piece
     elif kind in TEXT_SUFFIXES:
         with text_file(path) as file:
             if kind in PLAIN_SUFFIXES and file.looks_like_json():
@@ -115,20 +114,22 @@ def _lines(file: TextFile) -> Iterator[Piece]:
             yield Piece(line.rstrip("\r\n"), read=file.read())
 
 
-def _whole(row: Mapping[str, Any] | BadRow, where: str, column: str, read: float) -> Iterator[Piece | BadRow]:
-    """A document that is one string; an empty one is passed over."""
+def _whole(row: Mapping[str, Any] | BadRow, where: str, column: str, read: float) -> Piece | BadRow | None:
+    """A document that is one string; None of an empty one."""
     if isinstance(row, BadRow):
-        yield row
-    elif not isinstance(text := row[column], str):
-        yield BadRow(f"{where}: {column!r} is {text!r:.40}, not a string", "set data.text_column")
-    elif text:
-        yield Piece(text, read=read)
+        return row
+    text = row[column]
+    if not isinstance(text, str):
+        return BadRow(f"{where}: {column!r} is {text!r:.40}, not a string", "set data.text_column")
+    return Piece(text, read=read) if text else None
 
 
 def _hub_pieces(where: str, rows: Any, column: str) -> Iterator[Piece | BadRow]:
     if rows.column_names is not None:
         check_columns(where, rows.column_names, (column,), "data.text_column")
     for number, row in enumerate(rows, 1):
-        if str(row[column]).startswith(POINTER):  # a clone's text file
+        piece = _whole(row, f"{where}, row {number}", column, 0.0)
+        if isinstance(piece, Piece) and piece.text.startswith(POINTER):  # a text file of a clone
             raise DataError(f"{where}, row {number} is of a pointer of git LFS: run `git lfs pull` in its folder")
-        yield from _whole(row, f"{where}, row {number}", column, 0.0)
+        if piece:
+            yield piece

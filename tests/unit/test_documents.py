@@ -156,3 +156,13 @@ def test_an_id_without_a_row_is_refused_only_if_a_text_holds_it(tmp_path: Path) 
     assert score(model, tokenizer, str(tmp_path / "good.jsonl"))["documents"] == 2
     with pytest.raises(DataError, match=r"the data holds the id 29 \('<image>'\), the model has 29 vocabulary rows"):
         score(model, tokenizer, str(tmp_path / "bad.jsonl"))
+
+
+@pytest.mark.parametrize("texts", [["a", None, 3], [None, None]])
+def test_bad_rows_are_all_counted_and_refused(tmp_path: Path, texts: list[Any]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.raises(
+        DataError, match=r"^2 rows cannot be used: .*: fix or drop such rows, or set data\.text_column$"
+    ):
+        list(iter_documents([str(path)], letters("$A")))
