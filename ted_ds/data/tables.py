@@ -166,16 +166,16 @@ def _label(value: Any, spec: TaskSpec, where: str) -> int | float | None:
             return spec.labels.index(name)
     if whole in ("", "-1") or (isinstance(value, float) and math.isnan(value)):
         return None
-    if not re.fullmatch("[0-9]+", whole):
-        raise BadRow(
-            f"{where}: the label is {text!r:.60}, expected one of {', '.join(spec.labels)}",
-            "set data.labels",
-        )
     # a number is a place in its own data's order of names, which the recipe's need not be
-    if int(whole) < len(spec.numbered) and spec.numbered[int(whole)] in spec.labels:
-        return spec.labels.index(spec.numbered[int(whole)])
+    numbers = {str(i): spec.labels.index(name) for i, name in enumerate(spec.numbered) if name in spec.labels}
+    if whole in numbers:
+        return numbers[whole]
+    names = ", ".join(spec.labels)
+    if numbers or not re.fullmatch("[0-9]+", whole):
+        hint = f", or {', '.join(numbers)}" if numbers else ""
+        raise BadRow(f"{where}: the label is {text!r:.60}, expected one of {names}{hint}", "set data.labels")
     raise BadRow(
-        f"{where}: the label is the number {whole:.20}, and nothing says which of {', '.join(spec.labels)} it means",
+        f"{where}: the label is the number {whole:.20}, and nothing says which of {names} it means",
         "write labels by name, or name the numbers themselves in data.labels, in quotes",
     )
 

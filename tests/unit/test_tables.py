@@ -170,6 +170,8 @@ def test_numbers_of_a_glue_task_are_its_official_ones_whatever_the_recipe_s_orde
     assert read(path, TASKS["sst2"].with_columns(None, None, ("positive", "negative"))) == [("t", 0)]
     with pytest.raises(DataError, match=r"the label is the number 1, and nothing says which of good, bad it means"):
         examples(path, TASKS["sst2"].with_columns(None, None, ("good", "bad")))
+    with pytest.raises(DataError, match=r"the label is '7', expected one of negative, positive, or 0, 1: fix or drop"):
+        examples(labelled(tmp_path, 7), TASKS["sst2"])
 
 
 @pytest.mark.parametrize(("labels", "number"), [(("true", "false"), 0), (("False", "True"), 1)])
