@@ -19,7 +19,7 @@ from ted_ds.data.files import (
     text_file,
 )
 from ted_ds.data.hub import hub_rows
-from ted_ds.data.records import RECORD_SUFFIXES, check_columns, iter_records
+from ted_ds.data.records import RECORD_SUFFIXES, hub_records, iter_records
 from ted_ds.errors import DataError
 
 PIECE_CHARACTERS = 1 << 16
@@ -106,16 +106,14 @@ def _no_text(value: Any, where: str, column: str) -> NoReturn:
 
 def _hub_pieces(entry: HubDataset, column: str) -> Iterator[Piece]:
     where, rows = hub_rows(entry)
-    if rows.column_names is not None:
-        check_columns(where, rows.column_names, (column,), "data.text_column")
     found = False
     with readable(where):  # a streamed file is parsed, and perhaps found broken, only here
-        for number, row in enumerate(rows, 1):
+        for place, row in hub_records(where, rows, (column,), "data.text_column"):
             text = row[column]
             if not isinstance(text, str):
-                _no_text(text, f"{where}, row {number}", column)
+                _no_text(text, place, column)
             if text.startswith(POINTER):  # a text file of a clone
-                raise DataError(f"{where}, row {number} is of a pointer of git LFS: run `git lfs pull` in its folder")
+                raise DataError(f"{place} is of a pointer of git LFS: run `git lfs pull` in its folder")
             if text:
                 found = True
                 yield Piece(text)

@@ -178,7 +178,7 @@ def test_what_is_no_text_is_refused_whatever_it_is_called(tmp_path: Path, reader
 @pytest.mark.parametrize("reader", READERS)
 def test_parquet_by_another_name(tmp_path: Path, reader: Reader) -> None:
     path = parquet(tmp_path / "a.parquet", **{name: [value] for name, value in row("t").items()})
-    refused(reader, path.rename(tmp_path / "a.jsonl"), " holds Parquet, not text: unpack or convert it, or give it the")
+    refused(reader, path.rename(tmp_path / "a.jsonl"), " holds Parquet, not text: name it .parquet")
     packed = write(tmp_path / "a.parquet.gz", gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     refused(reader, packed, " is a Parquet file that is compressed as a whole: unpack it")
 
