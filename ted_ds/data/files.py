@@ -74,7 +74,9 @@ def matching_files(entry: str) -> list[Path]:
     if Path(entry).is_file():  # a name with brackets in it
         return [Path(entry)]
     if not files:
-        what = "is a folder: give files or a glob such as FOLDER/*.jsonl" if Path(entry).is_dir() else "matches no file"
+        what = "matches no file"
+        if Path(entry).is_dir():
+            what = "is a folder: give files or a glob such as FOLDER/*.jsonl, or {hub: FOLDER}"
         raise DataError(f"data entry {entry!r} {what} (paths are relative to {Path.cwd()})")
     return files
 
@@ -198,7 +200,8 @@ def refuse_binary(head: bytes, path: Path) -> None:
     if what and what.endswith(" data"):
         raise DataError(f"{path} holds {what}, and its name does not say so: add the suffix, or unpack it")
     if what:
-        raise DataError(f"{path} holds {what}, not text: unpack or convert it, or give it the suffix of its format")
+        remedy = "name it .parquet" if what == "Parquet" else "unpack or convert it"
+        raise DataError(f"{path} holds {what}, not text: {remedy}")
     if (at := head.find(b"\0")) >= 0:
         number = head.count(b"\n", 0, at) + 1
         raise DataError(f"{path}, line {number}: a NUL byte, so binary or UTF-16, not UTF-8: convert the file")

@@ -52,6 +52,18 @@ def iter_records(path: Path, columns: Sequence[str], setting: str | None) -> Ite
         yield from reader(file, columns, setting)
 
 
+def hub_records(where: str, rows: Any, columns: Sequence[str], setting: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(where, row) of each row of a data set as `hub_rows` gives it; DataError as `iter_records` raises it."""
+    needed = frozenset(columns)
+    if rows.column_names is not None:
+        check_columns(where, rows.column_names, columns, setting)
+    for number, row in enumerate(rows, 1):
+        place = f"{where}, row {number}"
+        if not needed <= row.keys():  # a data set that is streamed may not know its columns, or have files that differ
+            check_columns(place, list(row), columns, setting)
+        yield place, row
+
+
 def check_columns(
     where: str, there: Sequence[str], needed: Sequence[str], setting: str | None, shown: Sequence[str] | None = None
 ) -> None:

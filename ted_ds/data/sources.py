@@ -20,7 +20,7 @@ from ted_ds.data.files import (
     text_file,
 )
 from ted_ds.data.hub import hub_rows
-from ted_ds.data.records import RECORD_SUFFIXES, check_columns, iter_records
+from ted_ds.data.records import RECORD_SUFFIXES, hub_records, iter_records
 from ted_ds.errors import DataError
 
 PIECE_CHARACTERS = 1 << 16
@@ -125,11 +125,9 @@ def _whole(row: Mapping[str, Any] | BadRow, where: str, column: str, read: float
 
 
 def _hub_pieces(where: str, rows: Any, column: str) -> Iterator[Piece | BadRow]:
-    if rows.column_names is not None:
-        check_columns(where, rows.column_names, (column,), "data.text_column")
-    for number, row in enumerate(rows, 1):
-        piece = _whole(row, f"{where}, row {number}", column, 0.0)
+    for place, row in hub_records(where, rows, (column,), "data.text_column"):
+        piece = _whole(row, place, column, 0.0)
         if isinstance(piece, Piece) and piece.text.startswith(POINTER):  # a text file of a clone
-            raise DataError(f"{where}, row {number} is of a pointer of git LFS: run `git lfs pull` in its folder")
+            raise DataError(f"{place} is of a pointer of git LFS: run `git lfs pull` in its folder")
         if piece:
             yield piece

@@ -16,7 +16,15 @@ from ted_ds.config.tasks import TaskSpec, Tsv
 from ted_ds.data.bad_rows import BadRow, BadRows
 from ted_ds.data.files import TSV_SUFFIXES, file_kind, matching_files, no_format, readable, text_file
 from ted_ds.data.hub import hub_rows
-from ted_ds.data.records import PARQUET, RECORD_SUFFIXES, check_columns, class_names, iter_records, tsv_rows
+from ted_ds.data.records import (
+    PARQUET,
+    RECORD_SUFFIXES,
+    check_columns,
+    class_names,
+    hub_records,
+    iter_records,
+    tsv_rows,
+)
 from ted_ds.errors import DataError
 
 logger = logging.getLogger("ted_ds")
@@ -81,9 +89,8 @@ def _example(row: Row | BadRow, spec: TaskSpec, where: str) -> Example:
 
 
 def _hub_table(where: str, rows: Any, spec: TaskSpec) -> Iterator[tuple[str, Row | BadRow]]:
-    check_columns(where, rows.column_names or _columns(spec), _columns(spec), SETTINGS)
     names = getattr((rows.features or {}).get(spec.label_column), "names", None)
-    yield from _named(((f"{where}, row {number}", row) for number, row in enumerate(rows, 1)), where, names, spec)
+    yield from _named(hub_records(where, rows, _columns(spec), SETTINGS), where, names, spec)
 
 
 def _file_table(path: Path, spec: TaskSpec) -> Iterator[tuple[str, Row | BadRow]]:

@@ -70,10 +70,11 @@ def refused(reader: Reader, path: Path, message: str) -> None:
 
 
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("name", ["a.jsonl", "a.JSONL", "a.jsonlines", "a.jl", "a.NDJSON", "a.v1.JsonL.GZ"])
-def test_suffixes_of_json_lines(tmp_path: Path, reader: Reader, name: str) -> None:
+def test_suffixes_of_json_lines(tmp_path: Path, reader: Reader) -> None:
     data = b"\xef\xbb\xbf" + lines("one", "two")
-    assert reader(write(tmp_path / name, gzip.compress(data) if name.endswith("GZ") else data)) == ["one", "two"]
+    for name in ("a.jsonl", "a.JSONL", "a.jsonlines", "a.jl", "a.NDJSON", "a.v1.JsonL.GZ"):
+        path = write(tmp_path / name, gzip.compress(data) if name.endswith("GZ") else data)
+        assert reader(path) == ["one", "two"]
 
 
 def test_squad_s_own_json_in_capitals(tmp_path: Path) -> None:
@@ -85,40 +86,40 @@ def test_squad_s_own_json_in_capitals(tmp_path: Path) -> None:
     )
 
 
+UNKNOWN = ["part-00000", "a.jsonl_00", "a.dat", "a.json.bak", "a", "a.gz", "a.snappy", "a.arrow", "a.pkl", ".jsonl"]
+
+
 @pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize(
-    "name", ["part-00000", "a.jsonl_00", "a.dat", "a.json.bak", "a", "a.gz", "a.snappy", "a.arrow", "a.pkl", ".jsonl"]
-)
-def test_a_suffix_that_is_not_known_is_refused(tmp_path: Path, reader: Reader, name: str) -> None:
-    pack = gzip.compress if name.endswith("gz") else bytes
-    refused(reader, write(tmp_path / name, pack(b"some text\n")), " has a suffix that says no format: give .*json")
-    path = write(tmp_path / name, pack(lines("a")))
-    refused(reader, path, r" has a suffix that says no format: it looks like JSON, .* named \.jsonl .*; give ")
+def test_a_suffix_that_is_not_known_is_refused(tmp_path: Path, reader: Reader) -> None:
+    for name in UNKNOWN:
+        pack = gzip.compress if name.endswith("gz") else bytes
+        refused(reader, write(tmp_path / name, pack(b"some text\n")), " has a suffix that says no format: give .*json")
+        path = write(tmp_path / name, pack(lines("a")))
+        refused(reader, path, r" has a suffix that says no format: it looks like JSON, .* named \.jsonl .*; give ")
 
 
 @pytest.mark.parametrize("reader", [corpus, passages])
-@pytest.mark.parametrize(
-    "data",
-    [lines("a"), b'\xef\xbb\xbf\n {"a": 1', b'[{"a":', b'{\n  "data" : [', lines("x" * 100_000), b'{"a\\"b": 1}'],
-)
-def test_json_in_a_file_of_plain_text_is_refused(tmp_path: Path, reader: Reader, data: bytes) -> None:
-    refused(reader, write(tmp_path / "a.jsonl.txt", data), r" holds JSON, not plain text: name JSON lines \.jsonl")
+def test_json_in_a_file_of_plain_text_is_refused(tmp_path: Path, reader: Reader) -> None:
+    long = lines("x" * 100_000)
+    for data in (lines("a"), b'\xef\xbb\xbf\n {"a": 1', b'[{"a":', b'{\n  "data" : [', long, b'{"a\\"b": 1}'):
+        refused(reader, write(tmp_path / "a.jsonl.txt", data), r" holds JSON, not plain text: name JSON lines \.jsonl")
 
 
-@pytest.mark.parametrize("text", ["{not json}", '"quoted"', "[1] a note", "{'a': 1}", "{}", '{"a" and more}'])
-def test_plain_text_may_have_braces(tmp_path: Path, text: str) -> None:
-    assert corpus(write(tmp_path / "a.txt", text.encode())) == [text]
+def test_plain_text_may_have_braces(tmp_path: Path) -> None:
+    for text in ("{not json}", '"quoted"', "[1] a note", "{'a': 1}", "{}", '{"a" and more}'):
+        assert corpus(write(tmp_path / "a.txt", text.encode())) == [text]
     assert corpus(write(tmp_path / "a.py", b'{"a": 1}')) == ['{"a": 1}']  # a manifest of some frameworks
 
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 SUFFIXES = {corpus: (".txt", ".csv"), passages: (".txt", ".tsv"), table: (".csv", ".tsv", ".txt"), asked: (".json",)}
-EACH = [(reader, s) for reader in READERS for s in (".jsonl", ".parquet", ".jsonl.gz", ".zst", *SUFFIXES[reader])]
 
 
-@pytest.mark.parametrize(("reader", "suffix"), EACH)
-def test_a_pointer_of_git_lfs_is_refused(tmp_path: Path, reader: Reader, suffix: str) -> None:
-    refused(reader, write(tmp_path / f"a{suffix}", LFS), " is a pointer of git LFS, not the file itself: run `git lfs")
+@pytest.mark.parametrize("reader", READERS)
+def test_a_pointer_of_git_lfs_is_refused(tmp_path: Path, reader: Reader) -> None:
+    for suffix in (".jsonl", ".parquet", ".jsonl.gz", ".zst", *SUFFIXES[reader]):
+        path = write(tmp_path / f"a{suffix}", LFS)
+        refused(reader, path, " is a pointer of git LFS, not the file itself: run `git lfs")
 
 
 def tar(name: str, data: bytes) -> bytes:
@@ -167,18 +168,17 @@ NOT_TEXT: list[tuple[bytes, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("reader", "suffix"), [(reader, s) for reader, s in EACH if s not in (".zst", ".jsonl.gz")])
-@pytest.mark.parametrize(("data", "message"), NOT_TEXT)
-def test_what_is_no_text_is_refused_whatever_it_is_called(
-    tmp_path: Path, reader: Reader, suffix: str, data: bytes, message: str
-) -> None:
-    refused(reader, write(tmp_path / f"a{suffix}", data), message)
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_no_text_is_refused_whatever_it_is_called(tmp_path: Path, reader: Reader) -> None:
+    for suffix in (".jsonl", ".parquet", *SUFFIXES[reader]):
+        for data, message in NOT_TEXT:
+            refused(reader, write(tmp_path / f"a{suffix}", data), message)
 
 
 @pytest.mark.parametrize("reader", READERS)
 def test_parquet_by_another_name(tmp_path: Path, reader: Reader) -> None:
     path = parquet(tmp_path / "a.parquet", **{name: [value] for name, value in row("t").items()})
-    refused(reader, path.rename(tmp_path / "a.jsonl"), " holds Parquet, not text: unpack or convert it, or give it the")
+    refused(reader, path.rename(tmp_path / "a.jsonl"), " holds Parquet, not text: name it .parquet")
     packed = write(tmp_path / "a.parquet.gz", gzip.compress((tmp_path / "a.jsonl").read_bytes()))
     refused(reader, packed, " is a Parquet file that is compressed as a whole: unpack it")
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, DatasetDict, Features, NamedSplit, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, NamedSplit, Value
 
 from ted_ds.config.schema import HubDataset
 from ted_ds.config.tasks import TASKS
@@ -114,3 +114,17 @@ def test_a_clone_without_its_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "hub" / "a.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     with pytest.raises(DataError, match=r"row 1 is of a pointer of git LFS: run `git lfs pull`"):
         texts(tmp_path / "hub")
+
+
+def test_columns_that_are_not_known_before_are_looked_for_in_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = IterableDataset.from_generator(lambda: iter([{"text": "x", "label": "good"}, {"text": "y", "other": 1}]))
+    assert rows.column_names is None
+    for module in ("sources", "tables"):
+        monkeypatch.setattr(f"ted_ds.data.{module}.hub_rows", lambda _: ("data set X", rows))
+    entry = HubDataset(hub="X", streaming=True)
+    with pytest.raises(
+        DataError, match=r"X, row 2 has no column 'label', only text, other: set data\.text_columns and"
+    ):
+        list(iter_examples([entry], OWN))
+    with pytest.raises(DataError, match=r"X, row 2 has no column 'label', only text, other: set data\.text_column$"):
+        list(iter_pieces([entry], text_column="label"))
