@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ted_ds.config.schema import Method, RunConfig
+from ted_ds.config.shipped import find_file
 from ted_ds.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -29,10 +30,11 @@ COMMAND_LINE = "the command line"
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The recipe at `path` with `--section.key=value` (or `--section.key value`) on top.
 
+    A path that is not there is looked for in this copy of ted_ds: `launchers/recipes/mnli.yaml` is found from anywhere.
     Values of overrides are YAML. Relative paths in a recipe are relative to the working directory.
     Raises ConfigError that lists every fault of the recipe: file, key, value, what is allowed.
     """
-    recipe = read_yaml(Path(path))
+    recipe = read_yaml(find_file(Path(path)) or Path(path))
     recipe.pop(ENVIRONMENT, None)
     _choose_method(recipe, Path(path), overrides)
     overridden = _apply_overrides(recipe, overrides)
