@@ -33,7 +33,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
             recorder.open(0, 0)
             recorder.log({"step": 1, "pred_loss": 3.0, "validation_perplexity": 9.0})
         summary = {"task": run.task, "method": run.method, "steps": run.train.steps, "tokens": 8, "wall_seconds": 1.0}
-        summary |= {"peak_memory_gib": 0.5, "initial_validation_perplexity": 9.5, "validation_perplexity": 9.0}
+        initial = 9.5 if run.teacher else 90.0
+        summary |= {"peak_memory_gib": 0.5, "initial_validation_perplexity": initial, "validation_perplexity": 9.0}
         (run.output_dir / "summary.json").write_text(json.dumps(summary))
         return subprocess.CompletedProcess(command, 0)
 
@@ -55,7 +56,8 @@ def test_it_runs_each_method_from_one_teacher_and_reports(
     assert [run.output_dir for run in runs] == [folder / name for name in ("teacher", "ce", "kd", "lwd", "ted")]
     assert [run.method for run in runs] == ["ce", "ce", "kd", "lwd", "ted"]
     teacher, *students = runs
-    assert teacher.teacher is None and teacher.data == students[0].data and teacher.train.steps == 1
+    assert teacher.teacher is None and teacher.data.train_tokenizer and teacher.train.steps == 1
+    assert {(run.data.tokenizer, run.data.prepared) for run in runs} == {(f"{folder}/tokenizer", folder / "data")}
     assert all(run.teacher and run.teacher.model == str(folder / "teacher/student") for run in students)
     table = (folder / "report.txt").read_text()
     assert [line.split()[0] for line in table.splitlines()] == ["run", "teacher", "initial", "ce", "kd", "lwd", "ted"]
