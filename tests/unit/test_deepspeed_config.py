@@ -197,7 +197,7 @@ def test_a_teachers_file_shards_and_does_not_train(ds_file, content, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('{\n  "a": 1,\n}', ":3: not valid JSON"),
+        ('{\n  "a": 1,\n  b\n}', ":3: not valid JSON"),
         ("[]", ": a DeepSpeed file is a JSON object, this is []"),
         ('{"bf16": {}, "bf16": {}}', ": the key 'bf16' stands twice: remove one"),
     ],
