@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ted_ds.config.schema import Method, RunConfig
+from ted_ds.config.shipped import find_file
 from ted_ds.config.written import is_misread, misread, scalar_text
 from ted_ds.errors import ConfigError
 
@@ -30,10 +31,11 @@ COMMAND_LINE = "the command line"
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The recipe at `path` with `--section.key=value` (or `--section.key value`) on top.
 
+    A path that is not there is looked for in this copy of ted_ds: `launchers/recipes/mnli.yaml` is found from anywhere.
     Values of overrides are YAML. Relative paths in a recipe are relative to the working directory.
     Raises ConfigError that lists every fault of the recipe: file, key, value, what is allowed.
     """
-    recipe = read_yaml(Path(path))
+    recipe = read_yaml(find_file(Path(path)) or Path(path))
     recipe.pop(ENVIRONMENT, None)
     _choose_method(recipe, Path(path), overrides)
     overridden = _apply_overrides(recipe, overrides)
@@ -204,7 +206,9 @@ def _as_written(key: tuple[str, ...], source: str, overridden: dict[str, str]) -
         parts = tuple(override.split("."))
         if key[: len(parts)] == parts:
             return scalar_text(overridden[override], key[len(parts) :])
-    return None if source == COMMAND_LINE else scalar_text(Path(source).read_text(encoding="utf-8"), key)
+    if source == COMMAND_LINE:
+        return None
+    return scalar_text((find_file(Path(source)) or Path(source)).read_text(encoding="utf-8"), key)
 
 
 def _key(location: tuple[int | str, ...], content: Any, *, missing: bool) -> tuple[str, ...]:
