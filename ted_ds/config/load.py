@@ -89,6 +89,25 @@ def dump_config(run: RunConfig, path: Path, extra: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def reread(content: Mapping[str, Any], source: str) -> RunConfig:
+    """A recipe as `dump_config` of this or an earlier version wrote it, or without keys that have a default.
+
+    output_dir, which is of no concern here, may be left out. Raises ConfigError for the first key that is not in
+    today's schema, or whose value is not allowed.
+    """
+    try:
+        return RunConfig.model_validate({"output_dir": ".", **content})
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        unknown, missing = (fault["type"] == kind for kind in ("extra_forbidden", "missing"))
+        key = ".".join(_key(fault["loc"], content, missing=missing))
+        reason = "this version of ted_ds has no such key" if unknown else f"this version of ted_ds says: {fault['msg']}"
+        raise ConfigError(
+            f"{source}: {': '.join(filter(None, (key, reason)))}: go on with the version that wrote it, or give "
+            "another output_dir"
+        ) from None
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that refuses a key that is no word, or stands twice in a mapping (YAML keeps the last silently)."""
 

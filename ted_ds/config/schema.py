@@ -2,6 +2,10 @@
 
 Rules within a section live in the section, rules across sections in `RunConfig`, rules about the number of
 ranks in `ted_ds.config.deepspeed`. Importing this module imports neither torch nor transformers.
+
+Runs outlive an upgrade: what an earlier version wrote is read through this schema. So a new key has a default, under
+which is computed what was computed before there was the key, and it stands in one of the two sets of
+`ted_ds.config.continuation`, by whether it decides the result.
 """
 
 from __future__ import annotations

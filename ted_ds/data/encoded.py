@@ -19,7 +19,15 @@ import torch
 from ted_ds.batch import Batch
 from ted_ds.config.tasks import TaskSpec
 from ted_ds.data.bad_rows import BadRow, BadRows
-from ted_ds.data.prepare import MANIFEST, Entries, entry_names, file_sizes, refuse_differences, refuse_left_out
+from ted_ds.data.prepare import (
+    MANIFEST,
+    Entries,
+    entry_names,
+    file_sizes,
+    refuse_differences,
+    refuse_left_out,
+    reread_names,
+)
 from ted_ds.data.squad import Question, iter_questions
 from ted_ds.data.tables import iter_examples
 from ted_ds.data.tokenizers import Tokenizer
@@ -74,8 +82,8 @@ class EncodedRows:
         self._folder = folder
         try:
             values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            tuples = {name: tuple(values[name]) for name in ("columns", "labels", "entries")}
-            self.manifest = Manifest(**{**values, **tuples})
+            tuples = {name: tuple(values[name]) for name in ("columns", "labels")}
+            self.manifest = Manifest(**{**values, **tuples, "entries": reread_names(values["entries"])})
             self._file = pa.ipc.open_file(pa.memory_map(str(folder / ROWS)))
             self._groups = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:

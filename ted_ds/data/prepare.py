@@ -81,8 +81,9 @@ class PackedBlocks:
     def __init__(self, folder: Path) -> None:
         try:
             values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            tuples = {name: tuple(v) for name in ("entries", "prefix") if (v := values.get(name)) is not None}
-            self.manifest = Manifest(**{**values, **tuples})
+            prefix = None if values.get("prefix") is None else tuple(values["prefix"])
+            entries = reread_names(values["entries"])
+            self.manifest = Manifest(**{**values, "entries": entries, "prefix": prefix})
             self._file = pa.ipc.open_file(pa.memory_map(str(folder / BLOCKS)))
             batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
@@ -417,6 +418,14 @@ def _encode_group(texts: list[str]) -> list[list[int]]:
 def entry_names(entries: Entries) -> tuple[str, ...]:
     """What a manifest calls the entries of a recipe."""
     return tuple(entry if isinstance(entry, str) else entry.model_dump_json() for entry in entries)
+
+
+def reread_names(names: Sequence[str]) -> tuple[str, ...]:
+    """A manifest's entries as `entry_names` has them today: a hub data set's key that came later has its default.
+
+    Raises ValueError for a hub data set with a key that is none today.
+    """
+    return tuple(HubDataset.model_validate_json(n).model_dump_json() if n.startswith('{"hub":') else n for n in names)
 
 
 def file_sizes(entries: Entries) -> dict[str, int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -221,7 +222,7 @@ def test_listing_imports_nothing_heavy() -> None:
         "print([m for m in ('torch', 'transformers', 'deepspeed', 'sklearn', 'numpy') if m in sys.modules])"
     )
     command = [sys.executable, "-c", code, str(write_grid({"seed": [0]}).resolve()), "--missing"]
-    environment = {"PYTHONPATH": str(ROOT)}
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.splitlines() == ["0", "[]"]
 
