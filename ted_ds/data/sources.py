@@ -47,8 +47,8 @@ def iter_pieces(
 
     A text file is one document, or with `by_line` each of its lines; a JSON line or a row of a CSV, TSV or Parquet
     file or hub data set is one each (the string in `text_column`). Compressed files are read as such.
-    bad: gets the rows that cannot be used, of which the first ends the pieces of data that is refused for it; None: the
-    first of them is raised.
+    bad: gets the rows that cannot be used, and no more pieces come once the data is refused for them; None: the first
+    of them is raised.
     Raises DataError naming the file, and the line where there is one, that is missing, empty or unreadable.
     """
     for entry in entries:
