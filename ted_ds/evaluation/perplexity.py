@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from ted_ds.batch import IGNORED, Batch
@@ -54,19 +55,13 @@ def document_perplexity(
     in eval mode on `device`. Raises DataError for an id that the model has no row for.
     """
     begin, documents = beginning(tokenizer, documents)
-    counts = _Counts()
+    counts = _Counts(tokenizer, find_structure(model).vocab_rows)
+    counts.check(np.array(begin + tokenizer.end), "what stands around documents")
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    rows = find_structure(model).vocab_rows
     batches = window_batches(
         counts.counted(documents), begin, tokenizer.end, length=length, batch_tokens=batch_size * length
     )
     for batch in batches:
-        largest = max(int(batch.inputs.max()), int(batch.targets.max()))
-        if largest >= rows:
-            raise DataError(
-                f"the data holds the id {tokenizer.spelled(largest)}, the model has {rows} vocabulary rows: use the "
-                "tokenizer that the model was trained with"
-            )
         sums += _sums(model, batch.inputs.to(device), batch.targets.to(device), batch.ends.to(device), tokenizer)
     nll, own, tokens = sums.tolist()
     token = perplexity(nll, int(tokens))
@@ -85,14 +80,24 @@ def document_perplexity(
 
 
 class _Counts:
-    """What documents count, as they go by."""
+    """What documents count, as they go by; DataError for an id that is none of the model's `rows`."""
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Tokenizer, rows: int) -> None:
+        self._tokenizer, self._rows = tokenizer, rows
         self.documents = self.words = self.bytes = 0
+
+    def check(self, ids: np.ndarray, what: str) -> None:
+        largest = int(ids.max(initial=0))
+        if largest >= self._rows:
+            raise DataError(
+                f"{what} has the id {self._tokenizer.spelled(largest)}, the model has {self._rows} vocabulary rows: "
+                "use the tokenizer that the model was trained with, or take it out of the text"
+            )
 
     def counted(self, documents: Iterator[Document]) -> Iterator[Document]:
         for document in documents:
             self.documents += 1
+            self.check(document.ids, f"document {self.documents}")
             self.words += document.words
             self.bytes += document.bytes
             yield document

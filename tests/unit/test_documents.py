@@ -154,5 +154,5 @@ def test_an_id_without_a_row_is_refused_only_if_a_text_holds_it(tmp_path: Path) 
     (tmp_path / "good.jsonl").write_text('{"text": "a b"}\n{"text": "c"}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "a b"}\n{"text": "c <image>"}\n')
     assert score(model, tokenizer, str(tmp_path / "good.jsonl"))["documents"] == 2
-    with pytest.raises(DataError, match=r"the data holds the id 29 \('<image>'\), the model has 29 vocabulary rows"):
+    with pytest.raises(DataError, match=r"document 2 has the id 29 \('<image>'\), the model has 29 vocabulary rows"):
         score(model, tokenizer, str(tmp_path / "bad.jsonl"))
