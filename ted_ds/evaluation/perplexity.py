@@ -19,21 +19,38 @@ from ted_ds.models.structure import find_structure
 from ted_ds.ops import Head, token_scores
 
 
-def held_out_perplexity(engine: Any, rows: Iterable[Batch], world: World) -> dict[str, float]:
+def held_out_perplexity(
+    engine: Any, rows: Iterable[Batch], world: World, *, words: int | None = None, size: int | None = None
+) -> dict[str, float]:
     """validation_loss (nats a token) and validation_perplexity = exp of it; a collective.
+
+    words, size (bytes): of the text, see `TextCounts`. With them also validation_word_perplexity,
+    validation_byte_perplexity and validation_bits_per_byte, of the documents' own tokens alone.
 
     rows: as many batches on every rank (ranks without rows get batches without targets), since ZeRO-3
     gathers weights collectively. Sums are float64: the split over ranks shows in the last digits only.
     """
     engine.eval()
-    sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     with torch.no_grad():
         for batch in rows:
             sums += torch.stack(engine(batch=batch.to(world.device))).to(sums)
     engine.train()
-    nll, count = world.sum(sums).tolist()
+    nll, count, own = world.sum(sums).tolist()
     score = perplexity(nll, int(count))
-    return {"validation_loss": score.loss, "validation_perplexity": score.perplexity}
+    scores = {"loss": score.loss, "perplexity": score.perplexity}
+    if words and size:
+        scores |= _of_text(own, words, size)
+    return {f"validation_{name}": value for name, value in scores.items()}
+
+
+def _of_text(nll: float, words: int, size: int) -> dict[str, float]:
+    """What does not depend on the tokenizer, of the nats of documents' own tokens."""
+    return {
+        "word_perplexity": perplexity(nll, words).perplexity,
+        "byte_perplexity": perplexity(nll, size).perplexity,
+        "bits_per_byte": nll / size / math.log(2),
+    }
 
 
 def document_perplexity(
@@ -48,7 +65,7 @@ def document_perplexity(
     """Perplexities of a causal Hugging Face model, each document by itself: it sees nothing of the others.
 
     loss, perplexity: a token's, of the documents' own and of their ends. word_perplexity, byte_perplexity,
-    bits_per_byte: of the documents' own tokens alone, over words and bytes (see `Document`), as lm-evaluation-harness
+    bits_per_byte: of the documents' own tokens alone, over words and bytes (see `TextCounts`), as lm-evaluation-harness
     has them. documents_begin_with: the tokens that each document follows, null if none (see `beginning`). Further
     documents, tokens (predicted ones), words, bytes.
     length: tokens a window. batch_size: windows of full length a forward; of shorter ones it takes more. The model is
@@ -73,9 +90,7 @@ def document_perplexity(
         "bytes": counts.bytes,
         "loss": token.loss,
         "perplexity": token.perplexity,
-        "word_perplexity": perplexity(own, counts.words).perplexity,
-        "byte_perplexity": perplexity(own, counts.bytes).perplexity,
-        "bits_per_byte": own / counts.bytes / math.log(2),
+        **_of_text(own, counts.words, counts.bytes),
     }
 
 
