@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, islice
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 
 from ted_ds.batch import IGNORED
 from ted_ds.data.bad_rows import BadRows
-from ted_ds.data.prepare import Entries, tokenized
+from ted_ds.data.prepare import Entries, TextCounts, tokenized
 from ted_ds.data.tokenizers import Tokenizer
 
 HELD_TOKENS = 1 << 22
@@ -23,8 +22,7 @@ HELD_TOKENS = 1 << 22
 class Document:
     """A document's own tokens [n] int32, without special ones, and what its text counts.
 
-    words: parts between white space, as `re.split(r"\\s+", text)` tells them, an empty one at either end included
-    (lm-evaluation-harness counts so). bytes: of UTF-8.
+    words, bytes: see `TextCounts`.
     """
 
     ids: np.ndarray
@@ -32,31 +30,16 @@ class Document:
     bytes: int
 
 
-@dataclass
-class _Open:
-    """A document whose pieces are being read."""
-
-    ids: list[int] = field(default_factory=list)
-    spaces: int = 0
-    bytes: int = 0
-    ends_in_space: bool = False
-
-    def add(self, text: str, ids: list[int]) -> None:
-        self.ids += ids
-        self.spaces += len(re.findall(r"\s+", text)) - (self.ends_in_space and text[:1].isspace())
-        self.bytes += len(text.encode())
-        self.ends_in_space = text[-1:].isspace()
-
-
 def iter_documents(entries: Entries, tokenizer: Tokenizer, *, text_column: str = "text") -> Iterator[Document]:
     """The documents of all entries, in order; DataError where data is missing or unreadable."""
-    held = _Open()
+    held, counts = list[int](), TextCounts()
     with BadRows(skip=None) as bad:
         for piece, ids in tokenized(entries, tokenizer, bad, text_column=text_column, processes=None, what="tokenize"):
-            held.add(piece.text, ids[len(tokenizer.prefix) :])
+            held += ids[len(tokenizer.prefix) :]
+            counts.add(piece)
             if piece.ends:
-                yield Document(np.array(held.ids, dtype=np.int32), held.spaces + 1, held.bytes)
-                held = _Open()
+                yield Document(np.array(held, dtype=np.int32), counts.words, counts.bytes)
+                held, counts = [], TextCounts()
 
 
 def beginning(tokenizer: Tokenizer, documents: Iterator[Document]) -> tuple[list[int], Iterator[Document]]:

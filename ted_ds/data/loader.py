@@ -82,8 +82,8 @@ class EvaluationRows:
     """Held-out rows in order: over all ranks, every token but the stream's first is predicted exactly once.
 
     A row's last position predicts the next row's first token. What the tokenizer put before documents is not
-    predicted. Every rank gets as many batches, the last ones
-    possibly without targets: under ZeRO-3 a forward is a collective.
+    predicted. Every rank gets as many batches, the last ones possibly without targets: under ZeRO-3 a forward is a
+    collective.
     """
 
     def __init__(self, blocks: PackedBlocks, *, batch_size: int, rank: int, world_size: int) -> None:
@@ -103,14 +103,21 @@ class EvaluationRows:
         here, next_ = rows.clip(max=last), (rows + 1).clip(max=last)
         ids = torch.from_numpy(self._blocks.rows(here))
         targets = torch.cat([ids[:, 1:], torch.from_numpy(self._blocks.rows(next_))[:, :1]], dim=1)
-        inserted, following = self._blocks.inserted(here), self._blocks.inserted(next_)
-        if inserted is not None and following is not None:
-            marks = np.concatenate([inserted[:, 1:], following[:, :1]], axis=1)
-            targets.masked_fill_(torch.from_numpy(marks), IGNORED)
+        inserted = _of_targets(self._blocks.inserted(here), self._blocks.inserted(next_))
+        if inserted is not None:
+            targets.masked_fill_(inserted, IGNORED)
+        ends = _of_targets(self._blocks.ends(here), self._blocks.ends(next_))
         length = self._blocks.row_length(last)
         for i, row in enumerate(rows):
             if row >= count:
                 targets[i] = IGNORED
             elif row == last:
                 targets[i, length - 1 :] = IGNORED  # padding follows, which causal attention keeps out of sight
-        return Batch(ids, targets)
+        return Batch(ids, targets, own=None if ends is None else ~ends)
+
+
+def _of_targets(here: np.ndarray | None, following: np.ndarray | None) -> torch.Tensor | None:
+    """Marks [B, S] of the tokens that rows predict, from the marks of the rows and of those that follow."""
+    if here is None or following is None:
+        return None
+    return torch.from_numpy(np.concatenate([here[:, 1:], following[:, :1]], axis=1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import threading
 from collections import deque
@@ -30,7 +31,8 @@ from ted_ds.errors import DataError
 Entries = Sequence[str | HubDataset]
 
 BLOCKS, MANIFEST = "blocks.arrow", "manifest.json"
-INSERTED = "inserted"
+INSERTED, ENDS = "inserted", "ends"
+"""Columns of marks: tokens that the tokenizer put before documents, and, of held-out data, that close them."""
 
 TASK_CHARACTERS = 1 << 20
 """Text handed to a process at a time: tens of milliseconds of work, so that handing it over costs little."""
@@ -49,8 +51,9 @@ class Manifest:
     entries, text_column, sources: the recipe's data, and name -> bytes of the files it meant.
     tokens: of all documents, their prefixes and ends included, and a dropped tail too. last_row_length: tokens
     of the last row that are not padding. digest: SHA-256 of the rows' ids, as int32.
-    prefix: what the tokenizer put before each document. largest_id: of the rows. Both None in folders of versions
-    that did not write them. left_out: bad rows of the data, of which there is nothing here.
+    prefix: what the tokenizer put before each document. largest_id: of the rows. words, bytes: of held-out documents,
+    see `TextCounts`; None for training data. All four are None in folders of versions that did not write them.
+    left_out: bad rows of the data, of which there is nothing here.
     """
 
     tokenizer: str
@@ -66,14 +69,16 @@ class Manifest:
     digest: str
     prefix: tuple[int, ...] | None = None
     largest_id: int | None = None
+    words: int | None = None
+    bytes: int | None = None
     left_out: int = 0
 
 
 class PackedBlocks:
     """The packed rows of one split, memory-mapped: rows that are not read cost no memory.
 
-    The file has a column `inserted` where the tokenizer begins documents: S bits a row, packed into bytes, 1 on tokens
-    that it put there by itself. Files of tokenizers that put nothing there, and of older versions, have none.
+    The file may have columns of marks, S bits a row, packed into bytes: `inserted` if the tokenizer begins documents
+    with tokens of its own, `ends` in held-out data. Files of older versions have none.
 
     Raises DataError where the folder is not whole.
     """
@@ -91,8 +96,8 @@ class PackedBlocks:
         length = self.manifest.sequence_length
         # zero-copy views of the map; every batch but the last has as many rows
         self._batches = [batch.column(0).flatten().to_numpy().reshape(-1, length) for batch in batches]
-        marked = INSERTED in self._file.schema.names
-        self._inserted = [_bytes_of(batch.column(INSERTED)) for batch in batches] if marked else None
+        names = [name for name in (INSERTED, ENDS) if name in self._file.schema.names]
+        self._marks = {name: [_bytes_of(batch.column(name)) for batch in batches] for name in names}
         if sum(map(len, self._batches)) != self.manifest.rows:
             raise DataError(f"{folder}: {BLOCKS} and {MANIFEST} differ in rows: delete the folder to prepare it anew")
 
@@ -106,10 +111,17 @@ class PackedBlocks:
 
     def inserted(self, indices: np.ndarray) -> np.ndarray | None:
         """[len(indices), S] bool: true on tokens that the tokenizer put before documents; None where it puts none."""
-        if self._inserted is None:
+        return self._marked(INSERTED, indices)
+
+    def ends(self, indices: np.ndarray) -> np.ndarray | None:
+        """[len(indices), S] bool: true on tokens that close a document; None where that was not written."""
+        return self._marked(ENDS, indices)
+
+    def _marked(self, name: str, indices: np.ndarray) -> np.ndarray | None:
+        if name not in self._marks:
             return None
         size = len(self._batches[0])
-        marks = np.stack([self._inserted[i // size][i % size] for i in indices.tolist()])
+        marks = np.stack([self._marks[name][i // size][i % size] for i in indices.tolist()])
         return np.unpackbits(marks, axis=1, count=self.manifest.sequence_length).view(bool)
 
     def largest_id(self) -> int:
@@ -225,11 +237,14 @@ def prepare(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     sizes = file_sizes(entries)
-    packer = _Packer(temporary / BLOCKS, tokenizer, sequence_length)
+    counts = None if drop_tail else TextCounts()
+    packer = _Packer(temporary / BLOCKS, tokenizer, sequence_length, held_out=not drop_tail)
     what = f"prepare {folder.name}"
     with BadRows(skip=skip_bad_rows) as bad:
         for piece, ids in tokenized(entries, tokenizer, bad, text_column=text_column, processes=processes, what=what):
             packer.add(piece, ids)
+            if counts is not None:
+                counts.add(piece)
     if bad.count and not packer.tokens:
         raise bad.nothing_left()
     last_row_length = packer.close(drop_tail=drop_tail)
@@ -251,6 +266,8 @@ def prepare(
         sources=sizes,
         prefix=tuple(tokenizer.prefix),
         largest_id=packer.largest_id,
+        words=None if counts is None else counts.words,
+        bytes=None if counts is None else counts.bytes,
         left_out=bad.count,
         digest=packer.digest.hexdigest(),
     )
@@ -281,21 +298,39 @@ def tokenized(
             bar.set_postfix(tokens=f"{tokens:,}", refresh=False)
 
 
+class TextCounts:
+    """What documents count, piece by piece.
+
+    words: parts between white space, as `re.split(r"\\s+", text)` tells them, an empty one at either end included
+    (lm-evaluation-harness counts so). bytes: of UTF-8.
+    """
+
+    def __init__(self) -> None:
+        self.words = self.bytes = 0
+        self._in_space = False
+
+    def add(self, piece: Piece) -> None:
+        """Counts the next piece."""
+        goes_on = not piece.starts and self._in_space and piece.text[:1].isspace()
+        self.words += len(re.findall(r"\s+", piece.text)) - goes_on + piece.starts
+        self.bytes += len(piece.text.encode())
+        self._in_space = piece.text[-1:].isspace()
+
+
 class _Packer:
     """Cuts the stream of tokens into rows and writes them."""
 
-    def __init__(self, path: Path, tokenizer: Tokenizer, length: int) -> None:
+    def __init__(self, path: Path, tokenizer: Tokenizer, length: int, *, held_out: bool) -> None:
         self.rows = self.tokens = self.documents = self.largest_id = 0
         self.digest = hashlib.sha256()
         self._prefix, self._eos, self._length = tokenizer.prefix, tokenizer.eos_id, length
         self._one_mark = self._prefix == [self._eos]
         self._rows_a_batch = max(1, BATCH_TOKENS // length)
         self._held: list[np.ndarray] = []
-        self._marks: list[np.ndarray] | None = None if self._one_mark or not self._prefix else []
+        names = [INSERTED] * bool(self._prefix and not self._one_mark) + [ENDS] * held_out
+        self._marks: dict[str, list[np.ndarray]] = {name: [] for name in names}
         self._held_tokens = 0
-        columns = [("input_ids", pa.list_(pa.int32(), length))]
-        if self._marks is not None:
-            columns.append((INSERTED, pa.binary(-(-length // 8))))
+        columns = [("input_ids", pa.list_(pa.int32(), length)), *((name, pa.binary(-(-length // 8))) for name in names)]
         self._sink = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._sink, pa.schema(columns))
 
@@ -304,7 +339,7 @@ class _Packer:
         begins = piece.starts and not (self._one_mark and self.tokens)
         ids = ids if begins else ids[len(self._prefix) :]
         row = np.array([*ids, self._eos] if piece.ends else ids, dtype=np.int32)
-        self._hold(row, inserted=len(self._prefix) if begins else 0)
+        self._hold(row, inserted=len(self._prefix) if begins else 0, ends=piece.ends)
         while self._held_tokens >= self._rows_a_batch * self._length:
             self._write(self._rows_a_batch)
         self.tokens += len(row)
@@ -314,28 +349,29 @@ class _Packer:
         """Writes what is left; returns how many tokens of the last row are not padding."""
         rest = self._held_tokens % self._length
         if rest and not drop_tail:
-            self._hold(np.full(self._length - rest, self._eos, dtype=np.int32), inserted=0)
+            self._hold(np.full(self._length - rest, self._eos, dtype=np.int32), inserted=0, ends=False)
         self._write(self._held_tokens // self._length)
         self._writer.close()
         self._sink.close()
         return rest if rest and not drop_tail else self._length
 
-    def _hold(self, ids: np.ndarray, *, inserted: int) -> None:
-        """inserted: how many ids at the beginning are the tokenizer's own."""
+    def _hold(self, ids: np.ndarray, *, inserted: int, ends: bool) -> None:
+        """inserted: how many ids at the beginning are the tokenizer's own. ends: whether the last closes a document."""
         self._held.append(ids)
         self._held_tokens += len(ids)
-        if self._marks is not None:
-            self._marks.append(np.arange(len(ids)) < inserted)
+        places = np.arange(len(ids))
+        for name, held in self._marks.items():
+            held.append(places < inserted if name == INSERTED else places >= len(ids) - ends)
 
     def _write(self, rows: int) -> None:
         full, self._held = _parted(self._held, rows * self._length)
         self._held_tokens -= len(full)
         columns: dict[str, pa.Array] = {"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(full), self._length)}
-        if self._marks is not None:
-            marks, self._marks = _parted(self._marks, rows * self._length)
+        for name, held in self._marks.items():
+            marks, self._marks[name] = _parted(held, rows * self._length)
             packed = np.packbits(marks.reshape(rows, self._length), axis=1)
             kind = pa.binary(packed.shape[1])
-            columns[INSERTED] = pa.FixedSizeBinaryArray.from_buffers(kind, rows, [None, pa.py_buffer(packed)])
+            columns[name] = pa.FixedSizeBinaryArray.from_buffers(kind, rows, [None, pa.py_buffer(packed)])
         if rows:
             self._writer.write_batch(pa.record_batch(columns))
             self.digest.update(full.tobytes())

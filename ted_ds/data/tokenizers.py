@@ -379,8 +379,8 @@ class _TrainingLines:
 def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     """Trains an uncased WordPiece tokenizer as BERT's and writes `folder`, renamed into place when whole.
 
-    The same texts give the same tokenizer; few texts give less than `vocab_size` pieces. All texts are held in
-    memory, for they are read twice.
+    The same texts give the same tokenizer. Few texts give less than `vocab_size` pieces; texts of more characters
+    than that give a piece for each. All texts are held in memory, for they are read twice.
     Raises DataError where there is no text.
     """
     held = list(texts)

@@ -52,13 +52,15 @@ def lambada(
     its beginning. The model is evaluated in eval mode, and left in the mode it was in.
     Raises DataError for a passage that is too short, or holds an id that the model has no row for.
     """
-    examples = sorted(_encode(tokenizer, texts, _longest_input(model)), key=lambda e: len(e[0]), reverse=True)
-    largest, rows = max((max(ids) for ids, _ in examples), default=0), find_structure(model).vocab_rows
-    if largest >= rows:
-        raise DataError(
-            f"a LAMBADA passage holds the id {tokenizer.spelled(largest)}, the model has {rows} vocabulary rows: use "
-            "the tokenizer that the model was trained with"
-        )
+    found = list(_encode(tokenizer, texts, _longest_input(model)))
+    rows = find_structure(model).vocab_rows
+    for number, (ids, _) in enumerate(found, 1):
+        if max(ids) >= rows:
+            raise DataError(
+                f"LAMBADA's passage {number} has the id {tokenizer.spelled(max(ids))}, the model has {rows} vocabulary "
+                "rows: use the tokenizer that the model was trained with"
+            )
+    examples = sorted(found, key=lambda e: len(e[0]), reverse=True)
     was_training = model.training
     model.eval()
     try:

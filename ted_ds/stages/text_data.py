@@ -62,12 +62,13 @@ class TextData:
         )
 
     def evaluate(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
-        """validation_loss and validation_perplexity; nothing without held-out data."""
+        """validation_loss, validation_perplexity, and a word's and byte's; nothing without held-out data."""
         if self.validation is None:
             return {}
         size = run.train.micro_batch_size
         rows = EvaluationRows(self.validation, batch_size=size, rank=world.rank, world_size=world.size)
-        return held_out_perplexity(engine, rows, world)
+        made = self.validation.manifest
+        return held_out_perplexity(engine, rows, world, words=made.words, size=made.bytes)
 
     def evaluate_extra(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
         """Nothing: a causal LM has one held-out set."""

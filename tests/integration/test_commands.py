@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -109,5 +110,8 @@ def test_evaluate_agrees_with_a_plain_loop(project: Path, tmp_path: Path) -> Non
             word_nll -= float(last[ids[-1]])
             hits += int(last.argmax()) == ids[-1]
     assert found["perplexity"] == pytest.approx(math.exp(nll / (len(stream) - 1)), rel=1e-5)
+    text = (project / "validation.txt").read_text()
+    assert (found["words"], found["bytes"]) == (len(re.split(r"\s+", text)), len(text))
+    assert found["documents_begin_with"] is None and found["documents"] == 1
     assert found["lambada_perplexity"] == pytest.approx(math.exp(word_nll / 2), rel=1e-5)
     assert found["lambada_accuracy"] == hits / 2

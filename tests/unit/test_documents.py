@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,14 @@ from ted_ds.batch import IGNORED
 from ted_ds.data import documents as module
 from ted_ds.data import sources
 from ted_ds.data.documents import Document, iter_documents, window_batches
+from ted_ds.data.loader import EvaluationRows
+from ted_ds.data.prepare import prepare
 from ted_ds.data.tokenizers import Tokenizer
+from ted_ds.distill.objective import DistillationModel
 from ted_ds.errors import DataError
-from ted_ds.evaluation.perplexity import document_perplexity
+from ted_ds.evaluation.perplexity import document_perplexity, held_out_perplexity
+from ted_ds.tasks.base import LossWeights
+from ted_ds.tasks.causal_lm import CausalLM
 from tests.tiny_models import tiny_model
 
 VOCAB, IDS = 60, 29
@@ -154,7 +160,7 @@ def test_an_id_without_a_row_is_refused_only_if_a_text_holds_it(tmp_path: Path) 
     (tmp_path / "good.jsonl").write_text('{"text": "a b"}\n{"text": "c"}\n')
     (tmp_path / "bad.jsonl").write_text('{"text": "a b"}\n{"text": "c <image>"}\n')
     assert score(model, tokenizer, str(tmp_path / "good.jsonl"))["documents"] == 2
-    with pytest.raises(DataError, match=r"the data holds the id 29 \('<image>'\), the model has 29 vocabulary rows"):
+    with pytest.raises(DataError, match=r"document 2 has the id 29 \('<image>'\), the model has 29 vocabulary rows"):
         score(model, tokenizer, str(tmp_path / "bad.jsonl"))
 
 
@@ -166,3 +172,39 @@ def test_bad_rows_are_all_counted_and_refused(tmp_path: Path, texts: list[Any]) 
         DataError, match=r"^2 rows cannot be used: .*: fix or drop such rows, or set data\.text_column$"
     ):
         list(iter_documents([str(path)], letters("$A")))
+
+
+@pytest.mark.parametrize(("single", "prefix"), [("<s> $A", [0]), ("</s> $A", [1]), ("$A", [])])
+def test_a_run_s_own_score_leaves_out_the_beginnings_and_has_a_word_s_and_a_byte_s(
+    data: str, tmp_path: Path, single: str, prefix: list[int]
+) -> None:
+    """Packed rows: documents see those before them; OPT's </s> stands once between two of them."""
+    model, tokenizer = tiny_model("llama", vocab=IDS).double().eval(), letters(single)
+    blocks = prepare([data], tokenizer, 8, tmp_path / "packed", drop_tail=False, processes=1)
+    rows = EvaluationRows(blocks, batch_size=3, rank=0, world_size=1)
+    engine = DistillationModel(model, torch.nn.ModuleList(), LossWeights(0.0, 0.0), task=CausalLM(IDS))
+    world: Any = SimpleNamespace(device=torch.device("cpu"), sum=lambda tensor: tensor)
+    made = blocks.manifest
+    found = held_out_perplexity(engine, rows, world, words=made.words, size=made.bytes)
+    texts = [text for text in TEXTS if text]
+    stream: list[int] = []
+    kinds: list[str] = []
+    for ids in tokenizer._tokenizer(texts, add_special_tokens=False)["input_ids"]:
+        begin = [] if prefix == stream[-1:] else prefix
+        stream += [*begin, *ids, 1]
+        kinds += ["begin"] * len(begin) + ["own"] * len(ids) + ["end"]
+    (nll,) = one_by_one(model, [stream], 8)
+    kept = [value for value, kind in zip(nll, kinds[1:], strict=True) if kind != "begin"]
+    own = sum(value for value, kind in zip(nll, kinds[1:], strict=True) if kind == "own")
+    assert found == pytest.approx(
+        {
+            "validation_loss": sum(kept) / len(kept),
+            "validation_perplexity": math.exp(sum(kept) / len(kept)),
+            "validation_word_perplexity": math.exp(own / sum(len(re.split(r"\s+", text)) for text in texts)),
+            "validation_byte_perplexity": math.exp(own / sum(len(text.encode()) for text in texts)),
+            "validation_bits_per_byte": own / sum(len(text.encode()) for text in texts) / math.log(2),
+        },
+        rel=1e-6,
+    )
+    before = held_out_perplexity(engine, rows, world)
+    assert before == {name: found[name] for name in ("validation_loss", "validation_perplexity")}

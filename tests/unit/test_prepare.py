@@ -115,6 +115,8 @@ def test_the_manifest_says_what_was_packed(tmp_path: Path, entries: list[str], t
         "prefix": [2],
         "largest_id": 42,
         "left_out": 0,
+        "words": sum(len(re.split(r"\s+", text)) for text in (LONG, *SHORT)),
+        "bytes": sum(len(text.encode()) for text in (LONG, *SHORT)),
     }
 
 
@@ -134,6 +136,9 @@ def test_the_rows_know_by_place_what_the_tokenizer_put_there(
     found = blocks.inserted(np.arange(len(blocks)))
     assert found is not None and found.dtype == bool and found.shape == (len(blocks), length)
     assert found.reshape(-1).tolist() == marks + [False] * (found.size - len(marks))
+    closing = [i == len(ids) for ids in tokenizer.encode_batch(texts) for i in range(len(ids) + 1)]
+    ends = blocks.ends(np.arange(len(blocks)))
+    assert ends is not None and ends.reshape(-1).tolist() == closing + [False] * (ends.size - len(closing))
     again = PackedBlocks(tmp_path / "data").inserted(np.array([3, 0]))
     assert again is not None and np.array_equal(again, found[[3, 0]])
 
@@ -163,7 +168,8 @@ def test_a_folder_of_before_is_what_it_was(tmp_path: Path, entries: list[str], t
             for batch in batches:
                 writer.write_batch(batch)
     values = json.loads((tmp_path / "data" / MANIFEST).read_text())
-    del values["prefix"], values["largest_id"]
+    for name in ("prefix", "largest_id", "words", "bytes"):
+        del values[name]
     (folder / MANIFEST).write_text(json.dumps(values))
     old = PackedBlocks(folder)
     assert np.array_equal(old.rows(np.arange(len(old))), rows) and old.inserted(np.arange(len(old))) is None
@@ -176,6 +182,7 @@ def test_nothing_is_added_to_the_file_of_a_tokenizer_without_a_beginning(tmp_pat
     blocks = packed(entries, tokenizer_in(tmp_path / "words", bos=False), tmp_path / "data", 8)
     with pa.memory_map(str(tmp_path / "data" / BLOCKS)) as file:
         assert pa.ipc.open_file(file).schema.names == ["input_ids"]
+    assert (blocks.manifest.words, blocks.manifest.bytes) == (None, None)
     assert blocks.inserted(np.arange(3)) is None and blocks.largest_id() == 42
 
 
