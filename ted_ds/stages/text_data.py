@@ -96,9 +96,8 @@ def ensure_text_tokenizer(data: DataConfig) -> Tokenizer:
 
 
 def _all_texts(data: DataConfig) -> Iterator[str]:
-    with BadRows(
-        skip=data.skip_bad_rows
-    ) as bad:  # it refuses before the tokenizer is written that would be taken again
+    # refused here, before a tokenizer is written that the next start would take as it is
+    with BadRows(skip=data.skip_bad_rows) as bad:
         for piece in iter_pieces(data.train, text_column=data.text_column, bad=bad):
             yield piece.text
 
