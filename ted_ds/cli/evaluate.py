@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("model", help="a Hugging Face folder or hub id")
     parser.add_argument("--task", choices=[t for t in TASKS if t not in OWN_COLUMNS], default="causal-lm")
     parser.add_argument("--data", nargs="+", default=[], metavar="FILES", help="held-out text, or the task's files")
-    parser.add_argument("--lambada", metavar="FILE", help="LAMBADA as JSONL with `text`")
+    parser.add_argument("--lambada", metavar="FILE", help="LAMBADA: lines of plain text, or rows with `text`")
     parser.add_argument("--tokenizer", help="where the model's folder has none")
     parser.add_argument("--sequence-length", type=int, help="tokens a row (default 1024; tasks 256, questions 384)")
     parser.add_argument("--doc-stride", type=int, default=128, help="of questions' windows (default 128)")
@@ -58,7 +58,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         score = _perplexity if kind == "causal-lm" else _task_scores
         results |= score(arguments, model, tokenizer, world)
     if arguments.lambada:
-        texts = [piece.text for piece in iter_pieces([arguments.lambada], text_column="text")]
+        passages = iter_pieces([arguments.lambada], text_column="text", by_line=True)
+        texts = [piece.text for piece in passages]
         scores = lambada(model, tokenizer, texts, batch_size=arguments.batch_size, device=world.device)
         results |= {f"lambada_{name}": value for name, value in scores.items()}
     return results

@@ -278,7 +278,7 @@ class HubDataset(Section):
 
 
 DataEntries = Annotated[tuple[str | HubDataset, ...], BeforeValidator(_as_sequence)]
-"""Paths and globs of text, JSONL and Parquet files, and hub data sets; a single one needs no list."""
+"""Paths and globs of text, JSONL, CSV, TSV and Parquet files, and hub data sets; a single one needs no list."""
 
 
 class DataConfig(Section):
@@ -289,7 +289,7 @@ class DataConfig(Section):
     extra_validation: dict[str, DataEntries] = Field(
         default={}, description="name -> more held-out data, scored once, by the best weights (MNLI's mismatched set)"
     )
-    text_column: str = Field(default="text", description="of JSONL, Parquet and hub data (causal-lm)")
+    text_column: str = Field(default="text", description="of JSONL, CSV, TSV, Parquet and hub data (causal-lm)")
     text_columns: tuple[str, ...] | None = Field(
         default=None, min_length=1, max_length=2, description="one or two; null: the task's own"
     )

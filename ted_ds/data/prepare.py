@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -20,7 +21,8 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from ted_ds.config.schema import HubDataset
-from ted_ds.data.sources import Piece, iter_pieces, matching_files
+from ted_ds.data.files import matching_files
+from ted_ds.data.sources import Piece, iter_pieces
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError
 
@@ -265,7 +267,9 @@ def _encoded(
 ) -> Iterator[tuple[list[Piece], list[list[int]]]]:
     """Groups of pieces with their ids, in order; reading goes on while `workers` processes tokenize."""
     groups = _grouped(pieces)
-    if workers == 1:
+    first = list(islice(groups, 2))
+    groups = chain(first, groups)
+    if workers == 1 or len(first) == 1:  # a hub's data set may be small, too
         for group in groups:
             yield group, tokenizer.encode_batch([piece.text for piece in group])
         return

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ted_ds.config.schema import HubDataset
-from ted_ds.data.sources import file_kind, hub_rows, matching_files, numbered_lines, opened, readable
+from ted_ds.data.files import JSON_SUFFIXES, file_kind, matching_files, no_format, readable, text_file
+from ted_ds.data.hub import hub_rows
+from ted_ds.data.records import PARQUET, iter_records
 from ted_ds.errors import DataError
 
 NEAR = 2
@@ -33,8 +34,8 @@ class Question:
 def iter_questions(entries: Sequence[str | HubDataset], *, impossible: bool) -> Iterator[Question]:
     """The questions of all entries in order.
 
-    A `.json` file is SQuAD's (1.1 or 2.0); a `.jsonl`, `.ndjson` or `.parquet` file has the columns of the hub's
-    data sets: id, question, context, answers {text, answer_start}. Compressed files are read as such.
+    A `.json` file is SQuAD's (1.1 or 2.0); JSON lines and Parquet files have the columns of the hub's data
+    sets: id, question, context, answers {text, answer_start}. Compressed files are read as such.
     impossible: whether a question may have no answer.
     Raises DataError naming the question and file of an answer that is not in its context, and of unreadable files.
     """
@@ -63,27 +64,20 @@ def _checked(source: str, questions: Iterator[Question], impossible: bool) -> It
 
 def _file_questions(path: Path) -> Iterator[Question]:
     kind = file_kind(path)
-    if kind == ".parquet":
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-            yield from _flat(enumerate(rows, 1), str(path), "row")
-        return
-    with opened(path) as (plain, _):
-        lines = numbered_lines(plain, path)
-        if kind in (".jsonl", ".ndjson"):
-            records = ((n, _parsed(line, f"{path}, line {n}")) for n, line in lines if line.strip())
-            yield from _flat(records, str(path), "line")
-        elif kind == ".json":
-            yield from _nested("".join(line for _, line in lines), path)
-        else:
-            raise DataError(f"{path} has a suffix that says no format: give .json as SQuAD's, .jsonl or .parquet")
+    if kind == ".json":
+        with text_file(path) as file:
+            text = "".join(line for _, line in file.lines())
+            yield from _nested(file.json(text) if text.strip() else {"data": []}, path)
+    elif kind == PARQUET or kind in JSON_SUFFIXES:
+        records = iter_records(path, ("id", "question", "context", "answers"), None)
+        rows = ((record.number, record.values) for record in records)
+        yield from _flat(rows, str(path), "row" if kind == PARQUET else "line")
+    else:
+        no_format(path, ".json as SQuAD's, .jsonl or .parquet")
 
 
-def _nested(text: str, path: Path) -> Iterator[Question]:
+def _nested(content: Any, path: Path) -> Iterator[Question]:
     """The questions of SQuAD's own JSON."""
-    content = _parsed(text, str(path)) if text.strip() else {"data": []}
     try:
         for article in content["data"]:
             for paragraph in article["paragraphs"]:
@@ -141,10 +135,3 @@ def _placed(text: Any, start: Any, context: str, where: str) -> tuple[str, int]:
         f"{where}: the answer {text!r:.60} is not at {start} of its context, which has {there!r:.60} there: fix or "
         "drop it"
     )
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON ({error}): fix the file") from error

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,16 +11,25 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ted_ds.config.schema import HubDataset
-from ted_ds.config.tasks import TaskSpec
-from ted_ds.data.sources import JSON_SUFFIXES, file_kind, hub_rows, matching_files, numbered_lines, opened, readable
+from ted_ds.config.tasks import TaskSpec, Tsv
+from ted_ds.data.files import TSV_SUFFIXES, file_kind, matching_files, no_format, readable, text_file
+from ted_ds.data.hub import hub_rows
+from ted_ds.data.records import (
+    PARQUET,
+    RECORD_SUFFIXES,
+    check_columns,
+    class_names,
+    hub_records,
+    iter_records,
+    tsv_rows,
+)
 from ted_ds.errors import DataError
 
 logger = logging.getLogger("ted_ds")
 
 Row = Mapping[str, Any]
-Lines = Iterator[tuple[int, str]]
 
-csv.field_size_limit(1 << 30)  # a cell may hold a document; the default is 128 KiB
+SETTINGS = "data.text_columns and data.label_column"
 
 
 @dataclass(frozen=True)
@@ -37,9 +44,10 @@ class Example:
 def iter_examples(entries: Sequence[str | HubDataset], spec: TaskSpec) -> Iterator[Example]:
     """The rows of all entries in order.
 
-    Labels are names or numbers of `spec.labels`; an empty one is none, and so is GLUE's -1. In a `.tsv`, cells are
-    never quoted. One of a GLUE task has the official layout: rows of it that lack cells are passed over with one
-    warning a file (QQP has some), and it may be without labels. Compressed files are read as such.
+    Labels are names or numbers of `spec.labels`, or of the names that a Parquet file or hub data set gives them; an
+    empty one is none, and so is GLUE's -1. In a `.tsv`, cells are never quoted. One of a GLUE task has the official
+    layout: rows of it that lack cells are passed over with one warning a file (QQP has some), and it may be without
+    labels. Compressed files are read as such.
     Raises DataError naming the file and line of what is missing, unreadable or not a label.
     """
     for entry in entries:
@@ -63,125 +71,68 @@ def _examples(source: str, rows: Iterator[tuple[str, Row]], spec: TaskSpec) -> I
 
 
 def _hub_table(where: str, rows: Any, spec: TaskSpec) -> Iterator[tuple[str, Row]]:
-    _check_columns(where, rows.column_names or _columns(spec), _columns(spec))
     names = getattr((rows.features or {}).get(spec.label_column), "names", None)
-    if names is not None and sorted(names) != sorted(spec.labels):
-        raise DataError(
-            f"{where} has the labels {', '.join(names)}, the task {', '.join(spec.labels) or 'none'}: set data.labels"
-        )
-    for number, row in enumerate(rows, 1):
-        label = row[spec.label_column]
-        # a number is one of the data set's own order; -1 is no label
-        named = row if not names or label is None or label < 0 else {**row, spec.label_column: names[label]}
-        yield f"{where}, row {number}", named
+    yield from _named(hub_records(where, rows, _columns(spec), SETTINGS), where, names, spec)
 
 
 def _file_table(path: Path, spec: TaskSpec) -> Iterator[tuple[str, Row]]:
     kind = file_kind(path)
-    if kind == ".parquet":
-        yield from _parquet_table(path, spec)
+    if kind not in RECORD_SUFFIXES:
+        no_format(path, ".tsv, .csv, .jsonl or .parquet")
+    if kind in TSV_SUFFIXES and spec.tsv is not None:
+        yield from _official_table(path, spec, spec.tsv)
         return
-    with opened(path) as (plain, _):
-        lines = numbered_lines(plain, path)
-        if kind in JSON_SUFFIXES:
-            yield from _json_table(path, lines, spec)
-        elif kind == ".csv":
-            yield from _csv_table(path, lines, spec)
-        elif kind == ".tsv":
-            yield from _tsv_table(path, lines, spec)
-        else:
-            raise DataError(f"{path} has a suffix that says no format: give .tsv, .csv, .jsonl or .parquet")
+    records = ((record.where, record.values) for record in iter_records(path, _columns(spec), SETTINGS))
+    names = class_names(path, spec.label_column) if kind == PARQUET else None
+    yield from _named(records, str(path), names, spec)
 
 
-def _parquet_table(path: Path, spec: TaskSpec) -> Iterator[tuple[str, Row]]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        _check_columns(str(path), file.schema_arrow.names, _columns(spec))
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=list(_columns(spec))):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
-
-
-def _json_table(path: Path, lines: Lines, spec: TaskSpec) -> Iterator[tuple[str, Row]]:
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error}): fix or drop the line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: not an object with columns: fix or drop the line")
-        _check_columns(f"{path}, line {number}", list(row), _columns(spec))
-        yield f"{path}, line {number}", row
-
-
-def _csv_table(path: Path, lines: Lines, spec: TaskSpec) -> Iterator[tuple[str, Row]]:
-    reader = csv.reader((line for _, line in lines), strict=True)
-    header: list[str] | None = None
-    while True:
-        first = reader.line_num + 1  # a quoted cell may go on over several lines
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise DataError(f"{path}, line {first}: not valid CSV ({error}): fix or drop the row") from error
-        if cells is None:
-            return
-        if header is None:
-            header = cells
-            _check_columns(str(path), header, _columns(spec))
-        elif cells:
-            yield f"{path}, line {first}", _row(path, first, header, cells)
-
-
-def _tsv_table(path: Path, lines: Lines, spec: TaskSpec) -> Iterator[tuple[str, Row]]:
-    """Split by hand: csv would stop at a carriage return within a cell."""
-    table: Iterator[tuple[int, list[str]]]
-    table = ((number, line.rstrip("\r\n").split("\t")) for number, line in lines if line.strip("\r\n"))
-    first = next(table, None)
-    if first is None:
+def _named(
+    rows: Iterator[tuple[str, Row]], source: str, names: Sequence[str] | None, spec: TaskSpec
+) -> Iterator[tuple[str, Row]]:
+    """Rows whose labels are numbers of the data's own `names`, with these names in their place."""
+    if names is None:
+        yield from rows
         return
-    if spec.tsv is None:
-        _check_columns(str(path), first[1], _columns(spec))
-        yield from ((f"{path}, line {number}", _row(path, number, first[1], cells)) for number, cells in table)
-        return
-    official = first[1]
-    if spec.tsv.header and not set(spec.text_columns) <= set(official):
-        official = list(spec.tsv.header)
-        table = chain([first], table)
-    header = [spec.tsv.names.get(name, name) for name in official]
-    # GLUE's test sets have no labels
-    needed = _columns(spec) if spec.label_column in header else spec.text_columns
-    _check_columns(str(path), header, needed, official)
+    if sorted(names) != sorted(spec.labels):
+        raise DataError(
+            f"{source} has the labels {', '.join(names)}, the task {', '.join(spec.labels) or 'none'}: set data.labels"
+        )
+    for where, row in rows:
+        label = row[spec.label_column]
+        if isinstance(label, int) and label >= len(names):
+            raise DataError(f"{where}: the label is {label}, and the data names {len(names)}: fix or drop the row")
+        # -1 is no label
+        yield where, row if not isinstance(label, int) or label < 0 else {**row, spec.label_column: names[label]}
+
+
+def _official_table(path: Path, spec: TaskSpec, layout: Tsv) -> Iterator[tuple[str, Row]]:
+    """GLUE's own files, whose cells are never quoted."""
     short: list[int] = []
-    for number, cells in table:
-        if len(cells) < len(header):
-            short.append(number)
-        else:
-            yield f"{path}, line {number}", dict(zip(header, cells, strict=False))
+    with text_file(path) as file:
+        table = tsv_rows(file)
+        first = next(table, None)
+        if first is None:
+            return
+        official = first[1]
+        if layout.header and not set(spec.text_columns) <= set(official):
+            official = list(layout.header)
+            table = chain([first], table)
+        header = [layout.names.get(name, name) for name in official]
+        # GLUE's test sets have no labels
+        needed = _columns(spec) if spec.label_column in header else spec.text_columns
+        check_columns(str(path), header, needed, SETTINGS, official)
+        for number, cells in table:
+            if len(cells) < len(header):
+                short.append(number)
+            else:
+                yield f"{path}, line {number}", dict(zip(header, cells, strict=False))
     if short:
         logger.warning("%s: %d rows lack cells and are passed over, the first in line %d", path, len(short), short[0])
 
 
-def _row(path: Path, number: int, header: Sequence[str], cells: Sequence[str]) -> Row:
-    if len(cells) != len(header):
-        raise DataError(f"{path}, line {number}: {len(cells)} cells, the header has {len(header)}: fix or drop the row")
-    return dict(zip(header, cells, strict=True))
-
-
 def _columns(spec: TaskSpec) -> tuple[str, ...]:
     return (*spec.text_columns, spec.label_column)
-
-
-def _check_columns(where: str, there: Sequence[str], needed: Sequence[str], shown: Sequence[str] | None = None) -> None:
-    if missing := [name for name in needed if name not in there]:
-        raise DataError(
-            f"{where} has no column {missing[0]!r}, only {', '.join(shown or there) or 'none'}: set data.text_columns "
-            "and data.label_column"
-        )
 
 
 def _text(value: Any, column: str, where: str) -> str:

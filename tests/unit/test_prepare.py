@@ -122,6 +122,15 @@ def test_the_files_do_not_depend_on_the_number_of_processes(
         assert (tmp_path / "data1" / name).read_bytes() == (tmp_path / "data2" / name).read_bytes()
 
 
+def test_what_is_one_task_of_work_starts_no_processes(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ALONE_BYTES", 0)  # the size of a hub's data set is not known, either
+    monkeypatch.setattr(module, "ProcessPoolExecutor", None)
+    (tmp_path / "few.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9")
+    assert len(packed([str(tmp_path / "few.txt")], tokenizer, tmp_path / "data", processes=2))
+
+
 Change = Callable[[Path, dict[str, Any]], Any]
 CHANGES: list[tuple[str, Change]] = [
     ("tokenizer", lambda folder, made: made.update(tokenizer=tokenizer_in(folder / "other", bos=False))),

@@ -232,3 +232,34 @@ def test_hub_rows_are_numbered_by_the_names_of_their_labels(hub: Path, streaming
         examples(entry, replace(OWN, text_columns=("body",)))
     with pytest.raises(DataError, match=r"hub \(default, test\) cannot be loaded: "):
         examples(HubDataset(hub=str(hub), split="test", streaming=streaming), OWN)
+
+
+def test_a_parquet_file_s_own_names_are_those_of_its_numbers(hub: Path) -> None:
+    path = hub / "train.parquet"
+    assert read(path, OWN) == [("a", 1), ("b", 0), ("c", None)]
+    message = re.escape(f"{path} has the labels good, bad, the task yes, no: set data.labels")
+    with pytest.raises(DataError, match=f"^{message}"):
+        examples(path, replace(OWN, labels=("yes", "no")))
+    with pytest.raises(DataError, match=r"has the labels good, bad, the task none: set data\.labels"):
+        examples(path, TASKS["regression"].with_columns(("text",), "class", None))
+    table = pq.read_table(path)
+    pq.write_table(
+        table.set_column(1, "class", pa.array([0, 2, 1])).replace_schema_metadata(table.schema.metadata), path
+    )
+    with pytest.raises(DataError, match=r"train\.parquet, row 2: the label is 2, and the data names 2: fix or drop"):
+        examples(path, OWN)
+
+
+def test_glue_s_parquet_files_are_read_by_their_names(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["positive", "negative"])})
+    rows = Dataset.from_dict({"sentence": ["fine", "dull"], "label": [0, 1]}, features=features)
+    rows.to_parquet(tmp_path / "sst2.parquet")
+    assert read(tmp_path / "sst2.parquet", TASKS["sst2"]) == [("fine", 1), ("dull", 0)]
+
+
+def test_arrow_s_dictionaries_are_their_names(tmp_path: Path) -> None:
+    labels = pa.DictionaryArray.from_arrays(pa.array([0, 1, None]), pa.array(["good", "bad"]))
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "class": labels}), tmp_path / "own.parquet")
+    assert read(tmp_path / "own.parquet", OWN) == [("a", 1), ("b", 0), ("c", None)]
