@@ -38,8 +38,8 @@ class Record(NamedTuple):
 def iter_records(path: Path, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
     """The records of a file with one of `RECORD_SUFFIXES`, in order.
 
-    columns: those that are needed; of a Parquet file no others are read. setting: the recipe's key that names them;
-    None: whoever reads the records looks whether they are there. Cells of a TSV are taken as they are, so that
+    columns: those that are needed. setting: the recipe's key that names them, and of a Parquet file no others are
+    read; None: whoever reads the records looks whether they are there. Cells of a TSV are taken as they are, so that
     those of a writer that quotes are refused.
     Raises DataError naming the file and line of what is missing, there twice, or not of the format.
     """
@@ -103,7 +103,7 @@ def _parquet(path: Path, columns: Sequence[str], setting: str | None) -> Iterato
         names = file.schema_arrow.names
         check_columns(str(path), names, columns, setting)
         number, share = 0, path.stat().st_size / max(1, file.metadata.num_rows)
-        for batch in file.iter_batches(batch_size=1024, columns=[name for name in columns if name in names]):
+        for batch in file.iter_batches(batch_size=1024, columns=list(columns) if setting else None):
             for values in _python(batch, str(path), number):
                 number += 1
                 yield Record(number, f"{path}, row {number}", values, share)
