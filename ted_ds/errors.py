@@ -26,6 +26,10 @@ class ModelError(TedError):
     """A model has a structure, width, depth or vocabulary that the request does not fit."""
 
 
+class NotFiniteError(ModelError):
+    """A model's outputs are nan or infinite: there is no score of them."""
+
+
 class CheckpointError(TedError):
     """A checkpoint or a finished stage's folder is torn, or belongs to another run."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from ted_ds.cli.common import printed
 from ted_ds.config.tasks import TASKS
+from ted_ds.errors import NotFiniteError
 
 OWN_COLUMNS = ("classification", "regression")
 """Tasks whose columns a recipe names."""
@@ -22,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("model", help="a Hugging Face folder or hub id")
     parser.add_argument("--task", choices=[t for t in TASKS if t not in OWN_COLUMNS], default="causal-lm")
     parser.add_argument("--data", nargs="+", default=[], metavar="FILES", help="held-out text, or the task's files")
-    parser.add_argument("--lambada", metavar="FILE", help="LAMBADA as JSONL with `text`")
+    parser.add_argument("--lambada", metavar="FILE", help="LAMBADA: lines of plain text, or rows with `text`")
     parser.add_argument("--tokenizer", help="where the model's folder has none")
     parser.add_argument("--sequence-length", type=int, help="tokens a row (default 1024; tasks 256, questions 384)")
     parser.add_argument("--doc-stride", type=int, default=128, help="of questions' windows (default 128)")
@@ -38,11 +39,19 @@ def main(argv: Sequence[str]) -> int:
         parser.error(f"--lambada is for causal LMs, --task is {arguments.task}")
     if arguments.sequence_length is None:
         arguments.sequence_length = {"causal-lm": 1024, "question-answering": 384}.get(TASKS[arguments.task].kind, 256)
-    printed(lambda: _evaluate(arguments))
+    printed(lambda: _named(arguments))
     return 0
 
 
+def _named(arguments: argparse.Namespace) -> dict[str, Any]:
+    try:
+        return _evaluate(arguments)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"model {arguments.model}: {error}: there is no score, see to its weights") from error
+
+
 def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
+    from ted_ds.data.bad_rows import BadRows
     from ted_ds.data.sources import iter_pieces
     from ted_ds.data.tokenizers import load_tokenizer
     from ted_ds.distributed import init_world
@@ -63,7 +72,9 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
         score = _perplexity if kind == "causal-lm" else _task_scores
         results |= score(arguments, model, tokenizer, world)
     if arguments.lambada:
-        texts = [piece.text for piece in iter_pieces([arguments.lambada], text_column="text")]
+        with BadRows(skip=None) as bad:
+            passages = iter_pieces([arguments.lambada], text_column="text", by_line=True, bad=bad)
+            texts = [piece.text for piece in passages]
         scores = lambada(model, tokenizer, texts, batch_size=arguments.batch_size, device=world.device)
         results |= {f"lambada_{name}": value for name, value in scores.items()}
     return results
@@ -109,7 +120,7 @@ def _task_scores(arguments: argparse.Namespace, model: Any, tokenizer: Any, worl
     model.config.pad_token_id = tokenizer.pad_id
     with tempfile.TemporaryDirectory() as folder:
         split = Path(folder) / "rows"
-        options = {"max_length": length, "stride": arguments.doc_stride, "training": False}
+        options = {"max_length": length, "stride": arguments.doc_stride, "training": False, "skip_bad_rows": None}
         rows = ensure_encoded(arguments.data, spec, tokenizer, split, **options)
         check_ids(tokenizer, vocabulary_rows(model, spec.kind), {"held-out": rows})
         batches = ScoringRows(rows, batch_size=arguments.batch_size, rank=world.rank, world_size=world.size)

@@ -278,7 +278,7 @@ class HubDataset(Section):
 
 
 DataEntries = Annotated[tuple[str | HubDataset, ...], BeforeValidator(_as_sequence)]
-"""Paths and globs of text, JSONL and Parquet files, and hub data sets; a single one needs no list."""
+"""Paths and globs of text, JSONL, CSV, TSV and Parquet files, and hub data sets; a single one needs no list."""
 
 
 class DataConfig(Section):
@@ -289,13 +289,16 @@ class DataConfig(Section):
     extra_validation: dict[str, DataEntries] = Field(
         default={}, description="name -> more held-out data, scored once, by the best weights (MNLI's mismatched set)"
     )
-    text_column: str = Field(default="text", description="of JSONL, Parquet and hub data (causal-lm)")
+    text_column: str = Field(default="text", description="of JSONL, CSV, TSV, Parquet and hub data (causal-lm)")
     text_columns: tuple[str, ...] | None = Field(
         default=None, min_length=1, max_length=2, description="one or two; null: the task's own"
     )
     label_column: str | None = Field(default=None, description="null: the task's own")
     labels: tuple[str, ...] | None = Field(
         default=None, min_length=2, description="their order numbers them; null: the task's own"
+    )
+    skip_bad_rows: bool = Field(
+        default=False, description="rows that cannot be used are left out and counted; false: they end the run"
     )
     tokenizer: str = Field(description="folder or hub id for AutoTokenizer, or a SentencePiece .model file")
     trust_remote_code: bool = Field(

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ted_ds.batch import IGNORED
+from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.prepare import Entries, TextCounts, tokenized
 from ted_ds.data.tokenizers import Tokenizer
 
@@ -32,12 +33,13 @@ class Document:
 def iter_documents(entries: Entries, tokenizer: Tokenizer, *, text_column: str = "text") -> Iterator[Document]:
     """The documents of all entries, in order; DataError where data is missing or unreadable."""
     held, counts = list[int](), TextCounts()
-    for piece, ids in tokenized(entries, tokenizer, text_column=text_column, processes=None, what="tokenize"):
-        held += ids[len(tokenizer.prefix) :]
-        counts.add(piece)
-        if piece.ends:
-            yield Document(np.array(held, dtype=np.int32), counts.words, counts.bytes)
-            held, counts = [], TextCounts()
+    with BadRows(skip=None) as bad:
+        for piece, ids in tokenized(entries, tokenizer, bad, text_column=text_column, processes=None, what="tokenize"):
+            held += ids[len(tokenizer.prefix) :]
+            counts.add(piece)
+            if piece.ends:
+                yield Document(np.array(held, dtype=np.int32), counts.words, counts.bytes)
+                held, counts = [], TextCounts()
 
 
 def beginning(tokenizer: Tokenizer, documents: Iterator[Document]) -> tuple[list[int], Iterator[Document]]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import chain, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -21,7 +22,9 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from ted_ds.config.schema import HubDataset
-from ted_ds.data.sources import Piece, iter_pieces, matching_files
+from ted_ds.data.bad_rows import BadRows
+from ted_ds.data.files import matching_files
+from ted_ds.data.sources import Piece, iter_pieces
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError
 
@@ -50,6 +53,7 @@ class Manifest:
     of the last row that are not padding. digest: SHA-256 of the rows' ids, as int32.
     prefix: what the tokenizer put before each document. largest_id: of the rows. words, bytes: of held-out documents,
     see `TextCounts`; None for training data. All four are None in folders of versions that did not write them.
+    left_out: bad rows of the data, of which there is nothing here.
     """
 
     tokenizer: str
@@ -67,6 +71,7 @@ class Manifest:
     largest_id: int | None = None
     words: int | None = None
     bytes: int | None = None
+    left_out: int = 0
 
 
 class PackedBlocks:
@@ -81,8 +86,9 @@ class PackedBlocks:
     def __init__(self, folder: Path) -> None:
         try:
             values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            prefix = None if (given := values.get("prefix")) is None else tuple(given)
-            self.manifest = Manifest(**{**values, "entries": reread_names(values["entries"]), "prefix": prefix})
+            prefix = None if values.get("prefix") is None else tuple(values["prefix"])
+            entries = reread_names(values["entries"])
+            self.manifest = Manifest(**{**values, "entries": entries, "prefix": prefix})
             self._file = pa.ipc.open_file(pa.memory_map(str(folder / BLOCKS)))
             batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
         except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
@@ -144,6 +150,7 @@ def ensure_prepared(
     text_column: str,
     drop_tail: bool,
     processes: int | None,
+    skip_bad_rows: bool = False,
 ) -> PackedBlocks:
     """The packed blocks in `folder`, prepared now if it does not exist; DataError as `prepare` and `check` raise it."""
     if not folder.exists():
@@ -155,8 +162,10 @@ def ensure_prepared(
             text_column=text_column,
             drop_tail=drop_tail,
             processes=processes,
+            skip_bad_rows=skip_bad_rows,
         )
     blocks = PackedBlocks(folder)
+    refuse_left_out(folder, blocks.manifest.left_out, skip_bad_rows)
     check(blocks, folder, entries, tokenizer, sequence_length, text_column=text_column)
     return blocks
 
@@ -195,6 +204,15 @@ def refuse_differences(folder: Path, wanted: Sequence[tuple[str, object, object]
             )
 
 
+def refuse_left_out(folder: Path, left_out: int, skip_bad_rows: bool | None) -> None:
+    """Raises DataError where the folder lacks bad rows of its data that are not to be left out."""
+    if left_out and not skip_bad_rows:
+        raise DataError(
+            f"{folder} was prepared without {left_out} bad rows, which data.skip_bad_rows: false refuses: set it to "
+            "true, or delete that folder to prepare it anew"
+        )
+
+
 def prepare(
     entries: Entries,
     tokenizer: Tokenizer,
@@ -204,6 +222,7 @@ def prepare(
     text_column: str = "text",
     drop_tail: bool = True,
     processes: int | None = None,
+    skip_bad_rows: bool = False,
 ) -> PackedBlocks:
     """Tokenizes and packs all documents into `folder`, renamed into place when it is whole.
 
@@ -211,7 +230,7 @@ def prepare(
     token, and are cut every `sequence_length` tokens: a row may hold the end of one and the beginning of
     the next. Where prefix and end are one token (OPT), it stands once between two documents, as in the data of such
     models. Nothing is lost but, with `drop_tail`, a last row that is not full; else it is padded.
-    processes: that tokenize; None: one a core. The result does not depend on it.
+    processes: that tokenize; None: one a core. The result does not depend on it. skip_bad_rows: see `BadRows`.
     Raises DataError for data that is missing, unreadable, or makes no full row.
     """
     temporary = folder.with_name(folder.name + ".tmp")
@@ -220,12 +239,14 @@ def prepare(
     sizes = file_sizes(entries)
     counts = None if drop_tail else TextCounts()
     packer = _Packer(temporary / BLOCKS, tokenizer, sequence_length, held_out=not drop_tail)
-    for piece, ids in tokenized(
-        entries, tokenizer, text_column=text_column, processes=processes, what=f"prepare {folder.name}"
-    ):
-        packer.add(piece, ids)
-        if counts is not None:
-            counts.add(piece)
+    what = f"prepare {folder.name}"
+    with BadRows(skip=skip_bad_rows) as bad:
+        for piece, ids in tokenized(entries, tokenizer, bad, text_column=text_column, processes=processes, what=what):
+            packer.add(piece, ids)
+            if counts is not None:
+                counts.add(piece)
+    if bad.count and not packer.tokens:
+        raise bad.nothing_left()
     last_row_length = packer.close(drop_tail=drop_tail)
     if not packer.rows:
         raise DataError(
@@ -247,6 +268,7 @@ def prepare(
         largest_id=packer.largest_id,
         words=None if counts is None else counts.words,
         bytes=None if counts is None else counts.bytes,
+        left_out=bad.count,
         digest=packer.digest.hexdigest(),
     )
     (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
@@ -255,17 +277,17 @@ def prepare(
 
 
 def tokenized(
-    entries: Entries, tokenizer: Tokenizer, *, text_column: str, processes: int | None, what: str
+    entries: Entries, tokenizer: Tokenizer, bad: BadRows, *, text_column: str, processes: int | None, what: str
 ) -> Iterator[tuple[Piece, list[int]]]:
     """The pieces of all documents in order, each with its ids, which begin with the tokenizer's prefix.
 
-    processes, errors: see `prepare`. what: the progress bar's name.
+    bad: gets the rows that cannot be used. processes, errors: see `prepare`. what: the progress bar's name.
     """
     sizes = file_sizes(entries)
     workers = processes or os.cpu_count() or 1
     if sizes and sum(sizes.values()) < ALONE_BYTES:
         workers = 1
-    pieces = iter_pieces(entries, text_column=text_column)
+    pieces = iter_pieces(entries, text_column=text_column, bad=bad)
     tokens = 0
     with tqdm(total=sum(sizes.values()) or None, unit="B", unit_scale=True, desc=what) as bar:
         for group, encoded in _encoded(pieces, tokenizer, workers):
@@ -368,7 +390,9 @@ def _encoded(
 ) -> Iterator[tuple[list[Piece], list[list[int]]]]:
     """Groups of pieces with their ids, in order; reading goes on while `workers` processes tokenize."""
     groups = _grouped(pieces)
-    if workers == 1:
+    first = list(islice(groups, 2))
+    groups = chain(first, groups)
+    if workers == 1 or len(first) == 1:  # a hub's data set may be small, too
         for group in groups:
             yield group, tokenizer.encode_batch([piece.text for piece in group])
         return

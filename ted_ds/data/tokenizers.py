@@ -303,6 +303,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
             minloglevel=2,
         )
     except RuntimeError as error:
+        if lines.failure is not None:
+            raise lines.failure from error
         # "INTERNAL: src/trainer_interface.cc(744) [condition] what a reader needs"
         reason = (
             re.sub(r"^[A-Z]+: \S+\(\d+\) \[.*\] *", "", str(error).splitlines()[-1])
@@ -320,14 +322,22 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
 class _TrainingLines:
     """The lines of texts as sentencepiece takes them: none empty, too long, or with its reserved character.
 
-    count: lines given so far.
+    count: lines given so far. failure: what ended the texts, of which sentencepiece keeps a line of its trace.
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
         self._texts = texts
+        self.failure: Exception | None = None
         self.count = self._long = self._reserved = 0
 
     def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._lines()
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _lines(self) -> Iterator[str]:
         for text in self._texts:
             for line in text.splitlines():
                 self._reserved += RESERVED in line

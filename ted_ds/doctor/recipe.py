@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from ted_ds.config.schema import HubDataset, RunConfig
-from ted_ds.data.sources import matching_files
+from ted_ds.data.files import matching_files
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.doctor.finding import GIB, Finding, Status, gib
 from ted_ds.doctor.machine import existing, writable

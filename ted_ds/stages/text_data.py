@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ted_ds.config.schema import DataConfig, RunConfig
+from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.loader import EvaluationRows, TrainingRows
 from ted_ds.data.prepare import PackedBlocks, ensure_prepared
 from ted_ds.data.sources import iter_pieces
@@ -89,9 +91,15 @@ class TextData:
 def ensure_text_tokenizer(data: DataConfig) -> Tokenizer:
     """The tokenizer, a SentencePiece model trained first where the recipe says so and it is not there."""
     if data.train_tokenizer is not None and not Path(data.tokenizer).exists():
-        texts = (piece.text for piece in iter_pieces(data.train, text_column=data.text_column))
-        train_sentencepiece(texts, data.train_tokenizer, Path(data.tokenizer))
+        train_sentencepiece(_all_texts(data), data.train_tokenizer, Path(data.tokenizer))
     return load_tokenizer(data.tokenizer, trust_remote_code=data.trust_remote_code)
+
+
+def _all_texts(data: DataConfig) -> Iterator[str]:
+    # refused here, before a tokenizer is written that the next start would take as it is
+    with BadRows(skip=data.skip_bad_rows) as bad:
+        for piece in iter_pieces(data.train, text_column=data.text_column, bad=bad):
+            yield piece.text
 
 
 def prepare_text(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> dict[str, PackedBlocks]:
@@ -105,6 +113,7 @@ def prepare_text(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> dict[s
             text_column=data.text_column,
             drop_tail=drop_tail,
             processes=data.processes,
+            skip_bad_rows=data.skip_bad_rows,
         )
         for split, drop_tail in SPLITS.items()
         if getattr(data, split)

@@ -90,9 +90,9 @@ def test_prepare_trains_a_tokenizer_and_packs(tmp_path: Path) -> None:
 
 def test_evaluate_agrees_with_a_plain_loop(project: Path, tmp_path: Path) -> None:
     passages = ["w1 w2 w3 w4", "w5 w6 w7"]
-    (tmp_path / "lambada.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in passages))
+    (tmp_path / "lambada.txt").write_text("\n".join(passages))
     command = [*TED_DS, "evaluate", project / "teacher", "--tokenizer", project / "tokenizer"]
-    data = ["--data", project / "validation.txt", "--lambada", tmp_path / "lambada.jsonl", "--sequence-length", "12"]
+    data = ["--data", project / "validation.txt", "--lambada", tmp_path / "lambada.txt", "--sequence-length", "12"]
     found = json.loads(run(*command, *data).stdout)
     model = AutoModelForCausalLM.from_pretrained(project / "teacher")
     tokenizer = AutoTokenizer.from_pretrained(project / "tokenizer")

@@ -164,6 +164,16 @@ def test_an_id_without_a_row_is_refused_only_if_a_text_holds_it(tmp_path: Path) 
         score(model, tokenizer, str(tmp_path / "bad.jsonl"))
 
 
+@pytest.mark.parametrize("texts", [["a", None, 3], [None, None]])
+def test_bad_rows_are_all_counted_and_refused(tmp_path: Path, texts: list[Any]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.raises(
+        DataError, match=r"^2 rows cannot be used: .*: fix or drop such rows, or set data\.text_column$"
+    ):
+        list(iter_documents([str(path)], letters("$A")))
+
+
 @pytest.mark.parametrize(("single", "prefix"), [("<s> $A", [0]), ("</s> $A", [1]), ("$A", [])])
 def test_a_run_s_own_score_leaves_out_the_beginnings_and_has_a_word_s_and_a_byte_s(
     data: str, tmp_path: Path, single: str, prefix: list[int]

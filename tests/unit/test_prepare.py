@@ -15,13 +15,14 @@ from tokenizers import Tokenizer as Core
 from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ted_ds.config.schema import HubDataset
+from ted_ds.config.schema import DataConfig, HubDataset
 from ted_ds.data import prepare as module
 from ted_ds.data import sources
 from ted_ds.data.prepare import BLOCKS, MANIFEST, PackedBlocks, check, ensure_prepared, prepare
 from ted_ds.data.sources import Piece
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError
+from ted_ds.stages.text_data import ensure_text_tokenizer
 
 LONG = "".join(f"w{i % 40} w{i % 7}{' ' * (i % 3)}\n" for i in range(90))
 TORN = "holds no whole prepared data"
@@ -113,6 +114,7 @@ def test_the_manifest_says_what_was_packed(tmp_path: Path, entries: list[str], t
         "digest": hashlib.sha256(padded.tobytes()).hexdigest(),
         "prefix": [2],
         "largest_id": 42,
+        "left_out": 0,
         "words": sum(len(re.split(r"\s+", text)) for text in (LONG, *SHORT)),
         "bytes": sum(len(text.encode()) for text in (LONG, *SHORT)),
     }
@@ -204,6 +206,15 @@ def test_the_files_do_not_depend_on_the_number_of_processes(
         assert (tmp_path / "data1" / name).read_bytes() == (tmp_path / "data2" / name).read_bytes()
 
 
+def test_what_is_one_task_of_work_starts_no_processes(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ALONE_BYTES", 0)  # the size of a hub's data set is not known, either
+    monkeypatch.setattr(module, "ProcessPoolExecutor", None)
+    (tmp_path / "few.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9")
+    assert len(packed([str(tmp_path / "few.txt")], tokenizer, tmp_path / "data", processes=2))
+
+
 Change = Callable[[Path, dict[str, Any]], Any]
 CHANGES: list[tuple[str, Change]] = [
     ("tokenizer", lambda folder, made: made.update(tokenizer=tokenizer_in(folder / "other", bos=False))),
@@ -282,3 +293,40 @@ def test_an_interrupted_preparation_leaves_no_folder_and_the_next_one_succeeds(
     rows = packed(entries, tokenizer, tmp_path / "data").rows(np.arange(5)).ravel()
     assert rows.tolist() == stream_of(tokenizer)[:35]
     assert not (tmp_path / "data.tmp").exists()
+
+
+def test_bad_rows_are_left_out_if_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [SHORT[0], None, SHORT[1], 7]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    entries = [str(tmp_path / "a.jsonl")]
+    blocks = packed(entries, tokenizer, tmp_path / "data", 1, skip_bad_rows=True)
+    stream = [i for document in tokenizer.encode_batch(SHORT[:2]) for i in [*document, tokenizer.eos_id]]
+    assert blocks.rows(np.arange(len(blocks))).reshape(-1).tolist() == stream
+    assert (blocks.manifest.documents, blocks.manifest.left_out) == (2, 2)
+    asked: dict[str, Any] = {"text_column": "body", "drop_tail": True, "processes": 1}
+    assert ensure_prepared(entries, tokenizer, 1, tmp_path / "data", **asked, skip_bad_rows=True).manifest.left_out == 2
+    with pytest.raises(
+        DataError, match=r"data was prepared without 2 bad rows, which data\.skip_bad_rows: false refuse"
+    ):
+        ensure_prepared(entries, tokenizer, 1, tmp_path / "data", **asked)
+    with pytest.raises(
+        DataError, match=r"^2 rows cannot be used: .*a\.jsonl, line 2: 'body' is None, .* or set data\.sk"
+    ):
+        packed(entries, tokenizer, tmp_path / "other", 1)
+    (tmp_path / "a.jsonl").write_text('{"body": 1}\n')
+    with pytest.raises(DataError, match=r"^no row is left: .*a\.jsonl, line 1: 'body' is 1, not a string: fix or drop"):
+        packed(entries, tokenizer, tmp_path / "other", 1, skip_bad_rows=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_tokenizer_is_not_trained_on_data_that_is_refused(tmp_path: Path) -> None:
+    """A tokenizer that was written would be taken as it is, once the data is mended."""
+    lines = [json.dumps({"text": f"the river {i} runs"}) for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"text": null}']))
+    asked = {"train": str(tmp_path / "a.jsonl"), "tokenizer": str(tmp_path / "t"), "train_tokenizer": 290}
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 201: 'text' is None, not a string: fix or drop the row, or se"
+    ):
+        ensure_text_tokenizer(DataConfig.model_validate(asked))
+    assert not (tmp_path / "t").exists()
+    assert ensure_text_tokenizer(DataConfig.model_validate(asked | {"skip_bad_rows": True})).vocab_size == 290
