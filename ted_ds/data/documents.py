@@ -11,8 +11,9 @@ import torch
 
 from ted_ds.batch import IGNORED
 from ted_ds.data.bad_rows import BadRows
-from ted_ds.data.prepare import Entries, TextCounts, tokenized
+from ted_ds.data.manifests import Entries
 from ted_ds.data.tokenizers import Tokenizer
+from ted_ds.data.tokenizing import TextCounts, tokenized
 
 HELD_TOKENS = 1 << 22
 """Tokens of documents that are sorted by length at a time."""

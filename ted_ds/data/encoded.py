@@ -19,7 +19,7 @@ import torch
 from ted_ds.batch import Batch
 from ted_ds.config.tasks import TaskSpec
 from ted_ds.data.bad_rows import BadRow, BadRows
-from ted_ds.data.prepare import (
+from ted_ds.data.manifests import (
     MANIFEST,
     Entries,
     entry_names,

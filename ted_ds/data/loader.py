@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ted_ds.batch import IGNORED, Batch
-from ted_ds.data.prepare import PackedBlocks
+from ted_ds.data.packed import PackedBlocks
 
 
 def row_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:

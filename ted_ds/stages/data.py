@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ted_ds.config.schema import RunConfig
 from ted_ds.data.encoded import EncodedRows
-from ted_ds.data.prepare import PackedBlocks
+from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenModel
 from ted_ds.distributed import World

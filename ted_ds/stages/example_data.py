@@ -18,7 +18,8 @@ from ted_ds.data.buckets import BucketedRows, ScoringRows
 from ted_ds.data.encoded import EncodedRows, ensure_encoded
 from ted_ds.data.squad import iter_questions
 from ted_ds.data.tables import iter_examples
-from ted_ds.data.tokenizers import Tokenizer, load_tokenizer, train_wordpiece
+from ted_ds.data.tokenizer_training import train_wordpiece
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenModel
 from ted_ds.distributed import World
 from ted_ds.errors import NotFiniteError

@@ -18,7 +18,7 @@ from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.tasks import Kind, TaskSpec
 from ted_ds.data.encoded import GROUP, EncodedRows
-from ted_ds.data.prepare import PackedBlocks
+from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenModel, FrozenModule
 from ted_ds.distributed import World, logger

@@ -10,9 +10,11 @@ from typing import Any
 from ted_ds.config.schema import DataConfig, RunConfig
 from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.loader import EvaluationRows, TrainingRows
-from ted_ds.data.prepare import PackedBlocks, ensure_prepared
+from ted_ds.data.packed import PackedBlocks
+from ted_ds.data.prepare import ensure_prepared
 from ted_ds.data.sources import iter_pieces
-from ted_ds.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from ted_ds.data.tokenizer_training import train_sentencepiece
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenModel
 from ted_ds.distributed import World
 from ted_ds.engine.loading import resident_readout

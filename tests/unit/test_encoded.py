@@ -18,9 +18,10 @@ from ted_ds.config.schema import HubDataset
 from ted_ds.config.tasks import TASKS, TaskSpec
 from ted_ds.data import encoded as module
 from ted_ds.data.encoded import ROWS, EncodedRows, ensure_encoded
-from ted_ds.data.prepare import MANIFEST
+from ted_ds.data.manifests import MANIFEST
 from ted_ds.data.squad import iter_questions
-from ted_ds.data.tokenizers import Tokenizer, load_tokenizer, train_wordpiece
+from ted_ds.data.tokenizer_training import train_wordpiece
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError
 
 WORDS = [f"{a}{b}" for a in ("red", "blue", "dark", "light") for b in ("fish", "bird", "stone", "")]

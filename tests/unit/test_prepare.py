@@ -16,9 +16,11 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ted_ds.config.schema import DataConfig, HubDataset
-from ted_ds.data import prepare as module
-from ted_ds.data import sources
-from ted_ds.data.prepare import BLOCKS, MANIFEST, PackedBlocks, check, ensure_prepared, prepare
+from ted_ds.data import packed as packed_module
+from ted_ds.data import sources, tokenizing
+from ted_ds.data.manifests import MANIFEST
+from ted_ds.data.packed import BLOCKS, PackedBlocks
+from ted_ds.data.prepare import check, ensure_prepared, prepare
 from ted_ds.data.sources import Piece
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError
@@ -58,8 +60,8 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many pieces, groups and record batches of little text."""
     monkeypatch.setattr(sources, "PIECE_CHARACTERS", 60)
-    monkeypatch.setattr(module, "TASK_CHARACTERS", 150)
-    monkeypatch.setattr(module, "BATCH_TOKENS", 50)
+    monkeypatch.setattr(tokenizing, "TASK_CHARACTERS", 150)
+    monkeypatch.setattr(packed_module, "BATCH_TOKENS", 50)
 
 
 def stream_of(tokenizer: Tokenizer) -> list[int]:
@@ -188,10 +190,10 @@ def test_nothing_is_added_to_the_file_of_a_tokenizer_without_a_beginning(tmp_pat
 
 def test_processes_that_tokenize_trust_what_the_recipe_trusts(monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
-    monkeypatch.setattr(module.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
-    monkeypatch.setattr(module, "load_tokenizer", lambda name, **options: given.append((name, options)))
-    monkeypatch.setattr(module, "_worker_tokenizer", None, raising=False)
-    module._start_worker("t", True)
+    monkeypatch.setattr(tokenizing.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(tokenizing, "load_tokenizer", lambda name, **options: given.append((name, options)))
+    monkeypatch.setattr(tokenizing, "_worker_tokenizer", None, raising=False)
+    tokenizing._start_worker("t", True)
     assert given == [("t", {"trust_remote_code": True})]
 
 
@@ -199,7 +201,7 @@ def test_processes_that_tokenize_trust_what_the_recipe_trusts(monkeypatch: pytes
 def test_the_files_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, entries: list[str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ALONE_BYTES", 0)
+    monkeypatch.setattr(tokenizing, "ALONE_BYTES", 0)
     for processes in (1, 2):
         packed(entries, tokenizer, tmp_path / f"data{processes}", processes=processes)
     for name in (BLOCKS, MANIFEST):
@@ -209,8 +211,8 @@ def test_the_files_do_not_depend_on_the_number_of_processes(
 def test_what_is_one_task_of_work_starts_no_processes(
     tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ALONE_BYTES", 0)  # the size of a hub's data set is not known, either
-    monkeypatch.setattr(module, "ProcessPoolExecutor", None)
+    monkeypatch.setattr(tokenizing, "ALONE_BYTES", 0)  # the size of a hub's data set is not known, either
+    monkeypatch.setattr(tokenizing, "ProcessPoolExecutor", None)
     (tmp_path / "few.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9")
     assert len(packed([str(tmp_path / "few.txt")], tokenizer, tmp_path / "data", processes=2))
 
@@ -287,7 +289,7 @@ def test_an_interrupted_preparation_leaves_no_folder_and_the_next_one_succeeds(
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "iter_pieces", interrupted)
+        patch.setattr(tokenizing, "iter_pieces", interrupted)
         packed(entries, tokenizer, tmp_path / "data")
     assert not (tmp_path / "data").exists()
     rows = packed(entries, tokenizer, tmp_path / "data").rows(np.arange(5)).ravel()

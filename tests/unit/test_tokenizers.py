@@ -13,9 +13,11 @@ from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, PythonBackend
 
-from ted_ds.data import tokenizers as module
+from ted_ds.data import tokenizer_training as module
 from ted_ds.data.prepare import prepare
-from ted_ds.data.tokenizers import PROBES, Tokenizer, load_tokenizer, train_sentencepiece, train_wordpiece
+from ted_ds.data.sentencepiece_models import PROBES
+from ted_ds.data.tokenizer_training import train_sentencepiece, train_wordpiece
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError
 from tests.project import make_project
 
