@@ -33,7 +33,6 @@ setup(
         "datasets",
         "deepspeed>=0.19.8",  # frozen parameters beside checkpointed blocks need 0.19.4
         "filelock",
-        "fsspec",
         "matplotlib",
         "ninja",  # DeepSpeed compiles an op at the first start
         "numpy",
@@ -53,7 +52,7 @@ setup(
         "torch>=2.11",
         "tqdm",
         "transformers>=5.0,<6",
-        "zstandard",  # for .zst files
+        "zstandard",  # `datasets` reads .zst files of the hub by it
     ],
     extras_require={
         "bench": ["liger-kernel"],  # compared with where it is there

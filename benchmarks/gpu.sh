@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Correctness and every benchmark on this machine, within 10 minutes, into one flat folder.
+# Every benchmark on this machine, or (--check) what must be right there, into one flat folder.
 #
-#   benchmarks/gpu.sh [--small] [OUT]
+#   benchmarks/gpu.sh [--small] [--check] [OUT]
 #
-# OUT: default benchmarks/results/new. --small: small sizes, under 3 minutes, on a CPU too.
+# OUT: default benchmarks/results/new. About 6 minutes; --check (`python -m tests.gpu_check`) about 4. --small: small sizes,
+# on a CPU too; with --check its rehearsal on the CPU.
+# SECONDS_IN_ALL: another limit. The most important comes first, and what does not fit is left out.
 # WHEELS=DIR: wheels that are installed into a temporary folder first, without a network (see benchmarks/README.md).
 # PYTHON: the interpreter that has torch, default python3. COMMIT: what was copied here without its git history.
 #
@@ -11,11 +13,18 @@
 set -u
 cd "$(dirname "$0")/.."
 
-small=
-if [ "${1:-}" = --small ]; then small=1; shift; fi
+small= check=
+while [[ "${1:-}" == --* ]]; do
+  case "$1" in
+    --small) small=1 ;;
+    --check) check=1 ;;
+    *) echo "unknown option $1" >&2; exit 1 ;;
+  esac
+  shift
+done
 out=$(realpath -m "${1:-benchmarks/results/new}")
 python=${PYTHON:-python3}
-budget=$((small ? 175 : 590))
+budget=${SECONDS_IN_ALL:-$((check ? 240 : small ? 175 : 350))}
 mkdir -p "$out"
 : >"$out/summary.txt"
 scratch=$(mktemp -d)
@@ -24,6 +33,7 @@ trap 'rm -rf "$scratch"' EXIT
 if [ -n "${WHEELS:-}" ]; then
   "$python" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$scratch/site" \
     "$WHEELS"/*.whl || exit 1
+  "$python" -m compileall -q -j 0 "$scratch/site" >"$out/setup.log" 2>&1  # once, not in each of many processes
   export PYTHONPATH="$scratch/site${PYTHONPATH:+:$PYTHONPATH}"
 fi
 # the interpreter's own programs: ninja, by which DeepSpeed compiles
@@ -38,6 +48,10 @@ device=$("$python" -c 'import torch; print("cuda" if torch.cuda.is_available() e
 if [ "$device" = cpu ] && [ -z "$small" ]; then
   echo "there is no GPU: give --small" >&2
   exit 1
+fi
+if [ -n "$check" ]; then
+  "$python" -m tests.gpu_check --device "$device" --seconds "$((budget - SECONDS))" "$out"
+  exit
 fi
 
 # run NAME SECONDS COMMAND...: its output in OUT/NAME.log, a line in OUT/summary.txt
@@ -66,30 +80,20 @@ bench() {
   run "$name" "$limit" "$python" -m "benchmarks.$benchmark" --json "$out/$name.json" "$@"
 }
 
-# other versions of torch and transformers have other warnings than the tests hold at none
-tests=("$python" -m pytest -q -rs -W default -p no:cacheprovider)
-fused=(tests/kernels tests/unit/test_logit_loss.py tests/unit/test_layer_loss.py)
-
 if [ -n "$small" ]; then
-  run tests-gpu 60 "${tests[@]}" -m requires_gpu
-  run tests-fused 90 "${tests[@]}" "${fused[@]}"
   bench ops 40 ops --tokens 128 --width 64 --vocab 2048 --repeats 2
+  bench engine 60 engine --size tiny --steps 2 --profile "$out/profile.txt"
   bench step 60 step --size tiny --repeats 2 --checkpointing off --methods ted
   bench memory 40 memory --blocks 2 --pairs 1 2 --width 64 --vocab 2048 --sequence 64
   bench data 30 data --size tiny --mib 0.5 --vocab 700 --repeats 1
   bench scaling 60 scaling --device cpu --ranks 1 2 --steps 1 --blocks 2 --width 64 --vocab 1024 --sequence 32
 else
-  # on the CPU, where bytes can be counted at 2 and 4 ranks; beside the tests, which time nothing
-  bench scaling-cpu 200 scaling --device cpu &
-  run tests-gpu 120 "${tests[@]}" -m requires_gpu
-  run tests-fused 120 "${tests[@]}" "${fused[@]}"
-  wait
-  bench ops 150 ops --vocab 128256 50257
-  bench step-1.5b 90 step --size 1.5b
-  bench step-3b 100 step --size 3b
-  bench scaling 60 scaling
-  bench memory 130 memory --pairs 2 6 12 --width 1024 --vocab 128256 50257 --sequence 1024 512 2048
-  bench data 90 data --size 1.5b
+  bench engine 140 engine --size 1.5b --profile "$out/profile.txt"
+  bench ops 110 ops --tokens 8192 --width 4096 --vocab 128256 --repeats 5
+  bench ops-odd 50 ops --tokens 8192 --width 2048 --vocab 151665 151936 50257 --repeats 5 --gate
+  bench step-1.5b 60 step --size 1.5b --checkpointing off --repeats 5
+  bench memory 60 memory --pairs 2 6 12 --width 1024 --vocab 128256 --sequence 1024
+  bench data 60 data --size 1.5b
 fi
 
 echo

@@ -59,6 +59,8 @@ ZERO3 = {
 }
 """A weight is released as soon as its module is done: a small model would stay whole otherwise, unlike a large one."""
 
+TED = LossWeights(kl_alpha=1.0, mse_alpha=10.0)
+
 WARMUP_STEPS = 2
 """ZeRO-3 records the order of modules in the first step and follows it from the second on."""
 
@@ -74,33 +76,43 @@ class Setting:
     checkpoint: bool
 
 
-def build_engines(setting: Setting, folder: Path, world: World) -> tuple[Any, FrozenModel]:
-    """(student's engine, frozen teacher) as Stage II builds them, with fresh filters."""
+def build_engines(
+    setting: Setting, folder: Path, world: World, weights: LossWeights = TED, **changes: Any
+) -> tuple[Any, FrozenModel]:
+    """(student's engine, frozen teacher) as Stage II builds them, with fresh filters if `weights` want layers.
+
+    changes: of the recipe, by section or key. Without a KL nothing is attached: the teacher is the caller's to run.
+    """
     shape = setting.shape
-    run = RunConfig(**recipe(setting, folder, world.size))
+    run = RunConfig(**_merged(recipe(setting, folder, world.size), changes))
+    assert run.teacher is not None
     trained = trained_config(run, world, learning_rate=1e-4, weight_decay=0.0)
-    frozen = frozen_engine_config(run, world_size=world.size)
-    layer_map = resolve_layer_map("uniform", shape.student.blocks, shape.teacher.blocks)
+    frozen = frozen_engine_config(run, world_size=world.size) if run.teacher.sharding == "zero3" else None
+    layer_map = resolve_layer_map("uniform", shape.student.blocks, shape.teacher.blocks) if weights.mse_alpha else ()
     task = CausalLM(shape.vocab)
 
-    def filters(side: int, width: int, config: dict[str, Any]) -> nn.ModuleList:
+    def filters(side: int, width: int, config: dict[str, Any] | None) -> nn.ModuleList:
         plan = FilterPlan(tuple(pair[side] for pair in layer_map), width, shape.teacher.width)
         return new_filters(plan, config, shape.dtype)
 
-    def model(side: str, config: dict[str, Any]) -> Any:
+    def model(side: str, config: dict[str, Any] | None) -> Any:
         return load_model(str(folder / side), "causal-lm", dtype=shape.dtype, deepspeed_config=config)
 
     seed_everything(0)
     student = model("student", trained)
     if setting.checkpoint:
         checkpoint_activations(student)
-    weights = LossWeights(kl_alpha=1.0, mse_alpha=10.0)
     module = DistillationModel(student, filters(0, shape.student.width, trained), weights, task=task)
     engine = build_trained_engine(module, deepspeed_config=trained, schedule=lambda step: 1.0)
     bank = filters(1, shape.teacher.width, frozen)
     teacher = host_frozen(FrozenModule(model("teacher", frozen), task, bank), world.device, frozen)
-    module.attach_teacher(teacher, layer_map, torch.ones(len(layer_map), device=world.device))
+    if weights.kl_alpha:
+        module.attach_teacher(teacher, layer_map, torch.ones(len(layer_map), device=world.device))
     return engine, teacher
+
+
+def _merged(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    return recipe | {k: recipe[k] | v if isinstance(v, dict) else v for k, v in changes.items()}
 
 
 def recipe(setting: Setting, folder: Path, ranks: int) -> dict[str, Any]:
@@ -183,10 +195,10 @@ def measure(setting: Setting, ranks: int, folder: Path) -> dict[str, Any]:
     return result
 
 
-def write_models(setting: Setting, folder: Path) -> None:
-    """Random teacher and student, and the DeepSpeed file of both engines."""
+def write_models(setting: Setting, folder: Path, device: str = "cpu") -> None:
+    """Random teacher and student, made on `device`, and the DeepSpeed file of both engines."""
     for side in ("teacher", "student"):
-        random_model(getattr(setting.shape, side), setting.shape, torch.device("cpu")).save_pretrained(folder / side)
+        random_model(getattr(setting.shape, side), setting.shape, torch.device(device)).save_pretrained(folder / side)
     (folder / "deepspeed.json").write_text(json.dumps({"zero_optimization": ZERO3}), encoding="utf-8")
 
 

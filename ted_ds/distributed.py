@@ -21,6 +21,7 @@ from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
 from ted_ds.batch import on_device
+from ted_ds.build_lock import build_under_a_lock
 from ted_ds.cluster import slurm_environment
 from ted_ds.errors import RankLost, TedError
 from ted_ds.stop import StopRequest
@@ -125,6 +126,7 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import groups
 
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.environ.update(slurm_environment(os.environ))
@@ -136,6 +138,7 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     accelerator.set_device(local_rank)
     backend = accelerator.communication_backend_name()
     _allow_open_files()
+    build_under_a_lock()
     try:
         deepspeed.init_distributed(dist_backend=backend, verbose=False, timeout=timeout)
         rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -156,6 +159,8 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     with _named(watch, stop):  # a group's members wait for each other as long as it will
         host = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
         control = torch.distributed.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+        # ZeRO's collectives: the clone of the world that DeepSpeed would make waits as long as the back end's default
+        groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
     return World(rank, size, device, host, control, stop, watch)
 
 

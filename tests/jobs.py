@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import groups, safe_get_full_grad
 
 from ted_ds.batch import Batch
 from ted_ds.config.load import load_config
@@ -94,6 +94,12 @@ def full_disk(world: World, path: Path, overrides: tuple[str, ...]) -> str:
         if world.is_main:
             patch.setattr(torch, "save", refuse)
         return pretrain_error(world, path, overrides)
+
+
+def zero_timeout(world: World) -> float:
+    """Seconds that ZeRO's collectives wait for the other ranks."""
+    options: Any = groups._get_data_parallel_group()._get_backend(world.device).options
+    return float(options._timeout.total_seconds())
 
 
 @dataclass(frozen=True)

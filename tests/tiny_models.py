@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 FAMILIES = ("gpt2", "gpt_neox", "opt", "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text")
+
+READS_BACK = ("opt",) if Version(transformers.__version__) < Version("5.23") else ()
+"""Families whose own code reads from the device: before this version transformers made OPT a mask and looked at it."""
 
 
 def tiny_config(

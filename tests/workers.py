@@ -8,6 +8,7 @@ import queue
 import socket
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ def _serve(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
     from ted_ds.distributed import init_world
 
     torch.set_num_threads(1)
-    world = init_world()
+    world = init_world(timedelta(seconds=TIMEOUT_S))
     while True:
         # DeepSpeed and ted_ds collect garbage at every engine's start and end: 0.3 s each with all that is imported
         gc.collect()

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+from ted_ds.config.continuation import first_change
 from ted_ds.distributed import World, logger
 from ted_ds.errors import CheckpointError
 
@@ -35,10 +36,14 @@ MERGING = 8
 
 @dataclass(frozen=True)
 class Identity:
-    """What a checkpoint must be of, to be loaded: fingerprints of what is trained, of the recipe, of the rows."""
+    """What a checkpoint must be of, to be loaded.
+
+    model, data: fingerprints of what is trained, and of the rows. recipe: its deciding keys. Before that it was a
+    hash of keys that were not written down, which is not looked at: config.yaml, beside it, says the same.
+    """
 
     model: str
-    recipe: str
+    recipe: Mapping[str, Any] | str
     data: str
 
 
@@ -245,11 +250,19 @@ def _refuse_foreign(path: Path, card: Card, identity: Identity) -> None:
     for what, remedy in (
         ("model", "other filters or another model; use another output_dir, or restore the recipe that wrote it"),
         ("data", "other training rows; restore the data, or use another output_dir"),
-        ("recipe", "another recipe; use another output_dir, or restore the recipe that wrote it"),
     ):
         theirs, ours = getattr(card.identity, what), getattr(identity, what)
         if theirs != ours:
             raise CheckpointError(f"checkpoint {path} is of {remedy} (fingerprints {theirs} and {ours})")
+    before, now = card.identity.recipe, identity.recipe
+    if isinstance(before, str):
+        return
+    assert not isinstance(now, str)
+    if (change := first_change(before, now, str(path / CARD))) is not None:
+        raise CheckpointError(
+            f"checkpoint {path} is of another recipe ({change}); use another output_dir, or restore the recipe that "
+            "wrote it"
+        )
 
 
 def _load(engine: Any, folder: Path, tag: str, card: Card, world: World) -> None:
@@ -272,13 +285,22 @@ def _load(engine: Any, folder: Path, tag: str, card: Card, world: World) -> None
         _load_states(engine, folder, converted)
     finally:
         engine._config.load_universal_checkpoint = False
-    # DeepSpeed 0.19.8 gives every group the first one's options, and all of them one tensor that counts the steps, so
-    # that each group's update would move it (stage3.py, load_hp_checkpoint_state_from_checkpoint_dir_stage3)
+    # DeepSpeed 0.19.8 gives every group the first one's options (stage3.py,
+    # load_hp_checkpoint_state_from_checkpoint_dir_stage3)
     for group, decay in zip(optimizer.param_groups, decays, strict=True):
         group["weight_decay"] = decay
-    for state in optimizer.state.values():
+    _own_steps(optimizer)
+
+
+def _own_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Every state's `step` on its parameter's device, a tensor of its own.
+
+    DeepSpeed's universal loader gives all states one tensor, so that each group's update would move it, on the device
+    that it was saved from: fused AdamW refuses one that is not where its parameter is.
+    """
+    for parameter, state in optimizer.state.items():
         if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+            state["step"] = state["step"].to(parameter.device, copy=True)
 
 
 def _load_states(engine: Any, folder: Path, tag: str) -> None:

@@ -89,6 +89,8 @@ def trained_engine_config(
         config["zero_force_ds_cpu_optimizer"] = False
     _fill(path, config, "optimizer", {"type": "AdamW", "params": params}, "the section optimizer")
     config.setdefault("zero_allow_untested_optimizer", True)
+    # it waits for the device twice a micro-batch, for a number that nobody prints
+    config.setdefault("timers", {"throughput": {"enabled": False}})
     config.setdefault("steps_per_print", QUIET)
     return _without_auto(config)
 

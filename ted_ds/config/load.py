@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from ted_ds.config.schema import Method, RunConfig
 from ted_ds.config.shipped import find_file
+from ted_ds.config.written import is_misread, misread, scalar_text
 from ted_ds.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -51,7 +52,7 @@ def _choose_method(recipe: dict[str, Any], path: Path, overrides: Sequence[str])
         raise ConfigError(f"{path}: {METHODS}.{strange[0]}: unknown method; known are {', '.join(known)}")
     default = RunConfig.model_fields["method"].default
     chosen = dict(split_overrides(overrides)).get("method") or recipe.get("method", default)
-    _merge(recipe, sections.get(chosen, {}))
+    _merge(recipe, sections.get(chosen, {}) if isinstance(chosen, str) else {})
 
 
 def _merge(recipe: dict[str, Any], part: Mapping[str, Any]) -> None:
@@ -69,10 +70,11 @@ def load_section(model: type[SectionT], overrides: Sequence[str]) -> SectionT:
     """
     name = next(n for n, field in RunConfig.model_fields.items() if model in _alternatives(field.annotation))
     recipe: dict[str, Any] = {}
-    for key in sorted(_apply_overrides(recipe, overrides)):
+    texts = _apply_overrides(recipe, overrides)
+    for key in sorted(texts):
         if key.split(".")[0] != name:
             raise ConfigError(f"{COMMAND_LINE}: {key} has no use here, only {name}.KEY has: remove it")
-    return _validate(model, recipe.get(name, {}), COMMAND_LINE, frozenset(), prefix=(name,))
+    return _validate(model, recipe.get(name, {}), COMMAND_LINE, texts, prefix=(name,))
 
 
 def dump_config(run: RunConfig, path: Path, extra: Mapping[str, Any]) -> None:
@@ -87,13 +89,36 @@ def dump_config(run: RunConfig, path: Path, extra: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
+def reread(content: Mapping[str, Any], source: str) -> RunConfig:
+    """A recipe as `dump_config` of this or an earlier version wrote it, or without keys that have a default.
+
+    output_dir, which is of no concern here, may be left out. Raises ConfigError for the first key that is not in
+    today's schema, or whose value is not allowed.
+    """
+    try:
+        return RunConfig.model_validate({"output_dir": ".", **content})
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        unknown, missing = (fault["type"] == kind for kind in ("extra_forbidden", "missing"))
+        key = ".".join(_key(fault["loc"], content, missing=missing))
+        reason = "this version of ted_ds has no such key" if unknown else f"this version of ted_ds says: {fault['msg']}"
+        raise ConfigError(
+            f"{source}: {': '.join(filter(None, (key, reason)))}: go on with the version that wrote it, or give "
+            "another output_dir"
+        ) from None
+
+
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key that stands twice in a mapping (YAML keeps the last one silently)."""
+    """SafeLoader that refuses a key that is no word, or stands twice in a mapping (YAML keeps the last silently)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                text = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+                problem = f"the key {key!r} is no word" if text is None else f"a key: {misread(key, text)}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice: remove one", key_node.start_mark
@@ -118,12 +143,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> frozenset[str]:
-    """Sets each override in `recipe`, in order, making absent sections; the dotted keys that were set."""
-    keys = set()
+def _apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
+    """Sets each override in `recipe`, in order, making absent sections; {dotted key that was set: its text}."""
+    texts: dict[str, str] = {}
     for key, text in split_overrides(overrides):
         try:
             value = yaml.load(text, _Loader)
+        except yaml.constructor.ConstructorError as error:
+            raise ConfigError(f"{COMMAND_LINE}: --{key}={text}: {error.problem}") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{COMMAND_LINE}: --{key}={text}: the value is not valid YAML: quote it") from error
         *parents, leaf = key.split(".")
@@ -135,8 +162,9 @@ def _apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> frozen
             if not isinstance(target, dict):
                 raise ConfigError(f"{COMMAND_LINE}: --{key}: {parent} is {target!r}, which has no keys")
         target[leaf] = value
-        keys.add(key)
-    return frozenset(keys)
+        texts.pop(key, None)  # the last one of a key counts
+        texts[key] = text
+    return texts
 
 
 def split_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -157,7 +185,7 @@ def _validate(
     model: type[SectionT],
     content: Any,
     source: str,
-    overridden: frozenset[str],
+    overridden: dict[str, str],
     *,
     prefix: tuple[str, ...] = (),
 ) -> SectionT:
@@ -168,7 +196,7 @@ def _validate(
 
 
 def _messages(
-    error: ValidationError, content: Any, source: str, overridden: frozenset[str], prefix: tuple[str, ...]
+    error: ValidationError, content: Any, source: str, overridden: dict[str, str], prefix: tuple[str, ...]
 ) -> list[str]:
     """One line a faulty key. Of a union pydantic reports every alternative: only the deepest faults count."""
     faults: dict[tuple[str, ...], list[ErrorDetails]] = {}
@@ -183,8 +211,23 @@ def _messages(
         is_override = any(f"{dotted}.".startswith(f"{o}.") for o in overridden)
         is_override |= unknown and any(o.startswith(f"{dotted}.") for o in overridden)
         where = COMMAND_LINE if is_override else source
-        lines.append(": ".join(filter(None, (where, dotted, _describe(key, faults[key])))))
+        if is_misread(faults[key][0]["input"], [fault["type"] for fault in faults[key]]):
+            description = misread(faults[key][0]["input"], _as_written(key, source, overridden))
+        else:
+            description = _describe(key, faults[key])
+        lines.append(": ".join(filter(None, (where, dotted, description))))
     return lines
+
+
+def _as_written(key: tuple[str, ...], source: str, overridden: dict[str, str]) -> str | None:
+    """The text of a value that YAML read as no string, from the last override that sets it, or the recipe's file."""
+    for override in reversed(overridden):
+        parts = tuple(override.split("."))
+        if key[: len(parts)] == parts:
+            return scalar_text(overridden[override], key[len(parts) :])
+    if source == COMMAND_LINE:
+        return None
+    return scalar_text((find_file(Path(source)) or Path(source)).read_text(encoding="utf-8"), key)
 
 
 def _key(location: tuple[int | str, ...], content: Any, *, missing: bool) -> tuple[str, ...]:

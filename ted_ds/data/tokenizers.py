@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
 
 from ted_ds.errors import DataError
+
+logger = logging.getLogger("ted_ds")
 
 SPIECE = "tokenizer.model"
 _FOLDER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", SPIECE, "spiece.model")
@@ -37,6 +42,18 @@ PROBES = (
 
 SPECIAL_TOKENS = 4
 """The most that a tokenizer puts around two texts (RoBERTa)."""
+
+LINE_BYTES = 1 << 20
+"""SentencePiece leaves longer lines out of its training."""
+
+TRAINING_LINES = 2_000_000
+"""More are sampled in SentencePiece's training: it holds them in memory."""
+
+RESERVED = "\u2585"
+"""SentencePiece leaves lines with this character out of its training."""
+
+PROBED_PIECES = 100
+"""Pieces of a vocabulary that may be tried for one that is a text by itself."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +79,27 @@ class Tokenizer:
     """A tokenizer of transformers with what distillation needs of it.
 
     vocab_size: ids run from 0 to vocab_size - 1, added tokens included.
-    prefix: ids that the tokenizer itself puts before every text (Llama's BOS; none for GPT-2).
+    text_vocab_size: likewise, of the pieces that texts are made of, without added tokens.
+    prefix: ids that the tokenizer itself puts before every text (Llama's BOS, OPT's, which is its EOS too; none for
+        GPT-2). What it puts behind a text (T5's EOS) is no part of it.
     fingerprint: hash of everything that decides which ids a text becomes.
+    trust_remote_code: whether the tokenizer's own code, if it has any, may run.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, *, trust_remote_code: bool = False) -> None:
         self._tokenizer = tokenizer
-        self.name = name
+        self.name, self.trust_remote_code = name, trust_remote_code
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.vocab_size = max(self._vocabulary.values()) + 1
-        around = tokenizer("")["input_ids"]
-        self.prefix: list[int] = [i for i in around if i != tokenizer.eos_token_id]
+        added = tokenizer.get_added_vocab()
+        self.text_vocab_size = max((n for piece, n in self._vocabulary.items() if piece not in added), default=-1) + 1
+        self.prefix: list[int] = _prefix(tokenizer)
         core = getattr(tokenizer, "backend_tokenizer", None)
         rules = core.to_str() if core is not None else type(tokenizer).__name__ + json.dumps(self._vocabulary)
         split = getattr(tokenizer, "split_special_tokens", False)
-        self.fingerprint = hashlib.sha256(f"{rules}{self.prefix}{tokenizer.eos_token_id}{split}".encode()).hexdigest()
+        # not `prefix`: prepared data and checkpoints hold this hash
+        around = [i for i in tokenizer("")["input_ids"] if i != tokenizer.eos_token_id]
+        self.fingerprint = hashlib.sha256(f"{rules}{around}{tokenizer.eos_token_id}{split}".encode()).hexdigest()
 
     @property
     def eos_id(self) -> int:
@@ -86,6 +109,11 @@ class Tokenizer:
                 f"tokenizer {self.name} has no end-of-document token: set eos_token in its tokenizer_config.json"
             )
         return int(self._tokenizer.eos_token_id)
+
+    @property
+    def end(self) -> list[int]:
+        """The end-of-document token, or nothing where there is none."""
+        return [] if self._tokenizer.eos_token_id is None else [self.eos_id]
 
     @property
     def pad_id(self) -> int:
@@ -167,6 +195,10 @@ class Tokenizer:
         """The text of `ids`, special tokens included."""
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
+    def spelled(self, number: int) -> str:
+        """An id and its token, for messages: `7 ('<pad>')`."""
+        return f"{number} ({self._tokenizer.convert_ids_to_tokens(number)!r})"
+
     def agrees_with(self, other: Tokenizer) -> bool:
         """Whether both give pieces the same ids; either may have more *added* tokens (padding, chat marks)."""
         for one, two in ((self, other), (other, self)):
@@ -187,10 +219,11 @@ def holds_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _FOLDER_FILES)
 
 
-def load_tokenizer(name_or_path: str) -> Tokenizer:
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of a folder or hub id, or of a bare SentencePiece `.model` file.
 
-    Raises DataError where there is none, or where it cannot be loaded.
+    trust_remote_code: run the code that comes with it, if any; nobody is asked.
+    Raises DataError where there is none, where it cannot be loaded, and for code that is not trusted.
     """
     path = Path(name_or_path)
     if path.is_file():
@@ -201,27 +234,54 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
         if [name for name in _FOLDER_FILES if (path / name).exists()] == [SPIECE]:
             return Tokenizer(_from_sentencepiece(path / SPIECE), name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        # by None transformers would ask on the terminal
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever the missing or broken file led to
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise DataError(
+                f"tokenizer {name_or_path!r} has code of its own, which runs only if you trust it: read it, then set "
+                "data.trust_remote_code: true (ted-ds evaluate: --trust-remote-code)"
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"tokenizer {name_or_path!r} cannot be loaded: {reason}") from error
-    return Tokenizer(tokenizer, name_or_path)
+    return Tokenizer(tokenizer, name_or_path, trust_remote_code=trust_remote_code)
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids before the text in an encoded text, told by their place; a vocabulary's own piece is the text.
+
+    BERT's own "[CLS]" or OPT's "</s>" can be told from what stands behind a text in no other way.
+    """
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    ordinary = (i for i in sorted(tokenizer.get_vocab().values()) if i not in special)
+    for number in islice(ordinary, PROBED_PIECES):
+        text = tokenizer.decode([number])
+        whole, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not bare or special & set(bare):
+            continue
+        found = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+        if len(found) == 1:  # a piece that spells out what the tokenizer puts around texts is found twice
+            return list(whole[: found[0]])
+    # no piece is a text by itself: without a text between them, what stands before and behind differs by id alone
+    return [i for i in tokenizer("")["input_ids"] if i != tokenizer.eos_token_id]
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     """Trains a SentencePiece BPE model on `texts` and writes `folder`, renamed into place when whole.
 
     Lossless: no normalisation, bytes for what is rare, line breaks and tabs are pieces of their own, digits
-    are single. Of a corpus of more than 2 million lines, that many at random are seen.
-    Raises DataError where the corpus is too small for `vocab_size` pieces.
+    are single. Lines that sentencepiece would leave out are cut; of more than `TRAINING_LINES`, that many at random
+    are seen. The log says so.
+    Raises DataError where the corpus is too small for `vocab_size` pieces, or has no text.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     sentencepiece.set_random_generator_seed(0)
+    lines = _TrainingLines(texts)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines() if line),
+            sentence_iterator=iter(lines),
             model_prefix=str(temporary / "tokenizer"),
             vocab_size=vocab_size,
             model_type="bpe",
@@ -237,25 +297,92 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
             bos_id=1,
             eos_id=2,
             pad_id=-1,
-            max_sentence_length=1 << 20,
-            input_sentence_size=2_000_000,
+            max_sentence_length=LINE_BYTES,
+            input_sentence_size=TRAINING_LINES,
             shuffle_input_sentence=True,
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise DataError(
-            f"no tokenizer of {vocab_size} pieces from this corpus: {str(error).splitlines()[-1]}"
-        ) from error
+        if lines.failure is not None:
+            raise lines.failure from error
+        # "INTERNAL: src/trainer_interface.cc(744) [condition] what a reader needs"
+        reason = (
+            re.sub(r"^[A-Z]+: \S+\(\d+\) \[.*\] *", "", str(error).splitlines()[-1])
+            if lines.count
+            else "it has no text"
+        )
+        raise DataError(f"no tokenizer of {vocab_size} pieces from this corpus: {reason or error}") from error
+    lines.report()
     (temporary / "tokenizer.vocab").unlink()
     Tokenizer(_from_sentencepiece(temporary / SPIECE), str(folder)).save(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
+class _TrainingLines:
+    """The lines of texts as sentencepiece takes them: none empty, too long, or with its reserved character.
+
+    count: lines given so far. failure: what ended the texts, of which sentencepiece keeps a line of its trace.
+    """
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self._texts = texts
+        self.failure: Exception | None = None
+        self.count = self._long = self._reserved = 0
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            yield from self._lines()
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _lines(self) -> Iterator[str]:
+        for text in self._texts:
+            for line in text.splitlines():
+                self._reserved += RESERVED in line
+                for part in line.split(RESERVED):
+                    for short in self._cut(part):
+                        self.count += 1
+                        yield short
+
+    def _cut(self, line: str) -> Iterator[str]:
+        """Parts of a line that is too long, cut at spaces where there are any, else between characters."""
+        most = LINE_BYTES // 4  # a character has four bytes at most
+        if len(line) > most and len(line.encode()) > LINE_BYTES:
+            self._long += 1
+            while len(line) > most:
+                space = line.rfind(" ", most // 2, most)
+                end = most if space < 0 else space
+                yield line[:end]
+                line = line[end:]
+        if line:
+            yield line
+
+    def report(self) -> None:
+        """Says in the log what was done to the lines."""
+        if self._long:
+            logger.warning(
+                "training the tokenizer: lines of more than %d bytes, which were cut: %d", LINE_BYTES, self._long
+            )
+        if self._reserved:
+            logger.warning(
+                "training the tokenizer: lines with U+%04X, which sentencepiece keeps for itself, and which were cut "
+                "there: %d",
+                ord(RESERVED),
+                self._reserved,
+            )
+        if self.count > TRAINING_LINES:
+            logger.warning(
+                "training the tokenizer: %d of %d lines, drawn at random, were seen", TRAINING_LINES, self.count
+            )
+
+
 def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
     """Trains an uncased WordPiece tokenizer as BERT's and writes `folder`, renamed into place when whole.
 
-    The same texts give the same tokenizer; few texts give less than `vocab_size` pieces.
+    The same texts give the same tokenizer. Few texts give less than `vocab_size` pieces; texts of more characters
+    than that give a piece for each. All texts are held in memory, for they are read twice.
     Raises DataError where there is no text.
     """
     held = list(texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ted_ds.config.schema import RunConfig
@@ -35,6 +36,11 @@ class RunData(Protocol):
         ...
 
     @property
+    def splits(self) -> Mapping[str, PackedBlocks | EncodedRows]:
+        """Training rows and held-out ones, by name."""
+        ...
+
+    @property
     def num_rows(self) -> int:
         """Training rows of an epoch."""
         ...
@@ -64,16 +70,17 @@ def ensure_tokenizer(run: RunConfig) -> Tokenizer:
 def open_tokenizer(run: RunConfig, world: World) -> Tokenizer:
     """The run's tokenizer on every rank, trained by rank 0 where it has to be; a collective."""
     world.on_main(lambda: ensure_tokenizer(run).vocab_size)
-    return load_tokenizer(run.data.tokenizer)
+    return load_tokenizer(run.data.tokenizer, trust_remote_code=run.data.trust_remote_code)
 
 
-def open_data(run: RunConfig, world: World, tokenizer: Tokenizer) -> RunData:
+def open_data(run: RunConfig, world: World, tokenizer: Tokenizer, vocabulary_rows: int | None = None) -> RunData:
     """The run's data on every rank, prepared by rank 0 where it has to be; a collective.
 
+    vocabulary_rows: the fewest that a model of the run has; None: as many as the tokenizer has ids.
     Raises DataError, on every rank, where data are missing, unreadable or do not fit.
     """
     if run.task == "causal-lm":
         world.on_main(lambda: len(prepare_text(run.data, tokenizer, run.prepared_folder)))
-        return TextData.open(run, tokenizer)
+        return TextData.open(run, tokenizer, vocabulary_rows)
     world.on_main(lambda: len(prepare_examples(run, tokenizer)))
     return ExampleData.open(run, tokenizer, world)

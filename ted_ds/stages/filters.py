@@ -18,7 +18,7 @@ from ted_ds.cache.fingerprints import model_fingerprint
 from ted_ds.cache.lock import alone_in
 from ted_ds.cache.rows import teacher_rows
 from ted_ds.checkpoint.store import write_atomically
-from ted_ds.config.schema import RunConfig, StudentConfig, TeacherConfig
+from ted_ds.config.schema import FiltersConfig, RunConfig, StudentConfig, TeacherConfig
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.distill.frozen import FrozenModel
 from ted_ds.distributed import World, logger, seed_everything
@@ -160,12 +160,11 @@ def _share(run: RunConfig, world: World, data: RunData, teacher: str, folder: Pa
 
     def origin() -> dict[str, Any]:
         assert run.teacher is not None
-        learning = {f"filters.{name}": value for name, value in run.filters.model_dump(mode="json").items()}
         return {
             "the teacher's weights": model_fingerprint(teacher)[:12],
             "the training data": teacher_rows(data.train).fingerprint()[:12],
             "teacher.dtype": run.teacher.dtype,
-            **learning,
+            **_learning(run.filters),
         }
 
     def take() -> bool:
@@ -192,13 +191,18 @@ def _share(run: RunConfig, world: World, data: RunData, teacher: str, folder: Pa
 
 
 def _refuse_other_origin(shared: Path, wanted: dict[str, Any]) -> None:
-    found = json.loads((shared / ORIGIN).read_text(encoding="utf-8"))
+    # a key that it lacks came later: what was learnt before has its default
+    found = _learning(FiltersConfig()) | json.loads((shared / ORIGIN).read_text(encoding="utf-8"))
     for what, value in wanted.items():
         if found.get(what) != value:
             raise CheckpointError(
                 f"{shared} was learnt with {what} {found.get(what)}, this run has {value}: give another teacher.cache, "
                 "or delete its folder to record it anew"
             )
+
+
+def _learning(settings: FiltersConfig) -> dict[str, Any]:
+    return {f"filters.{name}": value for name, value in settings.model_dump(mode="json").items()}
 
 
 def _load_and_learn(
@@ -255,7 +259,7 @@ def _learn(
         save_file(tensors, temporary / "filters.safetensors")
         last = read_metrics(temporary)[-1]
         card = {"plan": asdict(plan), "steps": steps, "losses": last["layer_losses"]}
-        write_atomically(temporary / "filters.json", json.dumps(card, indent=2) + "\n")
+        write_atomically(temporary / "filters.json", json.dumps(card, indent=2, allow_nan=False) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
         shutil.rmtree(folder / "checkpoints")

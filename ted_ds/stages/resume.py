@@ -13,6 +13,7 @@ from torch import nn
 
 from ted_ds.cache.rows import teacher_rows
 from ted_ds.checkpoint.store import Card, Identity, Retention, load_checkpoint, save_checkpoint
+from ted_ds.config.continuation import deciding
 from ted_ds.config.schema import RunConfig
 from ted_ds.data.encoded import EncodedRows
 from ted_ds.data.prepare import PackedBlocks
@@ -20,22 +21,6 @@ from ted_ds.distributed import World
 from ted_ds.errors import CheckpointError
 from ted_ds.stages.data import RunData
 from ted_ds.telemetry.recorder import Recorder
-
-MAY_CHANGE = ("output_dir", "deepspeed", "logging", "environment")
-"""Parts of a recipe that another start on the same folder may change; keys of other parts: FREE."""
-
-FREE = (
-    "train.steps",
-    "train.evaluate_every",
-    "train.save_every",
-    "train.keep_last",
-    "train.keep_every",
-    "train.max_skipped_steps",
-    "train.max_minutes",
-    "train.timeout_minutes",
-    "data.processes",
-    "teacher.cache",
-)
 
 
 class Checkpoints:
@@ -85,16 +70,7 @@ def identity_of(module: nn.Module, run: RunConfig, data: RunData, world: World) 
     """What a run's checkpoints must be of; a collective, for rank 0 reads the data's."""
     shapes = sorted((name, *getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters())
     rows = world.on_main(lambda: _rows_fingerprint(data.train))
-    return Identity(_hash(shapes), _hash(settled(run.model_dump(mode="json"))), rows)
-
-
-def settled(config: dict[str, Any]) -> dict[str, Any]:
-    """The dotted keys that decide a run's losses, with their values; how long and how often may change."""
-    flat: dict[str, Any] = {}
-    for section, value in config.items():
-        if section not in MAY_CHANGE:
-            flat |= {f"{section}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {section: value}
-    return {key: value for key, value in flat.items() if key not in FREE and not key.endswith(".deepspeed")}
+    return Identity(_hash(shapes), deciding(run.model_dump(mode="json")), rows)
 
 
 @lru_cache(maxsize=1)  # both stages ask, and of labelled rows every one is read

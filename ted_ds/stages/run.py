@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from filelock import FileLock
 
 from ted_ds.checkpoint.store import latest_tag
+from ted_ds.config.continuation import first_change
 from ted_ds.config.deepspeed import frozen_engine_config
-from ted_ds.config.load import dump_config
+from ted_ds.config.load import dump_config, read_yaml
 from ted_ds.config.schema import RunConfig
 from ted_ds.distributed import World, logger
 from ted_ds.errors import CheckpointError, ConfigError
@@ -20,9 +20,8 @@ from ted_ds.lock import alone
 from ted_ds.stages.data import open_data, open_tokenizer
 from ted_ds.stages.distill import Plan, distill, export_checkpoint, export_published
 from ted_ds.stages.filters import learn_filters, plan_pairs
-from ted_ds.stages.models import check_models, ensure_models, trained_config
+from ted_ds.stages.models import check_ids, check_models, ensure_models, trained_config
 from ted_ds.stages.progress import finished
-from ted_ds.stages.resume import settled
 from ted_ds.versions import commit, versions
 
 LOCK = "run.lock"
@@ -62,8 +61,9 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
     if goal == "student":
         return None
     pairs = plan_pairs(run, models)
-    check_models(run, models, tokenizer)
-    data = open_data(run, world, tokenizer)
+    rows = check_models(run, models, tokenizer)
+    data = open_data(run, world, tokenizer, rows)
+    world.on_main(lambda: check_ids(tokenizer, rows, data.splits))
     run = run.resolved(data.num_rows)
     filters = learn_filters(run, world, data, pairs, models) if pairs else {}
     if goal == "filters":
@@ -105,15 +105,7 @@ def _claim(run: RunConfig, *, export: bool) -> None:
     if export and latest_tag(run.output_dir / "checkpoints") is None:
         raise CheckpointError(f"{run.output_dir} has no checkpoint to export: run it past train.save_every steps")
     run.output_dir.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        before = settled(yaml.safe_load(path.read_text(encoding="utf-8")))
-        now = settled(run.model_dump(mode="json"))
-        changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if changed:
-            key = changed[0]
-            raise ConfigError(
-                f"{run.output_dir} holds a run with {key}: {before.get(key)}, this recipe says {now.get(key)}: "
-                "give another output_dir, or delete that folder"
-            )
+    if path.exists() and (change := first_change(read_yaml(path), run, str(path))) is not None:
+        raise ConfigError(f"{run.output_dir} holds a run with {change}: give another output_dir, or delete that folder")
     if not export:
         dump_config(run, path, {**versions(), "commit": commit()})

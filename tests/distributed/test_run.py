@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -11,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ted_ds.telemetry.recorder import read_metrics
-from tests.jobs import full_disk, pretrain_error, pretrain_recipe, restored_logits
+from tests.jobs import full_disk, pretrain_error, pretrain_recipe, restored_logits, zero_timeout
 from tests.project import VOCAB, make_project, write_recipe
 from tests.tiny_models import tiny_model
-from tests.workers import Workers
+from tests.workers import TIMEOUT_S, Workers
 
 Group = Callable[[int], Workers]
 LOSSES = ("step", "tokens", "loss", "pred_loss", "kl_loss", "layer_loss", "layer_losses", "lr", "validation_loss")
@@ -99,8 +101,24 @@ def test_an_interrupted_run_continues_as_if_it_had_not_been(project: Path, finis
     (folder / "checkpoints/latest").write_text("step-00000005")
     with (folder / "metrics.jsonl").open("a") as log:
         log.write('{"step": 11, "torn')
+    _as_an_earlier_version_wrote_it(folder)
     workers(2).run(pretrain_recipe, path)
     assert losses_of(folder) == losses_of(project / "finished")
+    assert "divergence: forward" in (folder / "config.yaml").read_text()
+
+
+def _as_an_earlier_version_wrote_it(folder: Path) -> None:
+    """A recipe without some of today's keys, and a checkpoint with a hash in place of its recipe."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    for section, key in (("loss", "divergence"), ("train", "keep_every"), ("student", "head_dropout")):
+        del config[section][key]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    path = folder / "checkpoints/step-00000005/ted_ds.json"
+    card = json.loads(path.read_text())
+    card["identity"]["recipe"] = "3ec832ca49275c63"
+    del card["digest"]
+    digest = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps({**card, "digest": digest}, indent=2))
 
 
 def test_dropout_is_drawn_alike_with_evaluation_and_without_and_after_a_restart(project: Path, workers: Group) -> None:
@@ -271,3 +289,7 @@ def test_a_run_on_other_data_is_refused(project: Path, workers: Group) -> None:
     path = write_recipe(project, "second", **short, data__sequence_length=8)
     (message, _) = workers(2).run(pretrain_error, path)
     assert "was prepared with other data.sequence_length: 12, now 8" in message
+
+
+def test_zeros_collectives_wait_as_long_as_the_run_says(workers: Callable[[int], Workers]) -> None:
+    assert workers(1).run(zero_timeout) == [TIMEOUT_S]

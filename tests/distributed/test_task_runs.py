@@ -98,10 +98,13 @@ def test_a_task_does_not_depend_on_how_it_is_split(projects: Callable[..., Path]
 
 def test_a_regressions_kl_is_that_of_the_global_batch(projects: Callable[..., Path], workers: Group) -> None:
     project = projects("stsb")
-    for ranks in (1, 2):
-        path = write_task_recipe(project, "stsb", f"on-{ranks}", train__micro_batch_size=8 // ranks)
-        workers(ranks).run(pretrain_recipe, path)
-        assert_same(project / path.stem, project / "on-1")
+    settings = {"optimizer__schedule": "constant", "train__micro_batch_size": 4}
+    whole, moved = (write_task_recipe(project, "stsb", name, **settings) for name in ("on-1", "on-2-then-1"))
+    workers(1).run(pretrain_recipe, whole, ("--train.micro_batch_size=8",))
+    workers(2).run(pretrain_recipe, moved, ("--train.steps=3",))
+    # one rank alone has to take all rows of a step at once
+    workers(1).run(pretrain_recipe, moved, ("--train.micro_batch_size=8",))
+    assert_same(project / moved.stem, project / "on-1")
     assert terms_of(project / "on-1")[0]["kl_loss"] > 0
     (message,) = workers(1).run(pretrain_error, write_task_recipe(project, "stsb", "split"))
     assert (

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from ted_ds.telemetry.recorder import read_metrics
 
-TIMINGS = re.compile(r"_ms$|_per_second$|^peak_|^model_tflops$|^mfu$")
+TIMINGS = re.compile(r"_ms$|_per_second$|^peak_|^model_tflops$|^mfu$|^gpu_|^joules_")
 """Fields of a line that no two runs have alike."""
 
 TORTURE = int(os.environ.get("TED_DS_TORTURE", "1"))

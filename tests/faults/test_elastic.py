@@ -19,6 +19,9 @@ STOPS = {"teacher_filters.tmp": (2, 1), "student_filters.tmp": (1, 4), ".": (4, 
 if TORTURE > 1:
     STOPS = dict.fromkeys(STOPS, (2, 1, 4, 2))
 
+HOW = ("--train.micro_batch_size", "--student.activation_checkpointing=true", "--teacher.sharding=replicated")
+"""What else may be another: how a step is computed."""
+
 OTHERS = [(0, "bfloat16"), (2, "float32"), (3, "bfloat16")]
 if TORTURE > 1:
     OTHERS = [(stage, dtype) for stage in range(4) for dtype in ("float32", "bfloat16")]
@@ -26,7 +29,7 @@ if TORTURE > 1:
 Disturbed = Callable[..., tuple[Path, Path]]
 
 
-def test_a_run_goes_on_with_other_numbers_of_ranks_in_every_stage(
+def test_a_run_goes_on_with_other_numbers_of_ranks_and_micro_batches_in_every_stage(
     fault_project: Path, undisturbed: Any, disturbed: Disturbed
 ) -> None:
     recipe, logs = disturbed("elastic")
@@ -36,7 +39,8 @@ def test_a_run_goes_on_with_other_numbers_of_ranks_in_every_stage(
         ranks.send(signal.SIGTERM)
         assert set(ranks.wait()) == {75}, ranks.said()
         for before, size in pairwise(sizes):
-            said = run(size, recipe, "--train.max_minutes=0.0001", logs=logs, codes=(75,))
+            how = (f"{HOW[0]}={4 // size}", *HOW[1:])
+            said = run(size, recipe, "--train.max_minutes=0.0001", *how, logs=logs, codes=(75,))
             assert f"was written by {before} ranks: converting it for {size}" in said
     run(2, recipe, logs=logs)
     assert_near(recorded(fault_project / "elastic"), undisturbed)

@@ -180,7 +180,8 @@ def test_counted_flops_are_those_that_torch_counts(name: str) -> None:
     }
     attention = (name != "naive ce") * whole[shape.teacher] + (name != "teacher") * 3 * whole[shape.student]
 
-    assert products == step_flops(name.removeprefix("naive "), shape) - attention
+    # some versions of transformers compute the angles of rotary embeddings as a GEMM
+    assert products == pytest.approx(step_flops(name.removeprefix("naive "), shape) - attention, rel=1e-4)
 
 
 def test_environment_keeps_no_absolute_path() -> None:

@@ -81,6 +81,7 @@ def test_the_recipe_fills_the_shipped_file():
                 "fused": True,
             },
         },
+        "timers": {"throughput": {"enabled": False}},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,

@@ -584,7 +584,8 @@ def test_two_ranks_and_an_engine(workers: Callable[[int], Workers], project: Pat
 def test_a_rank_that_does_not_come_is_waited_for_and_said(tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("metod: ted\n")
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29653", "PYTHONPATH": str(ROOT)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29653"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "ted_ds.cli.main", "doctor", "--wait", "2", "--config", "wrong.yaml"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,17 +18,31 @@ from ted_ds.checkpoint.store import (
     Card,
     Identity,
     Retention,
+    _own_steps,
     _read_card,
+    _values_digest,
     latest_tag,
     load_checkpoint,
     save_checkpoint,
     write_atomically,
 )
-from ted_ds.errors import CheckpointError
+from ted_ds.config.continuation import deciding
+from ted_ds.config.schema import RunConfig
+from ted_ds.errors import CheckpointError, ConfigError
 from tests.alone import Alone
 
 T = TypeVar("T")
-OURS = Identity("model", "recipe", "data")
+RECIPE = deciding(
+    RunConfig.model_validate(
+        {
+            "output_dir": "o",
+            "teacher": {"model": "t"},
+            "student": {"init": {"blocks": [0, 2]}},
+            "data": {"train": ["a.txt"], "tokenizer": "t"},
+        }
+    ).model_dump(mode="json")
+)
+OURS = Identity("model", RECIPE, "data")
 NINE = Retention(9)
 
 
@@ -123,7 +138,7 @@ def test_a_card_says_what_a_checkpoint_is(tmp_path: Path) -> None:
     assert len(card.pop("digest")) == 64
     assert card == {
         **{"step": 7, "rows": 56, "metrics_bytes": 123, "best": {"best_step": 5}, "score": 0.25},
-        **{"identity": {"model": "model", "recipe": "recipe", "data": "data"}, "world_size": 1, "zero_stage": 3},
+        **{"identity": {"model": "model", "recipe": RECIPE, "data": "data"}, "world_size": 1, "zero_stage": 3},
     }
 
 
@@ -183,13 +198,43 @@ def test_what_was_saved_after_a_fallback_replaces_the_damaged_one(tmp_path: Path
     [
         ("model", "other filters or another model"),
         ("data", "other training rows"),
-        ("recipe", "another recipe"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, what: str, said: str) -> None:
     save(tmp_path, 5)
     with pytest.raises(CheckpointError, match=f"step-00000005 is of {said}.*fingerprints {what} and other"):
-        load(tmp_path, Identity(**{**vars(OURS), what: "other"}))
+        load(tmp_path, replace(OURS, **{what: "other"}))
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_by_its_key(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    other = replace(OURS, recipe={**RECIPE, "loss": {**RECIPE["loss"], "mse_alpha": 2.5}})
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path, other)
+    assert str(error.value) == (
+        f"checkpoint {tmp_path}/step-00000005 is of another recipe (loss.mse_alpha: 10.0, this recipe says 2.5); use "
+        "another output_dir, or restore the recipe that wrote it"
+    )
+
+
+def edit_card(path: Path, **identity: Any) -> None:
+    values = json.loads((path / CARD).read_text())
+    del values["digest"]
+    values["identity"] |= identity
+    (path / CARD).write_text(json.dumps({**values, "digest": _values_digest(values)}))
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken(tmp_path: Path) -> None:
+    save(tmp_path, 5)
+    edit_card(tmp_path / "step-00000005", recipe="3ec832ca49275c63")  # a hash of all keys that there were
+    assert load(tmp_path) == 5
+    earlier = {name: section for name, section in RECIPE.items() if name != "optimizer"}
+    earlier["loss"] = {key: value for key, value in RECIPE["loss"].items() if key != "divergence"}
+    edit_card(tmp_path / "step-00000005", recipe=earlier)
+    assert load(tmp_path) == 5
+    edit_card(tmp_path / "step-00000005", recipe={**earlier, "loss": {**earlier["loss"], "gone": 1}})
+    with pytest.raises(ConfigError, match=rf"{CARD}: loss.gone: this version of ted_ds has no such key: go on with"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("file write failed")])
@@ -259,3 +304,16 @@ def test_a_card_survives_its_own_writing(tmp_path: Path) -> None:
     assert card is not None and card.identity == OURS and card.files["note.txt"][0] == 27
     write_atomically(tmp_path / "text", "a")
     assert (tmp_path / "text").read_text() == "a" and not list(tmp_path.glob("*.tmp"))
+
+
+def test_steps_of_a_universal_checkpoint_are_where_their_parameters_are() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(2, device=device)) for device in ("meta", "cpu", "cpu")]
+    optimizer = torch.optim.AdamW(parameters)
+    shared = torch.tensor(7.0)
+    for parameter in parameters:
+        optimizer.state[parameter] = {"step": shared}
+    _own_steps(optimizer)
+    steps = [optimizer.state[parameter]["step"] for parameter in parameters]
+    assert [step.device.type for step in steps] == ["meta", "cpu", "cpu"]
+    steps[1].add_(1)
+    assert (float(steps[1]), float(steps[2])) == (8.0, 7.0)

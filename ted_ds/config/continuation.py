@@ -1,0 +1,88 @@
+"""Which keys make a recipe another run, and which of them another start on the same folder may change.
+
+Every key of the schema stands in one of the two sets below; a test sees to it. What an earlier version of ted_ds
+wrote is read through today's schema, so that a key that came later has its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ted_ds.config.load import ENVIRONMENT, reread
+from ted_ds.config.schema import RunConfig
+
+DECIDES = frozenset(
+    {
+        *("task", "method", "seed"),
+        *("teacher.model", "teacher.dtype"),
+        *("student.model", "student.init", "student.pretrained", "student.init_from_pretrained"),
+        *("student.dtype", "student.dropout", "student.head_dropout"),
+        *("filters.output_dim", "filters.nonlinear", "filters.layer_map", "filters.learning_rate"),
+        *("filters.steps", "filters.epochs", "filters.warmup_steps", "filters.global_batch_size"),
+        *("filters.head_dropout", "filters.token_fraction"),
+        *("loss.kl_alpha", "loss.mse_alpha", "loss.temperature", "loss.divergence", "loss.kl_top_k"),
+        *("loss.layer_loss", "loss.residual_dtype", "loss.mask_padding"),
+        *("data.train", "data.validation", "data.extra_validation"),
+        *("data.text_column", "data.text_columns", "data.label_column", "data.labels"),
+        *("data.tokenizer", "data.train_tokenizer", "data.sequence_length", "data.doc_stride"),
+        *("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.betas", "optimizer.epsilon"),
+        *("optimizer.warmup_steps", "optimizer.schedule", "optimizer.final_ratio", "optimizer.gradient_clipping"),
+        *("train.epochs", "train.global_batch_size"),
+    }
+)
+"""Keys that decide the result: what is computed, in which precision, of which data, from which start; the scores."""
+
+MAY_CHANGE = frozenset(
+    {
+        # where things are: rows, checkpoints and caches have fingerprints of their own
+        *("output_dir", "data.prepared", "teacher.cache"),
+        # how a step is computed: the split into ranks and micro-batches, sharding, memory against time
+        *("deepspeed", "teacher.deepspeed", "teacher.sharding"),
+        *("student.activation_checkpointing", "train.micro_batch_size", "data.processes"),
+        # what may be loaded: of the models that come of it, names and shapes are compared
+        *("teacher.trust_remote_code", "student.trust_remote_code", "data.trust_remote_code"),
+        # prepared rows know what was left out, and refuse another setting if that makes a difference
+        "data.skip_bad_rows",
+        # how long, how often, and what is said and kept
+        *("train.steps", "train.evaluate_every", "train.save_every", "train.keep_last", "train.keep_every"),
+        *("train.max_skipped_steps", "train.max_minutes", "train.timeout_minutes"),
+        *("logging.every", "logging.tensorboard"),
+    }
+)
+"""Keys that another start may change. What was computed so far stays as it is."""
+
+
+def deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe as JSON values, without the keys that may change and what is about the run: what a checkpoint keeps.
+
+    Here is the place for a key that goes, which is to be taken out of what earlier versions wrote where its value is
+    what is computed without it, and for one that comes with a default that is not what they computed.
+    """
+    kept = {name: value for name, value in recipe.items() if name not in MAY_CHANGE | {ENVIRONMENT}}
+    for name, value in kept.items():
+        if isinstance(value, dict):
+            kept[name] = {key: inner for key, inner in value.items() if f"{name}.{key}" not in MAY_CHANGE}
+    return kept
+
+
+def first_change(before: Mapping[str, Any], now: RunConfig | Mapping[str, Any], source: str) -> str | None:
+    """`KEY: OLD VALUE, this recipe says NEW VALUE` of the first deciding key that differs; None where all are alike.
+
+    before: a recipe as it was written, whole or its deciding part, in the file `source`; now: today's.
+    Raises ConfigError where today's schema cannot read what was written.
+    """
+    old = _flat(reread(deciding(before), source).model_dump(mode="json"))
+    new = _flat(now.model_dump(mode="json") if isinstance(now, RunConfig) else now)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):
+            return f"{key}: {old.get(key)!s:.200}, this recipe says {new.get(key)!s:.200}"
+    return None
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted deciding key -> value."""
+    flat: dict[str, Any] = {}
+    for name, value in deciding(recipe).items():
+        flat |= {f"{name}.{key}": inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
