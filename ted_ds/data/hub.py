@@ -48,7 +48,7 @@ def _places(error: BaseException) -> dict[str, str]:
         name, values = at.tb_frame.f_code.co_name, at.tb_frame.f_locals
         if name == "_generate_tables" and "file" in values:
             found["file"] = str(values["file"])
-        elif name == "cast_table_to_schema" and {"table", "features"} <= values.keys():
+        elif name == "cast_table_to_schema" and "table" in values and "features" in values:
             found |= _no_cast(values["table"], values["features"])
         at = at.tb_next
     return found

@@ -80,6 +80,11 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
+def test_the_wheel_has_what_lies_beside_the_package(clone: Path, wheel: Path) -> None:
+    files = {path for name in ("ds_configs", "launchers") for path in (clone / name).rglob("*") if path.is_file()}
+    assert {f"ted_ds/shipped/{path.relative_to(clone)}" for path in files} <= contents(wheel).keys()
+
+
 def test_an_sdist_builds_the_same_wheel(clone: Path, wheel: Path, tmp_path: Path) -> None:
     build = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     run(sys.executable, "-c", build, tmp_path, cwd=clone)
@@ -88,11 +93,11 @@ def test_an_sdist_builds_the_same_wheel(clone: Path, wheel: Path, tmp_path: Path
 
 
 def test_a_recipe_runs_from_another_folder(installed: Path, tmp_path: Path) -> None:
-    """Its DeepSpeed files, `ds_configs/...`, are the wheel's, as are the launchers."""
+    """Its DeepSpeed file, `ds_configs/zero3.json`, is the wheel's, as are the launchers."""
     where = run(installed / "python", "-c", "import ted_ds; print(ted_ds.__path__[0])", cwd=tmp_path).strip()
     assert Path(where).is_relative_to(installed.parent)
     project = make_project(tmp_path / "project")
-    recipe = write_recipe(project, "run", method="kd", train__steps=2, train__evaluate_every=0, train__save_every=0)
+    recipe = write_recipe(project, "run", method="ce", train__steps=2, train__save_every=0, data__validation=[])
     summary = json.loads(run(installed / "ted-ds", "distill", "--config", recipe, cwd=tmp_path))
     assert summary["steps"] == 2
     assert (project / "run/student/model.safetensors").exists()
