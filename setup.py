@@ -48,7 +48,7 @@ setup(
         "scipy",
         "sentencepiece",
         "tensorboard",
-        "tokenizers",
+        "tokenizers>=0.23.3",  # 0.23.2 loses the end of contexts that overflow
         "torch>=2.11",
         "tqdm",
         "transformers>=5.0,<6",
