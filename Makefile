@@ -1,6 +1,6 @@
 # make quickstart: the whole pipeline on this machine.   make test: everything that must pass.
 # make torture: kills and damages without end.   make bench-check: the CPU ratios against the committed ones.
-# All of them make their own environment in $(VENV) first; what they need is Python 3.11 or 3.12 and a C++ compiler.
+# All of them make their own environment in $(VENV) first; what they need is Python 3.11 to 3.14 and a C++ compiler.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -24,17 +24,17 @@ test: $(STAMP)
 torture: $(STAMP)
 	TED_DS_TORTURE=10 pytest -s tests/faults
 
-# about 3 minutes on 2 cores that do nothing else; up to three times that where a ratio seems lost
+# about 3 minutes on 2 cores that do nothing else; up to three times that if a ratio seems lost; nothing on a kind of
+# machine of which no results are committed
 bench-check: $(STAMP)
 	$(VENV)/bin/python -m benchmarks.check
 
 venv: $(STAMP)
 
-# torch first and pinned: an open range may pull several GB of GPU packages onto a machine without a GPU
+# pip's own variables say where packages come from, e.g. PIP_EXTRA_INDEX_URL an index of torch's CPU wheels
 $(STAMP): setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else \
-	  "ted_ds needs Python 3.11 or 3.12, $(PYTHON) is %d.%d: run make PYTHON=python3.12" % v)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 14) else \
+	  "ted_ds needs Python 3.11 to 3.14, $(PYTHON) is %d.%d: run make PYTHON=python3.13" % v)'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
 	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@

@@ -26,9 +26,12 @@ from benchmarks.shapes import SHAPES, Shape
 from benchmarks.step import own_step, prepared
 from benchmarks.timing import Step, environment, interleaved_seconds, medians
 from ted_ds.data.loader import TrainingRows
-from ted_ds.data.prepare import ALONE_BYTES, PackedBlocks, prepare
+from ted_ds.data.packed import PackedBlocks
+from ted_ds.data.prepare import prepare
 from ted_ds.data.stdlib_corpus import write_stdlib_corpus
-from ted_ds.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from ted_ds.data.tokenizer_training import train_sentencepiece
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ted_ds.data.tokenizing import ALONE_BYTES
 
 TOKENIZER_CHARACTERS = 2_000_000
 """What a tokenizer is trained on."""

@@ -103,6 +103,7 @@ def environment(device: torch.device, name: str, arguments: Sequence[str]) -> di
         "device": str(device),
         "accelerator": accelerator,
         "cpu": _cpu_model(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

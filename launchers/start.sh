@@ -8,7 +8,7 @@ script="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
 root="$(dirname "$(dirname "$script")")"
 command -v deepspeed > /dev/null || PATH="$root/.venv/bin:$PATH"
 if ! launcher="$(command -v deepspeed)"; then
-  echo "deepspeed is neither on PATH nor in $root/.venv: run 'make -C $root venv'" >&2
+  echo "deepspeed is neither on PATH nor in $root/.venv: activate the environment that has it, or run make venv" >&2
   exit 1
 fi
 if [ "${SLURM_STEP_NUM_TASKS:-1}" -gt 1 ]; then

@@ -22,6 +22,8 @@ class Batch:
     token_type_ids: [B, S] int64, 0 in the first text and 1 in the second, or None.
     ends: question answering alone, [B] int64: the position of the answer's last token. A position beyond the
         sequence is not predicted.
+    own: held-out text alone, [B, S] bool: false where the target is the end of a document and none of its own tokens;
+        or None, where that is not known.
     rows: [B] int64: the number of each row within its split, -1 for a filler; on the CPU, whatever the device.
     """
 
@@ -30,6 +32,7 @@ class Batch:
     attention_mask: torch.Tensor | None = None
     token_type_ids: torch.Tensor | None = None
     ends: torch.Tensor | None = None
+    own: torch.Tensor | None = None
     rows: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:

@@ -26,6 +26,10 @@ class ModelError(TedError):
     """A model has a structure, width, depth or vocabulary that the request does not fit."""
 
 
+class NotFiniteError(ModelError):
+    """A model's outputs are nan or infinite: there is no score of them."""
+
+
 class CheckpointError(TedError):
     """A checkpoint or a finished stage's folder is torn, or belongs to another run."""
 
@@ -44,3 +48,16 @@ class RankLost(TedError):
     """Another rank died, hangs, is cut off, or never came: the same command goes on from the last checkpoint."""
 
     exit_code = 76
+
+
+def load_failure(error: Exception) -> str:
+    """The first line of what transformers says of a model that it does not load.
+
+    For code that is not trusted: what to do, which transformers says in its last line, by a name that no recipe has.
+    """
+    if "trust_remote_code" in str(error):
+        return (
+            "it has code of its own, which runs only if you trust it: read it, then set trust_remote_code: true in its "
+            "section, teacher or student (ted-ds evaluate: --trust-remote-code)"
+        )
+    return str(error).splitlines()[0]

@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from ted_ds.config.load import COMMAND_LINE, load_config, read_yaml, split_overrides
 from ted_ds.config.schema import RunConfig, Section
+from ted_ds.config.written import is_misread, misread, scalar_text
 from ted_ds.errors import ConfigError
 from ted_ds.stages.progress import finished, saved_step
 
@@ -119,6 +120,9 @@ def _read_grid(path: Path) -> GridFile:
             reason = "is missing: give it a value"
         elif fault["type"] == "extra_forbidden":
             reason = f"unknown key; known are {', '.join(GridFile.model_fields)}"
+        elif is_misread(fault["input"], [fault["type"]]):
+            written = scalar_text(path.read_text(encoding="utf-8"), [str(part) for part in fault["loc"]])
+            reason = misread(fault["input"], written)
         raise ConfigError(f"{path}: {key}: {reason}") from None
 
 

@@ -13,9 +13,14 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of the code that runs; None outside a checkout."""
-    call = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The git commit of the code that runs; None outside a checkout of it.
+
+    An installed copy may lie in an environment within a checkout of something else, whose commit says nothing.
+    """
+    package = Path(__file__).resolve().parent
+    call = ["git", "-C", str(package), "rev-parse", "HEAD", "--show-prefix"]
     try:
-        return subprocess.run(call, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
+        head, prefix = subprocess.run(call, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, ValueError, subprocess.CalledProcessError):
         return None
+    return head if prefix == f"{package.name}/" else None

@@ -14,7 +14,7 @@ from ted_ds.batch import IGNORED
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.data.loader import TrainingRows
-from ted_ds.data.prepare import PackedBlocks
+from ted_ds.data.packed import PackedBlocks
 from ted_ds.distill.filter_learner import FilterProbe
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.structure import find_structure

@@ -11,7 +11,7 @@ import torch
 
 from ted_ds.batch import IGNORED, Batch
 from ted_ds.data.encoded import EncodedRows
-from ted_ds.data.prepare import PackedBlocks
+from ted_ds.data.packed import PackedBlocks
 
 GROUP = 4096
 """Rows that are hashed at a time."""

@@ -34,7 +34,7 @@ def export_student(
         student.save_pretrained(temporary, state_dict=weights | buffers)
         tokenizer.save(temporary)
         if card is not None:
-            (temporary / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+            (temporary / CARD).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         replace_folder(folder, temporary)
 
     world.on_main(write)

@@ -26,11 +26,14 @@ def recipe_from(argv: Sequence[str], program: str) -> RunConfig:
 
 
 def printed(work: Callable[[], dict[str, Any] | None]) -> None:
-    """Prints the result of `work`, if there is one, as JSON, alone on stdout: what libraries print goes to stderr."""
+    """Prints the result of `work`, if there is one, as JSON, alone on stdout: what libraries print goes to stderr.
+
+    JSON has no nan: work refuses what is not finite.
+    """
     with redirect_stdout(sys.stderr):
         result = work()
     if result is not None:
-        print(json.dumps(result, indent=2))
+        print(json.dumps(result, indent=2, allow_nan=False))
 
 
 def guarded(command: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

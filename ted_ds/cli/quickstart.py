@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ted_ds.config.shipped import shipped_folder
 from ted_ds.errors import TrainingError
 
-ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("ce", "kd", "lwd", "ted")
 
 
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
         chosen = [f"--method={method}", f"--output_dir={run}", *data]
         if recipe == "quickstart":
             chosen.append(f"--teacher.model={folder}/teacher/student")
-        _pretrain(arguments.ranks, ROOT / f"launchers/recipes/{recipe}.yaml", [*chosen, *overrides])
+        _pretrain(arguments.ranks, shipped_folder() / f"launchers/recipes/{recipe}.yaml", [*chosen, *overrides])
 
     from ted_ds.telemetry.report import plot_curves, summary_table
 
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
 def _pretrain(ranks: int, recipe: Path, overrides: Sequence[str]) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
     options = ["--num_gpus", str(ranks), "--log_level", "error"]
-    command = [str(launcher), *options, str(ROOT / "launchers/pretrain.sh"), "--config", str(recipe)]
+    command = [str(launcher), *options, str(shipped_folder() / "launchers/pretrain.sh"), "--config", str(recipe)]
     print("$ deepspeed", *command[1:], *overrides, flush=True)
     code = subprocess.run([*command, *overrides]).returncode
     if code:

@@ -41,7 +41,9 @@ MAY_CHANGE = frozenset(
         *("deepspeed", "teacher.deepspeed", "teacher.sharding"),
         *("student.activation_checkpointing", "train.micro_batch_size", "data.processes"),
         # what may be loaded: of the models that come of it, names and shapes are compared
-        *("teacher.trust_remote_code", "student.trust_remote_code"),
+        *("teacher.trust_remote_code", "student.trust_remote_code", "data.trust_remote_code"),
+        # prepared rows know what was left out, and refuse another setting if that makes a difference
+        "data.skip_bad_rows",
         # how long, how often, and what is said and kept
         *("train.steps", "train.evaluate_every", "train.save_every", "train.keep_last", "train.keep_every"),
         *("train.max_skipped_steps", "train.max_minutes", "train.timeout_minutes"),

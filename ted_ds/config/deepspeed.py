@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ted_ds.config.schema import Dtype, RunConfig
+from ted_ds.config.shipped import find_file, shipped_folder
 from ted_ds.errors import ConfigError
-
-SHIPPED = Path(__file__).resolve().parent.parent.parent
-"""The folder that holds the `ds_configs` of this copy of ted_ds."""
 
 QUIET = 10**9
 """`steps_per_print` that never prints: ted_ds has its own log."""
@@ -125,10 +123,10 @@ def find_deepspeed_file(path: Path) -> Path:
 
     Raises ConfigError where neither has it.
     """
-    for candidate in (path, SHIPPED / path):
-        if candidate.is_file():
-            return candidate
-    raise ConfigError(f"the DeepSpeed file {path} is neither in {Path.cwd()} nor in {SHIPPED}: give an existing one")
+    if (found := find_file(path)) is None:
+        places = f"neither in {Path.cwd()} nor in {shipped_folder()}"
+        raise ConfigError(f"the DeepSpeed file {path} is {places}: give an existing one")
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:

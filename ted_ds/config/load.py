@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ted_ds.config.schema import Method, RunConfig
+from ted_ds.config.shipped import find_file
+from ted_ds.config.written import is_misread, misread, scalar_text
 from ted_ds.errors import ConfigError
 
 SectionT = TypeVar("SectionT", bound=BaseModel)
@@ -29,10 +31,11 @@ COMMAND_LINE = "the command line"
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The recipe at `path` with `--section.key=value` (or `--section.key value`) on top.
 
+    A path that is not there is looked for in this copy of ted_ds: `launchers/recipes/mnli.yaml` is found from anywhere.
     Values of overrides are YAML. Relative paths in a recipe are relative to the working directory.
     Raises ConfigError that lists every fault of the recipe: file, key, value, what is allowed.
     """
-    recipe = read_yaml(Path(path))
+    recipe = read_yaml(find_file(Path(path)) or Path(path))
     recipe.pop(ENVIRONMENT, None)
     _choose_method(recipe, Path(path), overrides)
     overridden = _apply_overrides(recipe, overrides)
@@ -49,7 +52,7 @@ def _choose_method(recipe: dict[str, Any], path: Path, overrides: Sequence[str])
         raise ConfigError(f"{path}: {METHODS}.{strange[0]}: unknown method; known are {', '.join(known)}")
     default = RunConfig.model_fields["method"].default
     chosen = dict(split_overrides(overrides)).get("method") or recipe.get("method", default)
-    _merge(recipe, sections.get(chosen, {}))
+    _merge(recipe, sections.get(chosen, {}) if isinstance(chosen, str) else {})
 
 
 def _merge(recipe: dict[str, Any], part: Mapping[str, Any]) -> None:
@@ -67,10 +70,11 @@ def load_section(model: type[SectionT], overrides: Sequence[str]) -> SectionT:
     """
     name = next(n for n, field in RunConfig.model_fields.items() if model in _alternatives(field.annotation))
     recipe: dict[str, Any] = {}
-    for key in sorted(_apply_overrides(recipe, overrides)):
+    texts = _apply_overrides(recipe, overrides)
+    for key in sorted(texts):
         if key.split(".")[0] != name:
             raise ConfigError(f"{COMMAND_LINE}: {key} has no use here, only {name}.KEY has: remove it")
-    return _validate(model, recipe.get(name, {}), COMMAND_LINE, frozenset(), prefix=(name,))
+    return _validate(model, recipe.get(name, {}), COMMAND_LINE, texts, prefix=(name,))
 
 
 def dump_config(run: RunConfig, path: Path, extra: Mapping[str, Any]) -> None:
@@ -105,12 +109,16 @@ def reread(content: Mapping[str, Any], source: str) -> RunConfig:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that refuses a key that stands twice in a mapping (YAML keeps the last one silently)."""
+    """SafeLoader that refuses a key that is no word, or stands twice in a mapping (YAML keeps the last silently)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                text = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
+                problem = f"the key {key!r} is no word" if text is None else f"a key: {misread(key, text)}"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key!r} stands twice: remove one", key_node.start_mark
@@ -135,12 +143,14 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> frozenset[str]:
-    """Sets each override in `recipe`, in order, making absent sections; the dotted keys that were set."""
-    keys = set()
+def _apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> dict[str, str]:
+    """Sets each override in `recipe`, in order, making absent sections; {dotted key that was set: its text}."""
+    texts: dict[str, str] = {}
     for key, text in split_overrides(overrides):
         try:
             value = yaml.load(text, _Loader)
+        except yaml.constructor.ConstructorError as error:
+            raise ConfigError(f"{COMMAND_LINE}: --{key}={text}: {error.problem}") from error
         except yaml.YAMLError as error:
             raise ConfigError(f"{COMMAND_LINE}: --{key}={text}: the value is not valid YAML: quote it") from error
         *parents, leaf = key.split(".")
@@ -152,8 +162,9 @@ def _apply_overrides(recipe: dict[str, Any], overrides: Sequence[str]) -> frozen
             if not isinstance(target, dict):
                 raise ConfigError(f"{COMMAND_LINE}: --{key}: {parent} is {target!r}, which has no keys")
         target[leaf] = value
-        keys.add(key)
-    return frozenset(keys)
+        texts.pop(key, None)  # the last one of a key counts
+        texts[key] = text
+    return texts
 
 
 def split_overrides(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -174,7 +185,7 @@ def _validate(
     model: type[SectionT],
     content: Any,
     source: str,
-    overridden: frozenset[str],
+    overridden: dict[str, str],
     *,
     prefix: tuple[str, ...] = (),
 ) -> SectionT:
@@ -185,7 +196,7 @@ def _validate(
 
 
 def _messages(
-    error: ValidationError, content: Any, source: str, overridden: frozenset[str], prefix: tuple[str, ...]
+    error: ValidationError, content: Any, source: str, overridden: dict[str, str], prefix: tuple[str, ...]
 ) -> list[str]:
     """One line a faulty key. Of a union pydantic reports every alternative: only the deepest faults count."""
     faults: dict[tuple[str, ...], list[ErrorDetails]] = {}
@@ -200,8 +211,23 @@ def _messages(
         is_override = any(f"{dotted}.".startswith(f"{o}.") for o in overridden)
         is_override |= unknown and any(o.startswith(f"{dotted}.") for o in overridden)
         where = COMMAND_LINE if is_override else source
-        lines.append(": ".join(filter(None, (where, dotted, _describe(key, faults[key])))))
+        if is_misread(faults[key][0]["input"], [fault["type"] for fault in faults[key]]):
+            description = misread(faults[key][0]["input"], _as_written(key, source, overridden))
+        else:
+            description = _describe(key, faults[key])
+        lines.append(": ".join(filter(None, (where, dotted, description))))
     return lines
+
+
+def _as_written(key: tuple[str, ...], source: str, overridden: dict[str, str]) -> str | None:
+    """The text of a value that YAML read as no string, from the last override that sets it, or the recipe's file."""
+    for override in reversed(overridden):
+        parts = tuple(override.split("."))
+        if key[: len(parts)] == parts:
+            return scalar_text(overridden[override], key[len(parts) :])
+    if source == COMMAND_LINE:
+        return None
+    return scalar_text((find_file(Path(source)) or Path(source)).read_text(encoding="utf-8"), key)
 
 
 def _key(location: tuple[int | str, ...], content: Any, *, missing: bool) -> tuple[str, ...]:

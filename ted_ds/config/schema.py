@@ -278,7 +278,7 @@ class HubDataset(Section):
 
 
 DataEntries = Annotated[tuple[str | HubDataset, ...], BeforeValidator(_as_sequence)]
-"""Paths and globs of text, JSONL and Parquet files, and hub data sets; a single one needs no list."""
+"""Paths and globs of text, JSONL, CSV, TSV and Parquet files, and hub data sets; a single one needs no list."""
 
 
 class DataConfig(Section):
@@ -289,7 +289,7 @@ class DataConfig(Section):
     extra_validation: dict[str, DataEntries] = Field(
         default={}, description="name -> more held-out data, scored once, by the best weights (MNLI's mismatched set)"
     )
-    text_column: str = Field(default="text", description="of JSONL, Parquet and hub data (causal-lm)")
+    text_column: str = Field(default="text", description="of JSONL, CSV, TSV, Parquet and hub data (causal-lm)")
     text_columns: tuple[str, ...] | None = Field(
         default=None, min_length=1, max_length=2, description="one or two; null: the task's own"
     )
@@ -297,7 +297,14 @@ class DataConfig(Section):
     labels: tuple[str, ...] | None = Field(
         default=None, min_length=2, description="their order numbers them; null: the task's own"
     )
+    skip_bad_rows: bool = Field(
+        default=False, description="rows that cannot be used are left out and counted; false: they end the run"
+    )
     tokenizer: str = Field(description="folder or hub id for AutoTokenizer, or a SentencePiece .model file")
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run the tokenizer's own code; true if `tokenizer` is a model whose section says so",
+    )
     sequence_length: PositiveInt = Field(
         default=1024, description="tokens a row (S); other tasks than causal-lm: at most, longer texts are cut"
     )
@@ -430,6 +437,14 @@ class RunConfig(Section):
             weights[name] = default if given is None else given
         # pydantic refuses assignment to a frozen model, also by its own validators
         object.__setattr__(self, "loss", self.loss.model_copy(update=weights))
+        return self
+
+    @model_validator(mode="after")
+    def _trust_a_model_s_tokenizer(self) -> Self:
+        trusted = [self.student.model, self.student.pretrained] if self.student.trust_remote_code else []
+        trusted += [self.teacher.model] if self.teacher is not None and self.teacher.trust_remote_code else []
+        if self.data.tokenizer in trusted:
+            object.__setattr__(self, "data", self.data.model_copy(update={"trust_remote_code": True}))
         return self
 
     @model_validator(mode="after")

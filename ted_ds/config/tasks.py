@@ -26,6 +26,7 @@ class TaskSpec:
     """What the data of a task looks like, and how it is scored.
 
     text_columns: one or two. labels: their names, numbered in this order; () for numbers and questions.
+    numbered: the labels that 0, 1, ... mean in the task's official files; () where a number has no name.
     metrics: see `ted_ds.evaluation`; questions always get SQuAD's. best: the one by which the best weights are
     chosen; "" for text, whose last weights are the result. tsv: None where there is no official TSV layout.
     """
@@ -35,6 +36,7 @@ class TaskSpec:
     text_columns: tuple[str, ...] = ()
     label_column: str = "label"
     labels: tuple[str, ...] = ()
+    numbered: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ("accuracy",)
     best: str = "accuracy"
     tsv: Tsv | None = None
@@ -112,5 +114,5 @@ _SPECS = (
     TaskSpec("question-answering", "question-answering", metrics=("exact", "f1"), best="f1"),
 )
 
-TASKS = {spec.name: spec for spec in _SPECS}
+TASKS = {spec.name: replace(spec, numbered=spec.labels) for spec in _SPECS}
 """Every task that a recipe may name."""

@@ -18,7 +18,16 @@ import torch
 
 from ted_ds.batch import Batch
 from ted_ds.config.tasks import TaskSpec
-from ted_ds.data.prepare import MANIFEST, Entries, entry_names, file_sizes, refuse_differences, reread_names
+from ted_ds.data.bad_rows import BadRow, BadRows
+from ted_ds.data.manifests import (
+    MANIFEST,
+    Entries,
+    entry_names,
+    file_sizes,
+    refuse_differences,
+    refuse_left_out,
+    reread_names,
+)
 from ted_ds.data.squad import Question, iter_questions
 from ted_ds.data.tables import iter_examples
 from ted_ds.data.tokenizers import Tokenizer
@@ -40,7 +49,7 @@ class Manifest:
 
     kind: of the task. examples: rows of the data, or questions, which have a row for each window of their context.
     cut: rows that had more tokens than `max_length`, whose rest is lost, or in training data questions whose answer
-    no window holds whole. pad_id: the tokenizer's.
+    no window holds whole. pad_id: the tokenizer's. left_out: bad rows of the data, of which there is nothing here.
     """
 
     task: str
@@ -58,6 +67,7 @@ class Manifest:
     cut: int
     entries: tuple[str, ...]
     sources: dict[str, int]
+    left_out: int = 0
 
 
 class EncodedRows:
@@ -160,16 +170,19 @@ def ensure_encoded(
     max_length: int,
     stride: int,
     training: bool,
+    skip_bad_rows: bool | None = False,
 ) -> EncodedRows:
     """The encoded rows in `folder`, made now if it does not exist; on one rank.
 
     training: the split is trained on; a held-out one keeps what scoring needs of its questions.
+    skip_bad_rows: see `BadRows`; those that have no label are bad too.
     Raises DataError where the data is missing, unreadable or unlabelled, and where the folder was made otherwise.
     """
     if not folder.exists():
-        _encode(entries, spec, tokenizer, folder, max_length, stride, training)
+        _encode(entries, spec, tokenizer, folder, max_length, stride, training, skip_bad_rows)
     rows = EncodedRows(folder)
     made = rows.manifest
+    refuse_left_out(folder, made.left_out, skip_bad_rows)
     question_answering = spec.kind == "question-answering"
     columns = () if question_answering else (*spec.text_columns, spec.label_column)
     sizes = file_sizes(entries) if made.entries == entry_names(entries) else {}
@@ -196,19 +209,20 @@ def _encode(
     max_length: int,
     stride: int,
     training: bool,
+    skip_bad_rows: bool | None,
 ) -> None:
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     question_answering = spec.kind == "question-answering"
     counts = {"rows": 0, "examples": 0, "cut": 0}
-    groups = (
-        _window_groups(entries, spec, tokenizer, temporary / QUESTIONS, max_length, stride, training)
-        if question_answering
-        else _text_groups(entries, spec, tokenizer, max_length)
-    )
     writer = None
-    with pa.OSFile(str(temporary / ROWS), "wb") as sink:
+    with pa.OSFile(str(temporary / ROWS), "wb") as sink, BadRows(skip=skip_bad_rows) as bad:
+        groups = (
+            _window_groups(entries, spec, tokenizer, temporary / QUESTIONS, max_length, stride, training, bad)
+            if question_answering
+            else _text_groups(entries, spec, tokenizer, max_length, bad)
+        )
         for columns, examples, cut in groups:
             group = pa.record_batch(columns)
             writer = writer or pa.ipc.new_file(sink, group.schema)
@@ -216,8 +230,10 @@ def _encode(
             counts["rows"] += group.num_rows
             counts["examples"] += examples
             counts["cut"] += cut
-        assert writer is not None  # data without rows is an error of its reader
-        writer.close()
+        if writer is not None:
+            writer.close()
+        elif not bad.refused:  # data without any row is an error of its reader
+            raise bad.nothing_left()
     if counts["cut"]:
         what = "answers are whole in no window" if question_answering else "rows were cut"
         logger.info("%s: %d of %d %s at %d tokens", folder.name, counts["cut"], counts["examples"], what, max_length)
@@ -234,6 +250,7 @@ def _encode(
         training=training,
         entries=entry_names(entries),
         sources=file_sizes(entries),
+        left_out=bad.count,
         **counts,
     )
     (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
@@ -241,25 +258,27 @@ def _encode(
 
 
 def _text_groups(
-    entries: Entries, spec: TaskSpec, tokenizer: Tokenizer, max_length: int
+    entries: Entries, spec: TaskSpec, tokenizer: Tokenizer, max_length: int, bad: BadRows
 ) -> Iterator[tuple[Columns, int, int]]:
     """(columns, examples, cut ones) of one group after another."""
-    examples = iter_examples(entries, spec)
+    examples = iter_examples(entries, spec, bad)
     while group := list(islice(examples, GROUP)):
-        labels = []
-        for example in group:
-            if example.label is None:
-                raise DataError(f"{example.where} has no label: training and scoring need one in every row")
-            labels.append(example.label)
         found = tokenizer.encode_texts([example.texts for example in group], max_length)
-        if not all(found.ids):
-            where = group[found.ids.index([])].where
-            raise DataError(f"{where} has no text that makes a token: fix or drop the row")
+        kept = []
+        for example, ids, second in zip(group, found.ids, found.seconds, strict=True):
+            if example.label is None:
+                bad.add(BadRow(f"{example.where} has no label: training and scoring need one in every row"))
+            elif not ids:
+                bad.add(BadRow(f"{example.where} has no text that makes a token"))
+            else:
+                kept.append((example, ids, second))
+        if not kept:
+            continue
         # those that fill max_length were cut or just fit; few do, so a second look costs little
-        full = [example.texts for example, ids in zip(group, found.ids, strict=True) if len(ids) == max_length]
+        full = [example.texts for example, ids, _ in kept if len(ids) == max_length]
         cut = sum(length > max_length for length in tokenizer.lengths(full))
-        value = pa.float32() if spec.kind == "regression" else pa.int32()
-        yield {**_ids(found.ids, found.seconds), "label": pa.array(labels, value)}, len(group), cut
+        labels = pa.array([e.label for e, _, _ in kept], pa.float32() if spec.kind == "regression" else pa.int32())
+        yield {**_ids([ids for _, ids, _ in kept], [s for _, _, s in kept]), "label": labels}, len(kept), cut
 
 
 def _window_groups(
@@ -270,16 +289,20 @@ def _window_groups(
     max_length: int,
     stride: int,
     training: bool,
+    bad: BadRows,
 ) -> Iterator[tuple[Columns, int, int]]:
     """(columns, questions, those whose answer is in no window) of one group after another.
 
-    Writes a held-out split's questions, whose ids must differ, for answers are scored by them.
+    Writes a held-out split's questions.
     """
-    ids: set[str] = set()
     done = 0
-    questions = iter_questions(entries, impossible=spec.name != "squad")
+    questions = iter_questions(entries, impossible=spec.name != "squad", bad=bad)
+    if not training:
+        questions = _of_own_ids(questions, bad)
     with questions_path.open("w", encoding="utf-8") as file:
         while group := list(islice(questions, GROUP // 4)):
+            if bad.refused:
+                continue
             pairs = [(question.question, question.context) for question in group]
             windows = tokenizer.encode_windows(pairs, max_length, stride)
             spans = [
@@ -296,15 +319,31 @@ def _window_groups(
                 answered = {pair for pair, span in zip(windows.pairs, spans, strict=True) if span != (0, 0)}
                 cut = sum(bool(question.answers) and pair not in answered for pair, question in enumerate(group))
             else:
-                for question in group:
-                    if question.id in ids:
-                        raise DataError(f"{question.where}: its id was there before: give every question its own")
-                    ids.add(question.id)
                 columns["question"] = pa.array([done + pair for pair in windows.pairs], pa.int32())
                 columns["offsets"] = _lists([offsets.reshape(-1) for offsets in windows.offsets])
                 file.writelines(json.dumps(asdict(question)) + "\n" for question in group)
             done += len(group)
             yield columns, len(group), cut
+
+
+def _of_own_ids(questions: Iterator[Question], bad: BadRows) -> Iterator[Question]:
+    """Held-out questions without those that stand there twice: answers are scored by id, as in the official script.
+
+    Another question of an id that was there before is a bad row.
+    """
+    seen: dict[str, int] = {}
+    twice = 0
+    for question in questions:
+        content = hash((question.question, question.context, question.answers))
+        if question.id not in seen:
+            seen[question.id] = content
+            yield question
+        elif seen[question.id] == content:
+            twice += 1
+        else:
+            bad.add(BadRow(f"{question.where}: its id was there before", "give every question its own"))
+    if twice:
+        logger.warning("of questions that stand in the held-out data more than once, %d are left out", twice)
 
 
 def _answer_tokens(question: Question, offsets: np.ndarray) -> tuple[int, int]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from ted_ds.batch import IGNORED, Batch
-from ted_ds.data.prepare import PackedBlocks
+from ted_ds.data.packed import PackedBlocks
 
 
 def row_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
@@ -56,7 +56,10 @@ class TrainingRows:
         self._rank, self._world = rank, world_size
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of the 0-based `step`; a row's last position predicts nothing."""
+        """This rank's micro-batches of the 0-based `step`.
+
+        A row's last position predicts nothing, and no position predicts what the tokenizer put before a document.
+        """
         starts = range(self._rank * self._micro, self._global, self._world * self._micro)
         return [self._batch(step * self._global + start) for start in starts]
 
@@ -69,14 +72,18 @@ class TrainingRows:
         ids = torch.from_numpy(self._blocks.rows(rows))
         targets = torch.full_like(ids, IGNORED)
         targets[:, :-1] = ids[:, 1:]
+        inserted = self._blocks.inserted(rows)
+        if inserted is not None:
+            targets[:, :-1].masked_fill_(torch.from_numpy(inserted[:, 1:]), IGNORED)
         return Batch(ids, targets, rows=torch.from_numpy(rows))
 
 
 class EvaluationRows:
     """Held-out rows in order: over all ranks, every token but the stream's first is predicted exactly once.
 
-    A row's last position predicts the next row's first token. Every rank gets as many batches, the last ones
-    possibly without targets: under ZeRO-3 a forward is a collective.
+    A row's last position predicts the next row's first token. What the tokenizer put before documents is not
+    predicted. Every rank gets as many batches, the last ones possibly without targets: under ZeRO-3 a forward is a
+    collective.
     """
 
     def __init__(self, blocks: PackedBlocks, *, batch_size: int, rank: int, world_size: int) -> None:
@@ -93,13 +100,24 @@ class EvaluationRows:
 
     def _batch(self, rows: np.ndarray) -> Batch:
         count, last = len(self._blocks), len(self._blocks) - 1
-        ids = torch.from_numpy(self._blocks.rows(rows.clip(max=last)))
-        following = torch.from_numpy(self._blocks.rows((rows + 1).clip(max=last)))
-        targets = torch.cat([ids[:, 1:], following[:, :1]], dim=1)
+        here, next_ = rows.clip(max=last), (rows + 1).clip(max=last)
+        ids = torch.from_numpy(self._blocks.rows(here))
+        targets = torch.cat([ids[:, 1:], torch.from_numpy(self._blocks.rows(next_))[:, :1]], dim=1)
+        inserted = _of_targets(self._blocks.inserted(here), self._blocks.inserted(next_))
+        if inserted is not None:
+            targets.masked_fill_(inserted, IGNORED)
+        ends = _of_targets(self._blocks.ends(here), self._blocks.ends(next_))
         length = self._blocks.row_length(last)
         for i, row in enumerate(rows):
             if row >= count:
                 targets[i] = IGNORED
             elif row == last:
                 targets[i, length - 1 :] = IGNORED  # padding follows, which causal attention keeps out of sight
-        return Batch(ids, targets)
+        return Batch(ids, targets, own=None if ends is None else ~ends)
+
+
+def _of_targets(here: np.ndarray | None, following: np.ndarray | None) -> torch.Tensor | None:
+    """Marks [B, S] of the tokens that rows predict, from the marks of the rows and of those that follow."""
+    if here is None or following is None:
+        return None
+    return torch.from_numpy(np.concatenate([here[:, 1:], following[:, :1]], axis=1))

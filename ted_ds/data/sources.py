@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import glob
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from io import BufferedReader
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-from fsspec.compression import compr
-from fsspec.utils import infer_compression
+from typing import Any, NamedTuple
 
 from ted_ds.config.schema import HubDataset
+from ted_ds.data.bad_rows import BadRow, BadRows
+from ted_ds.data.files import (
+    PLAIN_SUFFIXES,
+    POINTER,
+    TEXT_SUFFIXES,
+    TextFile,
+    file_kind,
+    matching_files,
+    no_format,
+    readable,
+    text_file,
+)
+from ted_ds.data.hub import hub_rows
+from ted_ds.data.records import RECORD_SUFFIXES, hub_records, iter_records
 from ted_ds.errors import DataError
 
 PIECE_CHARACTERS = 1 << 16
 """A text file is cut into pieces of about this size, at line ends, so that one huge file is still many tasks."""
 
-JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
-
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Consecutive text of one document, or all of it.
 
     starts, ends: whether the document begins, and is over, with it. read: bytes on disk that reading has
@@ -37,171 +40,94 @@ class Piece:
     read: float = 0.0
 
 
-def iter_pieces(entries: Sequence[str | HubDataset], *, text_column: str) -> Iterator[Piece]:
+def iter_pieces(
+    entries: Sequence[str | HubDataset], *, text_column: str, by_line: bool = False, bad: BadRows | None = None
+) -> Iterator[Piece]:
     """The documents of all entries in order; no piece is empty.
 
-    A text file is one document, a JSON line or a row of a Parquet file or hub data set one each (the string
-    in `text_column`). Compressed files (.gz, .xz, .bz2, .zip, .zst) are read as such.
+    A text file is one document, or with `by_line` each of its lines; a JSON line or a row of a CSV, TSV or Parquet
+    file or hub data set is one each (the string in `text_column`). Compressed files are read as such.
+    bad: gets the rows that cannot be used, and no more pieces come once the data is refused for them; None: the first
+    of them is raised.
     Raises DataError naming the file, and the line where there is one, that is missing, empty or unreadable.
     """
     for entry in entries:
         if isinstance(entry, HubDataset):
-            yield from _hub_pieces(entry, text_column)
+            where, rows = hub_rows(entry)
+            remedy = "choose another split, or set data.text_column"
+            yield from _checked(where, _hub_pieces(where, rows, text_column), remedy, bad)
             continue
         for path in matching_files(entry):
-            found = False
-            for piece in _file_pieces(path, text_column):
-                found = True
+            remedy = "remove it from the recipe's data, or fill it"
+            yield from _checked(str(path), _file_pieces(path, text_column, by_line), remedy, bad)
+
+
+def _checked(source: str, pieces: Iterator[Piece | BadRow], remedy: str, bad: BadRows | None) -> Iterator[Piece]:
+    found = False
+    with readable(source):  # a streamed file is parsed, and perhaps found broken, only here
+        for piece in pieces:
+            found = True
+            if isinstance(piece, BadRow):
+                if bad is None:
+                    raise piece
+                bad.add(piece)
+            elif bad is None or not bad.refused:
                 yield piece
-            if not found:
-                raise DataError(f"{path} has no text: remove it from the recipe's data, or fill it")
+    if not found:
+        raise DataError(f"{source} has no text: {remedy}")
 
 
-def matching_files(entry: str) -> list[Path]:
-    """The files of a path or glob, sorted. Raises DataError where there is none."""
-    files = [Path(path) for path in sorted(glob.glob(entry, recursive=True)) if Path(path).is_file()]
-    if Path(entry).is_file():  # a name with brackets in it
-        return [Path(entry)]
-    if not files:
-        what = "is a folder: give files or a glob such as FOLDER/*.jsonl" if Path(entry).is_dir() else "matches no file"
-        raise DataError(f"data entry {entry!r} {what} (paths are relative to {Path.cwd()})")
-    return files
-
-
-def _file_pieces(path: Path, text_column: str) -> Iterator[Piece]:
+def _file_pieces(path: Path, text_column: str, by_line: bool) -> Iterator[Piece | BadRow]:
     kind = file_kind(path)
-    with readable(path):
-        if kind == ".parquet":
-            yield from _parquet_pieces(path, text_column)
-        else:
-            yield from _line_pieces(path, text_column if kind in JSON_SUFFIXES else None)
+    if kind in RECORD_SUFFIXES:
+        for record in iter_records(path, (text_column,), "data.text_column"):
+            if piece := _whole(record.values, record.where, text_column, record.read):
+                yield piece
+    elif kind in TEXT_SUFFIXES:
+        with text_file(path) as file:
+            if kind in PLAIN_SUFFIXES and file.looks_like_json():
+                raise DataError(f"{path} holds JSON, not plain text: name JSON lines .jsonl")
+            yield from _lines(file) if by_line else _text(file)
+    else:
+        no_format(path, ".jsonl, .csv, .tsv or .parquet, or .txt for plain text")
 
 
-@contextmanager
-def readable(what: object) -> Iterator[None]:
-    """Within it, an error that is none of ours is a DataError: `what` cannot be read."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # decompressors, Arrow, hub and builders raise errors of their own
-        raise DataError(f"{what} cannot be read: {_first_line(error)}") from error
-
-
-@contextmanager
-def opened(path: Path) -> Iterator[tuple[BufferedReader, BufferedReader]]:
-    """(its content, the file as it lies on disk): .gz, .xz, .bz2, .zip and .zst are unpacked."""
-    name = infer_compression(path.name)
-    with path.open("rb") as raw, BufferedReader(compr[name](raw, mode="rb")) if name else raw as plain:
-        yield plain, raw
-
-
-def file_kind(path: Path) -> str:
-    """The suffix that tells a file's format, without the one of its compression."""
-    return Path(path.stem).suffix if infer_compression(path.name) else path.suffix
-
-
-def _line_pieces(path: Path, json_column: str | None) -> Iterator[Piece]:
-    """Pieces of a text file or, where `json_column` is given, of JSON lines."""
-    with opened(path) as (plain, raw):
-        position = 0
-
-        def read() -> float:
-            nonlocal position
-            before, position = position, raw.tell()
-            return position - before
-
-        lines = numbered_lines(plain, path)
-        yield from _text(lines, read) if json_column is None else _json(lines, path, json_column, read)
-
-
-def numbered_lines(file: BufferedReader, path: Path) -> Iterator[tuple[int, str]]:
-    """(1-based number, line with its end) of each line; a byte order mark is dropped."""
-    for number, line in enumerate(file, 1):
-        try:
-            yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}, line {number}: not UTF-8 ({error.reason}): convert the file") from error
-
-
-def _text(lines: Iterator[tuple[int, str]], read: Callable[[], float]) -> Iterator[Piece]:
+def _text(file: TextFile) -> Iterator[Piece]:
+    """A file that is one document."""
     held: list[str] = []
     size, starts = 0, True
-    for _, line in lines:
+    for _, line in file.lines():
         if size >= PIECE_CHARACTERS:
-            yield Piece("".join(held), starts=starts, ends=False, read=read())
+            yield Piece("".join(held), starts=starts, ends=False, read=file.read())
             held, size, starts = [], 0, False
         held.append(line)
         size += len(line)
     text = "".join(held)
     if not starts or text.strip():
-        yield Piece(text, starts=starts, ends=True, read=read())
+        yield Piece(text, starts=starts, ends=True, read=file.read())
 
 
-def _json(lines: Iterator[tuple[int, str]], path: Path, column: str, read: Callable[[], float]) -> Iterator[Piece]:
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error}): fix or drop the line") from error
-        if not isinstance(record, dict) or column not in record:
-            keys = sorted(record) if isinstance(record, dict) else f"a {type(record).__name__}"
-            raise DataError(f"{path}, line {number}: no {column!r} in {keys}: set data.text_column")
-        yield from _whole(record[column], f"{path}, line {number}", column, read())
+def _lines(file: TextFile) -> Iterator[Piece]:
+    """A file of which each line is a document."""
+    for _, line in file.lines():
+        if line.strip():
+            yield Piece(line.rstrip("\r\n"), read=file.read())
 
 
-def _whole(text: Any, where: str, column: str, read: float) -> Iterator[Piece]:
-    """A document that is one string; an empty one is passed over."""
+def _whole(row: Mapping[str, Any] | BadRow, where: str, column: str, read: float) -> Piece | BadRow | None:
+    """A document that is one string; None of an empty one."""
+    if isinstance(row, BadRow):
+        return row
+    text = row[column]
     if not isinstance(text, str):
-        raise DataError(f"{where}: {column!r} is {text!r:.40}, not a string: fix or drop it, or set data.text_column")
-    if text:
-        yield Piece(text, read=read)
+        return BadRow(f"{where}: {column!r} is {text!r:.40}, not a string", "set data.text_column")
+    return Piece(text, read=read) if text else None
 
 
-def _parquet_pieces(path: Path, column: str) -> Iterator[Piece]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        if column not in file.schema_arrow.names:
-            _no_column(str(path), column, file.schema_arrow.names)
-        row, share = 0, path.stat().st_size / max(1, file.metadata.num_rows)
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
-            for text in batch.column(0).to_pylist():
-                row += 1
-                yield from _whole(text, f"{path}, row {row}", column, share)
-
-
-def _hub_pieces(entry: HubDataset, column: str) -> Iterator[Piece]:
-    where, rows = hub_rows(entry)
-    names = rows.column_names
-    if names is not None and column not in names:
-        _no_column(where, column, names)
-    found = False
-    with readable(where):  # a streamed file is parsed, and perhaps found broken, only here
-        for number, row in enumerate(rows, 1):
-            for piece in _whole(row[column], f"{where}, row {number}", column, 0.0):
-                found = True
-                yield piece
-    if not found:
-        raise DataError(f"{where} has no text: choose another split, or set data.text_column")
-
-
-def hub_rows(entry: HubDataset) -> tuple[str, Any]:
-    """(what messages call it, the data set as `datasets` loads it)."""
-    from datasets import load_dataset
-
-    where = f"data set {entry.hub} ({entry.name or 'default'}, {entry.split})"
-    try:
-        return where, load_dataset(entry.hub, entry.name, split=entry.split, streaming=entry.streaming)
-    except Exception as error:  # network, hub, builder and file errors have no common base
-        raise DataError(f"{where} cannot be loaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _no_column(where: str, column: str, there: Sequence[str]) -> NoReturn:
-    raise DataError(f"{where} has no column {column!r}, only {', '.join(there)}: set data.text_column")
+def _hub_pieces(where: str, rows: Any, column: str) -> Iterator[Piece | BadRow]:
+    for place, row in hub_records(where, rows, (column,), "data.text_column"):
+        piece = _whole(row, place, column, 0.0)
+        if isinstance(piece, Piece) and piece.text.startswith(POINTER):  # a text file of a clone
+            raise DataError(f"{place} is of a pointer of git LFS: run `git lfs pull` in its folder")
+        if piece:
+            yield piece

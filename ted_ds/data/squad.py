@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ted_ds.config.schema import HubDataset
-from ted_ds.data.sources import file_kind, hub_rows, matching_files, numbered_lines, opened, readable
+from ted_ds.data.bad_rows import BadRow, BadRows
+from ted_ds.data.files import JSON_SUFFIXES, file_kind, matching_files, no_format, readable, text_file
+from ted_ds.data.hub import hub_rows
+from ted_ds.data.records import PARQUET, iter_records
 from ted_ds.errors import DataError
 
 NEAR = 2
 """Characters by which `answer_start` may be off: some tools that wrote such files were."""
-
-Answers = Sequence[tuple[str, int]]
 
 
 @dataclass(frozen=True)
@@ -30,121 +31,170 @@ class Question:
     where: str
 
 
-def iter_questions(entries: Sequence[str | HubDataset], *, impossible: bool) -> Iterator[Question]:
+def iter_questions(
+    entries: Sequence[str | HubDataset], *, impossible: bool, bad: BadRows | None = None
+) -> Iterator[Question]:
     """The questions of all entries in order.
 
-    A `.json` file is SQuAD's (1.1 or 2.0); a `.jsonl`, `.ndjson` or `.parquet` file has the columns of the hub's
-    data sets: id, question, context, answers {text, answer_start}. Compressed files are read as such.
+    A `.json` file is SQuAD's (1.1 or 2.0); JSON lines and Parquet files have the columns of the hub's data
+    sets: id, question, context, answers {text, answer_start}. Compressed files are read as such. Answers may be
+    lists of both, one of each, or a list of {text, answer_start}; null, an empty list and "" at -1 are none.
     impossible: whether a question may have no answer.
+    bad: gets the questions that cannot be used; None: the first of them is raised.
     Raises DataError naming the question and file of an answer that is not in its context, and of unreadable files.
     """
     for entry in entries:
         if isinstance(entry, HubDataset):
             where, rows = hub_rows(entry)
-            yield from _checked(where, _flat(enumerate(rows, 1), where, "row"), impossible)
+            yield from _checked(where, _flat(enumerate(rows, 1), where, "row"), impossible, bad)
             continue
         for path in matching_files(entry):
-            yield from _checked(str(path), _file_questions(path), impossible)
+            yield from _checked(str(path), _file_questions(path), impossible, bad)
 
 
-def _checked(source: str, questions: Iterator[Question], impossible: bool) -> Iterator[Question]:
+def _checked(
+    source: str, questions: Iterator[Question | BadRow], impossible: bool, bad: BadRows | None
+) -> Iterator[Question]:
     found = False
     with readable(source):
         for question in questions:
             found = True
-            if question.impossible and not impossible:
-                raise DataError(
-                    f"{question.where} has no answer, and this task needs one: drop it, or choose task: squad_v2"
-                )
-            yield question
+            if isinstance(question, Question) and question.impossible and not impossible:
+                question = BadRow(f"{question.where} has no answer, and this task needs one", "choose task: squad_v2")
+            if isinstance(question, BadRow):
+                if bad is None:
+                    raise question
+                bad.add(question)
+            else:
+                yield question
     if not found:
         raise DataError(f"{source} has no questions: remove it from the recipe's data, or fill it")
 
 
-def _file_questions(path: Path) -> Iterator[Question]:
+def _file_questions(path: Path) -> Iterator[Question | BadRow]:
     kind = file_kind(path)
-    if kind == ".parquet":
-        import pyarrow.parquet as pq
-
-        with pq.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-            yield from _flat(enumerate(rows, 1), str(path), "row")
-        return
-    with opened(path) as (plain, _):
-        lines = numbered_lines(plain, path)
-        if kind in (".jsonl", ".ndjson"):
-            records = ((n, _parsed(line, f"{path}, line {n}")) for n, line in lines if line.strip())
-            yield from _flat(records, str(path), "line")
-        elif kind == ".json":
-            yield from _nested("".join(line for _, line in lines), path)
-        else:
-            raise DataError(f"{path} has a suffix that says no format: give .json as SQuAD's, .jsonl or .parquet")
+    if kind == ".json":
+        with text_file(path) as file:
+            text = "".join(line for _, line in file.lines())
+            yield from _nested(file.json(text) if text.strip() else {"data": []}, path)
+    elif kind == PARQUET or kind in JSON_SUFFIXES:
+        records = iter_records(path, ("id", "question", "context", "answers", "is_impossible"), None)
+        rows = ((record.number, record.values) for record in records)
+        yield from _flat(rows, str(path), "row" if kind == PARQUET else "line")
+    else:
+        no_format(path, ".json as SQuAD's, .jsonl or .parquet")
 
 
-def _nested(text: str, path: Path) -> Iterator[Question]:
+def _nested(content: Any, path: Path) -> Iterator[Question | BadRow]:
     """The questions of SQuAD's own JSON."""
-    content = _parsed(text, str(path)) if text.strip() else {"data": []}
-    try:
-        for article in content["data"]:
-            for paragraph in article["paragraphs"]:
-                for qa in paragraph["qas"]:
-                    # 2.0 may give an impossible question answers that only seem to be some
-                    answers = [] if qa.get("is_impossible") else [(a["text"], a["answer_start"]) for a in qa["answers"]]
-                    where = f"question {qa['id']} in {path}"
-                    yield _question(str(qa["id"]), qa["question"], paragraph["context"], answers, where)
-    except (KeyError, TypeError, AttributeError) as error:
+    articles = content.get("data") if isinstance(content, dict) else None
+    if not isinstance(articles, list):
         raise DataError(
-            f"{path} is not of SQuAD's form, data[].paragraphs[].qas[] ({_lacking(error)}): name JSON lines .jsonl"
-        ) from error
+            f"{path} is not of SQuAD's form, data[].paragraphs[].qas[] (no list 'data'): name JSON lines .jsonl"
+        )
+    for number, article in enumerate(articles, 1):
+        where = f"article {number} in {path}"
+        for place, paragraph in enumerate(_listed(article, "paragraphs", where), 1):
+            inner = f"paragraph {place} of {where}"
+            for index, qa in enumerate(_listed(paragraph, "qas", inner), 1):
+                yield _read(qa, paragraph, f"question {index} of {inner}", str(path))
 
 
-def _flat(rows: Iterator[tuple[int, Any]], source: str, unit: str) -> Iterator[Question]:
+def _listed(parent: Any, key: str, where: str) -> list[Any]:
+    """The list in `parent`, or what is wrong with it in its place."""
+    if isinstance(parent, BadRow):
+        return [parent]
+    found = parent.get(key) if isinstance(parent, dict) else None
+    return found if isinstance(found, list) else [BadRow(f"{where}: no list {key!r}")]
+
+
+def _flat(rows: Iterator[tuple[int, Any]], source: str, unit: str) -> Iterator[Question | BadRow]:
     """The questions of rows with the hub's columns."""
     for number, row in rows:
-        try:
-            answers = list(zip(row["answers"]["text"], row["answers"]["answer_start"], strict=True))
-            where = f"question {row['id']} in {source}, {unit} {number}"
-            yield _question(str(row["id"]), row["question"], row["context"], answers, where)
-        except (KeyError, TypeError, ValueError) as error:
-            there = f"only {', '.join(row)}" if isinstance(row, Mapping) else f"a {type(row).__name__}"
-            raise DataError(
-                f"{source}, {unit} {number}: {_lacking(error)}, {there}: expected id, question, context and "
+        place = f"{source}, {unit} {number}"
+        yield _read(row, row, place, place)
+
+
+def _read(qa: Any, paragraph: Any, place: str, source: str) -> Question | BadRow:
+    """One question. place: what it is called without an id; with one, it is question ID in `source`."""
+    try:
+        if isinstance(qa, BadRow):
+            raise qa
+        if not isinstance(qa, Mapping):
+            raise BadRow(f"{place}: not an object with columns")
+        where = place if qa.get("id") is None else f"question {qa['id']} in {source}"
+        return _question(qa, paragraph, where)
+    except BadRow as error:
+        return error
+
+
+def _question(qa: Mapping[str, Any], paragraph: Mapping[str, Any], where: str) -> Question:
+    # 2.0 may give an impossible question answers that only seem to be some
+    impossible = _truth(qa.get("is_impossible"), where)
+    needed = (("id", qa), ("question", qa), ("context", paragraph), *(() if impossible else (("answers", qa),)))
+    for name, there in needed:
+        if name not in there:
+            raise BadRow(
+                f"{where}: no {name!r}, only {', '.join(map(str, there))}: expected id, question, context and "
                 "answers {text, answer_start}"
-            ) from error
+            )
+    for name, there in needed[1:3]:
+        if not isinstance(there[name], str):
+            raise BadRow(f"{where}: {name} is {there[name]!r:.40}, not a string")
+    if qa["id"] is None:
+        raise BadRow(f"{where}: its id is null")
+    answers = [] if impossible else _answers(qa["answers"], where)
+    placed = tuple(_placed(text, start, paragraph["context"], where) for text, start in answers)
+    return Question(str(qa["id"]), qa["question"], paragraph["context"], placed, not placed, where)
 
 
-def _lacking(error: Exception) -> str:
-    return f"no {error}" if isinstance(error, KeyError) else str(error)
+def _truth(value: Any, where: str) -> bool:
+    """A boolean, also as a string or a number, as converters write it."""
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "none": False, "": False}
+    text = str(value).strip().lower()
+    if text not in known:
+        raise BadRow(f"{where}: is_impossible is {value!r:.40}, not true or false")
+    return known[text]
 
 
-def _question(id_: str, question: Any, context: Any, answers: Answers, where: str) -> Question:
-    for name, text in (("question", question), ("context", context)):
-        if not isinstance(text, str):
-            raise DataError(f"{where}: {name} is {text!r:.40}, not a string: fix or drop it")
-    placed = tuple(_placed(text, start, context, where) for text, start in answers)
-    return Question(id_, question, context, placed, not placed, where)
-
-
-def _placed(text: Any, start: Any, context: str, where: str) -> tuple[str, int]:
-    """The answer without white space around it, at its true place, which may be `NEAR` the one that the file says."""
-    if not isinstance(text, str) or not isinstance(start, int):
-        raise DataError(
-            f"{where}: the answer is {text!r:.40} at {start!r:.40}, not a string at a number: fix or drop it"
+def _answers(value: Any, where: str) -> list[tuple[Any, Any]]:
+    """(text, start) of each answer as it is written; null, and no text at no place, are none."""
+    found: list[tuple[Any, Any]] = []
+    for part in [] if value is None else value if isinstance(value, list) else [value]:
+        if not isinstance(part, Mapping) or not {"text", "answer_start"} <= part.keys():
+            raise BadRow(f"{where}: answers are {value!r:.60}, not {{text, answer_start}}")
+        texts, starts = (
+            column if isinstance(column := part[name], list) else [column] for name in ("text", "answer_start")
         )
+        if len(texts) != len(starts):
+            raise BadRow(f"{where}: {len(texts)} texts of answers, {len(starts)} places")
+        found += zip(texts, starts, strict=True)
+    return [(text, start) for text, start in found if text not in (None, "") or not _nowhere(start)]
+
+
+def _nowhere(start: Any) -> bool:
+    """Whether a start is what converters write where there is no answer."""
+    return start is None or start != start or ((place := _whole(start)) is not None and place <= 0)
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number, also as a float or a string (a column with an empty cell becomes one of floats)."""
+    if isinstance(value, str) and re.fullmatch(r"\s*-?[0-9]+(\.0*)?\s*", value):
+        value = float(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _placed(text: Any, written: Any, context: str, where: str) -> tuple[str, int]:
+    """The answer without white space around it, at its true place, which may be `NEAR` the one that the file says."""
+    start = _whole(written)
+    if not isinstance(text, str) or start is None:
+        raise BadRow(f"{where}: the answer is {text!r:.40} at {written!r:.40}, not a string at a number")
     bare = text.strip()
     for at in (start + len(text) - len(text.lstrip()), start):
         for shift in sorted(range(-NEAR, NEAR + 1), key=abs):
             if bare and at + shift >= 0 and context.startswith(bare, at + shift):
                 return bare, at + shift
     there = context[max(0, start) :][: len(text)]
-    raise DataError(
-        f"{where}: the answer {text!r:.60} is not at {start} of its context, which has {there!r:.60} there: fix or "
-        "drop it"
-    )
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"{where}: not valid JSON ({error}): fix the file") from error
+    raise BadRow(f"{where}: the answer {text!r:.60} is not at {start} of its context, which has {there!r:.60} there")

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from ted_ds.config.schema import HubDataset
-from ted_ds.config.tasks import TaskSpec
-from ted_ds.data.sources import JSON_SUFFIXES, file_kind, hub_rows, matching_files, numbered_lines, opened, readable
+from ted_ds.config.tasks import TaskSpec, Tsv
+from ted_ds.data.bad_rows import BadRow, BadRows
+from ted_ds.data.files import TSV_SUFFIXES, file_kind, matching_files, no_format, readable, text_file
+from ted_ds.data.hub import hub_rows
+from ted_ds.data.records import (
+    PARQUET,
+    RECORD_SUFFIXES,
+    check_columns,
+    class_names,
+    hub_records,
+    iter_records,
+    tsv_rows,
+)
 from ted_ds.errors import DataError
 
 logger = logging.getLogger("ted_ds")
 
 Row = Mapping[str, Any]
-Lines = Iterator[tuple[int, str]]
 
-csv.field_size_limit(1 << 30)  # a cell may hold a document; the default is 128 KiB
+SETTINGS = "data.text_columns and data.label_column"
 
 
 @dataclass(frozen=True)
@@ -34,159 +43,121 @@ class Example:
     where: str
 
 
-def iter_examples(entries: Sequence[str | HubDataset], spec: TaskSpec) -> Iterator[Example]:
+def iter_examples(entries: Sequence[str | HubDataset], spec: TaskSpec, bad: BadRows | None = None) -> Iterator[Example]:
     """The rows of all entries in order.
 
-    Labels are names or numbers of `spec.labels`; an empty one is none, and so is GLUE's -1. In a `.tsv`, cells are
-    never quoted. One of a GLUE task has the official layout: rows of it that lack cells are passed over with one
-    warning a file (QQP has some), and it may be without labels. Compressed files are read as such.
+    Labels are names of `spec.labels`, or numbers of `spec.numbered` or of the names that a Parquet file or hub data set
+    gives them; an empty one is none, and so is GLUE's -1. In a `.tsv`, cells are never quoted. One of a GLUE task has
+    the official layout: rows of it that lack cells are passed over with one warning a file (QQP has some), and it may
+    be without labels. Compressed files are read as such.
+    bad: gets the rows that cannot be used; None: the first of them is raised.
     Raises DataError naming the file and line of what is missing, unreadable or not a label.
     """
     for entry in entries:
         if isinstance(entry, HubDataset):
             where, rows = hub_rows(entry)
-            yield from _examples(where, _hub_table(where, rows, spec), spec)
+            yield from _examples(where, _hub_table(where, rows, spec), spec, bad)
             continue
         for path in matching_files(entry):
-            yield from _examples(str(path), _file_table(path, spec), spec)
+            yield from _examples(str(path), _file_table(path, spec), spec, bad)
 
 
-def _examples(source: str, rows: Iterator[tuple[str, Row]], spec: TaskSpec) -> Iterator[Example]:
+def _examples(
+    source: str, rows: Iterator[tuple[str, Row | BadRow]], spec: TaskSpec, bad: BadRows | None
+) -> Iterator[Example]:
     found = False
     with readable(source):
         for where, row in rows:
             found = True
-            texts = tuple(_text(row[name], name, where) for name in spec.text_columns)
-            yield Example(texts, _label(row.get(spec.label_column), spec, where), where)
+            try:
+                example = _example(row, spec, where)
+            except BadRow as error:
+                if bad is None:
+                    raise
+                bad.add(error)
+                continue
+            yield example
     if not found:
         raise DataError(f"{source} has no rows: remove it from the recipe's data, or fill it")
 
 
-def _hub_table(where: str, rows: Any, spec: TaskSpec) -> Iterator[tuple[str, Row]]:
-    _check_columns(where, rows.column_names or _columns(spec), _columns(spec))
+def _example(row: Row | BadRow, spec: TaskSpec, where: str) -> Example:
+    if isinstance(row, BadRow):
+        raise row
+    texts = tuple(_text(row[name], name, where) for name in spec.text_columns)
+    return Example(texts, _label(row.get(spec.label_column), spec, where), where)
+
+
+def _hub_table(where: str, rows: Any, spec: TaskSpec) -> Iterator[tuple[str, Row | BadRow]]:
     names = getattr((rows.features or {}).get(spec.label_column), "names", None)
-    if names is not None and sorted(names) != sorted(spec.labels):
-        raise DataError(
-            f"{where} has the labels {', '.join(names)}, the task {', '.join(spec.labels) or 'none'}: set data.labels"
-        )
-    for number, row in enumerate(rows, 1):
-        label = row[spec.label_column]
-        # a number is one of the data set's own order; -1 is no label
-        named = row if not names or label is None or label < 0 else {**row, spec.label_column: names[label]}
-        yield f"{where}, row {number}", named
+    yield from _named(hub_records(where, rows, _columns(spec), SETTINGS), where, names, spec)
 
 
-def _file_table(path: Path, spec: TaskSpec) -> Iterator[tuple[str, Row]]:
+def _file_table(path: Path, spec: TaskSpec) -> Iterator[tuple[str, Row | BadRow]]:
     kind = file_kind(path)
-    if kind == ".parquet":
-        yield from _parquet_table(path, spec)
+    if kind not in RECORD_SUFFIXES:
+        no_format(path, ".tsv, .csv, .jsonl or .parquet")
+    if kind in TSV_SUFFIXES and spec.tsv is not None:
+        yield from _official_table(path, spec, spec.tsv)
         return
-    with opened(path) as (plain, _):
-        lines = numbered_lines(plain, path)
-        if kind in JSON_SUFFIXES:
-            yield from _json_table(path, lines, spec)
-        elif kind == ".csv":
-            yield from _csv_table(path, lines, spec)
-        elif kind == ".tsv":
-            yield from _tsv_table(path, lines, spec)
+    records = ((record.where, record.values) for record in iter_records(path, _columns(spec), SETTINGS))
+    names = class_names(path, spec.label_column) if kind == PARQUET else None
+    yield from _named(records, str(path), names, spec)
+
+
+def _named(
+    rows: Iterator[tuple[str, Row | BadRow]], source: str, names: Sequence[str] | None, spec: TaskSpec
+) -> Iterator[tuple[str, Row | BadRow]]:
+    """Rows whose labels are numbers of the data's own `names`, with these names in their place."""
+    if names is None:
+        yield from rows
+        return
+    if sorted(names) != sorted(spec.labels):
+        raise DataError(
+            f"{source} has the labels {', '.join(names)}, the task {', '.join(spec.labels) or 'none'}: set data.labels"
+        )
+    for where, row in rows:
+        label = None if isinstance(row, BadRow) else row[spec.label_column]
+        if not isinstance(label, int) or label < 0 or isinstance(row, BadRow):  # -1 is no label
+            yield where, row
+        elif label < len(names):
+            yield where, {**row, spec.label_column: names[label]}
         else:
-            raise DataError(f"{path} has a suffix that says no format: give .tsv, .csv, .jsonl or .parquet")
+            yield where, BadRow(f"{where}: the label is {label}, and the data names {len(names)}")
 
 
-def _parquet_table(path: Path, spec: TaskSpec) -> Iterator[tuple[str, Row]]:
-    import pyarrow.parquet as pq
-
-    with pq.ParquetFile(path) as file:
-        _check_columns(str(path), file.schema_arrow.names, _columns(spec))
-        number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=list(_columns(spec))):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}, row {number}", row
-
-
-def _json_table(path: Path, lines: Lines, spec: TaskSpec) -> Iterator[tuple[str, Row]]:
-    for number, line in lines:
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"{path}, line {number}: not valid JSON ({error}): fix or drop the line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: not an object with columns: fix or drop the line")
-        _check_columns(f"{path}, line {number}", list(row), _columns(spec))
-        yield f"{path}, line {number}", row
-
-
-def _csv_table(path: Path, lines: Lines, spec: TaskSpec) -> Iterator[tuple[str, Row]]:
-    reader = csv.reader((line for _, line in lines), strict=True)
-    header: list[str] | None = None
-    while True:
-        first = reader.line_num + 1  # a quoted cell may go on over several lines
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise DataError(f"{path}, line {first}: not valid CSV ({error}): fix or drop the row") from error
-        if cells is None:
-            return
-        if header is None:
-            header = cells
-            _check_columns(str(path), header, _columns(spec))
-        elif cells:
-            yield f"{path}, line {first}", _row(path, first, header, cells)
-
-
-def _tsv_table(path: Path, lines: Lines, spec: TaskSpec) -> Iterator[tuple[str, Row]]:
-    """Split by hand: csv would stop at a carriage return within a cell."""
-    table: Iterator[tuple[int, list[str]]]
-    table = ((number, line.rstrip("\r\n").split("\t")) for number, line in lines if line.strip("\r\n"))
-    first = next(table, None)
-    if first is None:
-        return
-    if spec.tsv is None:
-        _check_columns(str(path), first[1], _columns(spec))
-        yield from ((f"{path}, line {number}", _row(path, number, first[1], cells)) for number, cells in table)
-        return
-    official = first[1]
-    if spec.tsv.header and not set(spec.text_columns) <= set(official):
-        official = list(spec.tsv.header)
-        table = chain([first], table)
-    header = [spec.tsv.names.get(name, name) for name in official]
-    # GLUE's test sets have no labels
-    needed = _columns(spec) if spec.label_column in header else spec.text_columns
-    _check_columns(str(path), header, needed, official)
+def _official_table(path: Path, spec: TaskSpec, layout: Tsv) -> Iterator[tuple[str, Row | BadRow]]:
+    """GLUE's own files, whose cells are never quoted."""
     short: list[int] = []
-    for number, cells in table:
-        if len(cells) < len(header):
-            short.append(number)
-        else:
-            yield f"{path}, line {number}", dict(zip(header, cells, strict=False))
+    with text_file(path) as file:
+        table = tsv_rows(file)
+        first = next(table, None)
+        if first is None:
+            return
+        official = first[1]
+        if layout.header and not set(spec.text_columns) <= set(official):
+            official = list(layout.header)
+            table = chain([first], table)
+        header = [layout.names.get(name, name) for name in official]
+        # GLUE's test sets have no labels
+        needed = _columns(spec) if spec.label_column in header else spec.text_columns
+        check_columns(str(path), header, needed, SETTINGS, official)
+        for number, cells in table:
+            if len(cells) < len(header):
+                short.append(number)
+            else:
+                yield f"{path}, line {number}", dict(zip(header, cells, strict=False))
     if short:
         logger.warning("%s: %d rows lack cells and are passed over, the first in line %d", path, len(short), short[0])
-
-
-def _row(path: Path, number: int, header: Sequence[str], cells: Sequence[str]) -> Row:
-    if len(cells) != len(header):
-        raise DataError(f"{path}, line {number}: {len(cells)} cells, the header has {len(header)}: fix or drop the row")
-    return dict(zip(header, cells, strict=True))
 
 
 def _columns(spec: TaskSpec) -> tuple[str, ...]:
     return (*spec.text_columns, spec.label_column)
 
 
-def _check_columns(where: str, there: Sequence[str], needed: Sequence[str], shown: Sequence[str] | None = None) -> None:
-    if missing := [name for name in needed if name not in there]:
-        raise DataError(
-            f"{where} has no column {missing[0]!r}, only {', '.join(shown or there) or 'none'}: set data.text_columns "
-            "and data.label_column"
-        )
-
-
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{where}: {column!r} is {value!r:.40}, not a string: fix or drop the row")
+        raise BadRow(f"{where}: {column!r} is {value!r:.40}, not a string")
     return value
 
 
@@ -194,13 +165,26 @@ def _label(value: Any, spec: TaskSpec, where: str) -> int | float | None:
     text = "" if value is None else str(value).strip()
     if spec.kind == "regression":
         return _number(text, spec, where)
-    if text in spec.labels:
-        return spec.labels.index(text)
-    if text in ("", "-1"):
+    # pandas turns a column of numbers into 1.0 and nan if a row of it is empty
+    whole = re.sub(r"(?<=[0-9])\.0+$", "", text)
+    # JSON and YAML spell true what Python spells True
+    for name in (text, text.lower()) if isinstance(value, bool) else (text, whole):
+        if name in spec.labels:
+            return spec.labels.index(name)
+    if whole in ("", "-1") or (isinstance(value, float) and math.isnan(value)):
         return None
-    if text.isdecimal() and int(text) < len(spec.labels):
-        return int(text)
-    _bad_label(text, f"one of {', '.join(spec.labels)}, or its number", where)
+    # a number is a place in its own data's order of names, which the recipe's need not be
+    numbers = {str(i): spec.labels.index(name) for i, name in enumerate(spec.numbered) if name in spec.labels}
+    if whole in numbers:
+        return numbers[whole]
+    names = ", ".join(spec.labels)
+    if numbers or not re.fullmatch("[0-9]+", whole):
+        hint = f", or {', '.join(numbers)}" if numbers else ""
+        raise BadRow(f"{where}: the label is {text!r:.60}, expected one of {names}{hint}", "set data.labels")
+    raise BadRow(
+        f"{where}: the label is the number {whole:.20}, and nothing says which of {names} it means",
+        "write labels by name, or name the numbers themselves in data.labels, in quotes",
+    )
 
 
 def _number(text: str, spec: TaskSpec, where: str) -> float | None:
@@ -208,12 +192,7 @@ def _number(text: str, spec: TaskSpec, where: str) -> float | None:
         value = float(text or "nan")
     except ValueError:
         value = math.inf
-    if math.isinf(value):
-        _bad_label(text, "a number", where)
+    if math.isinf(value) or "_" in text:  # Python reads 1_0 as 10
+        raise BadRow(f"{where}: the label is {text!r:.60}, expected a number")
     # -1 is a value like others in a user's own data
     return None if math.isnan(value) or (spec.name == "stsb" and value == -1) else value
-
-
-def _bad_label(text: str, expected: str, where: str) -> NoReturn:
-    hint = "" if expected == "a number" else ", or set data.labels"
-    raise DataError(f"{where}: the label is {text!r:.60}, expected {expected}: fix or drop the row{hint}")

@@ -1,42 +1,29 @@
-"""Tokenizers: what AutoTokenizer loads, a bare SentencePiece model, and one trained on the corpus."""
+"""Tokenizers: what AutoTokenizer loads, and a bare SentencePiece model."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import sentencepiece
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from tokenizers import Tokenizer as Core
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import generate_merges, import_protobuf
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ted_ds.data.sentencepiece_models import from_sentencepiece
 from ted_ds.errors import DataError
 
 SPIECE = "tokenizer.model"
+
 _FOLDER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", SPIECE, "spiece.model")
-_UNIGRAM, _BPE = 1, 2
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
-
-PROBES = (
-    "Two  words,\n\tthen\r\n   an indented line; 12345.678 and \u00e9\u00df\u6f22\u5b57 \U0001f600 e\u0301 \ufb01.",
-    " leading, trailing ",
-    "def f(x):\n    return {'a': x ** 2}  # \u2192\n\n\n",
-    "\u2581 already there, \x00 nothing, \u3000 wide\u00a0space",
-    "\n\u3000 ends by other spaces\u00a0\n",
-    "a mark of spaces ends it \u2581",
-)
-"""Texts by which a converted SentencePiece model must agree with sentencepiece itself."""
-
 
 SPECIAL_TOKENS = 4
 """The most that a tokenizer puts around two texts (RoBERTa)."""
+
+PROBED_PIECES = 100
+"""Pieces of a vocabulary that may be tried for one that is a text by itself."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +49,27 @@ class Tokenizer:
     """A tokenizer of transformers with what distillation needs of it.
 
     vocab_size: ids run from 0 to vocab_size - 1, added tokens included.
-    prefix: ids that the tokenizer itself puts before every text (Llama's BOS; none for GPT-2).
+    text_vocab_size: likewise, of the pieces that texts are made of, without added tokens.
+    prefix: ids that the tokenizer itself puts before every text (Llama's BOS, OPT's, which is its EOS too; none for
+        GPT-2). What it puts behind a text (T5's EOS) is no part of it.
     fingerprint: hash of everything that decides which ids a text becomes.
+    trust_remote_code: whether the tokenizer's own code, if it has any, may run.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str, *, trust_remote_code: bool = False) -> None:
         self._tokenizer = tokenizer
-        self.name = name
+        self.name, self.trust_remote_code = name, trust_remote_code
         self._vocabulary: dict[str, int] = tokenizer.get_vocab()
         self.vocab_size = max(self._vocabulary.values()) + 1
-        around = tokenizer("")["input_ids"]
-        self.prefix: list[int] = [i for i in around if i != tokenizer.eos_token_id]
+        added = tokenizer.get_added_vocab()
+        self.text_vocab_size = max((n for piece, n in self._vocabulary.items() if piece not in added), default=-1) + 1
+        self.prefix: list[int] = _prefix(tokenizer)
         core = getattr(tokenizer, "backend_tokenizer", None)
         rules = core.to_str() if core is not None else type(tokenizer).__name__ + json.dumps(self._vocabulary)
         split = getattr(tokenizer, "split_special_tokens", False)
-        self.fingerprint = hashlib.sha256(f"{rules}{self.prefix}{tokenizer.eos_token_id}{split}".encode()).hexdigest()
+        # not `prefix`: prepared data and checkpoints hold this hash
+        around = [i for i in tokenizer("")["input_ids"] if i != tokenizer.eos_token_id]
+        self.fingerprint = hashlib.sha256(f"{rules}{around}{tokenizer.eos_token_id}{split}".encode()).hexdigest()
 
     @property
     def eos_id(self) -> int:
@@ -86,6 +79,11 @@ class Tokenizer:
                 f"tokenizer {self.name} has no end-of-document token: set eos_token in its tokenizer_config.json"
             )
         return int(self._tokenizer.eos_token_id)
+
+    @property
+    def end(self) -> list[int]:
+        """The end-of-document token, or nothing where there is none."""
+        return [] if self._tokenizer.eos_token_id is None else [self.eos_id]
 
     @property
     def pad_id(self) -> int:
@@ -167,6 +165,10 @@ class Tokenizer:
         """The text of `ids`, special tokens included."""
         return str(self._tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
+    def spelled(self, number: int) -> str:
+        """An id and its token, for messages: `7 ('<pad>')`."""
+        return f"{number} ({self._tokenizer.convert_ids_to_tokens(number)!r})"
+
     def agrees_with(self, other: Tokenizer) -> bool:
         """Whether both give pieces the same ids; either may have more *added* tokens (padding, chat marks)."""
         for one, two in ((self, other), (other, self)):
@@ -187,182 +189,48 @@ def holds_tokenizer(folder: Path) -> bool:
     return any((folder / name).exists() for name in _FOLDER_FILES)
 
 
-def load_tokenizer(name_or_path: str) -> Tokenizer:
+def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of a folder or hub id, or of a bare SentencePiece `.model` file.
 
-    Raises DataError where there is none, or where it cannot be loaded.
+    trust_remote_code: run the code that comes with it, if any; nobody is asked.
+    Raises DataError where there is none, where it cannot be loaded, and for code that is not trusted.
     """
     path = Path(name_or_path)
     if path.is_file():
-        return Tokenizer(_from_sentencepiece(path), name_or_path)
+        return Tokenizer(from_sentencepiece(path), name_or_path)
     if path.is_dir():
         if not holds_tokenizer(path):
             raise DataError(f"{name_or_path} holds no tokenizer ({', '.join(_FOLDER_FILES)}): give one that does")
         if [name for name in _FOLDER_FILES if (path / name).exists()] == [SPIECE]:
-            return Tokenizer(_from_sentencepiece(path / SPIECE), name_or_path)
+            return Tokenizer(from_sentencepiece(path / SPIECE), name_or_path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        # by None transformers would ask on the terminal
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises whatever the missing or broken file led to
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise DataError(
+                f"tokenizer {name_or_path!r} has code of its own, which runs only if you trust it: read it, then set "
+                "data.trust_remote_code: true (ted-ds evaluate: --trust-remote-code)"
+            ) from error
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"tokenizer {name_or_path!r} cannot be loaded: {reason}") from error
-    return Tokenizer(tokenizer, name_or_path)
+    return Tokenizer(tokenizer, name_or_path, trust_remote_code=trust_remote_code)
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Trains a SentencePiece BPE model on `texts` and writes `folder`, renamed into place when whole.
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids before the text in an encoded text, told by their place; a vocabulary's own piece is the text.
 
-    Lossless: no normalisation, bytes for what is rare, line breaks and tabs are pieces of their own, digits
-    are single. Of a corpus of more than 2 million lines, that many at random are seen.
-    Raises DataError where the corpus is too small for `vocab_size` pieces.
+    BERT's own "[CLS]" or OPT's "</s>" can be told from what stands behind a text in no other way.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    sentencepiece.set_random_generator_seed(0)
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(line for text in texts for line in text.splitlines() if line),
-            model_prefix=str(temporary / "tokenizer"),
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n", "\t"],
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            max_sentence_length=1 << 20,
-            input_sentence_size=2_000_000,
-            shuffle_input_sentence=True,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise DataError(
-            f"no tokenizer of {vocab_size} pieces from this corpus: {str(error).splitlines()[-1]}"
-        ) from error
-    (temporary / "tokenizer.vocab").unlink()
-    Tokenizer(_from_sentencepiece(temporary / SPIECE), str(folder)).save(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Trains an uncased WordPiece tokenizer as BERT's and writes `folder`, renamed into place when whole.
-
-    The same texts give the same tokenizer; few texts give less than `vocab_size` pieces.
-    Raises DataError where there is no text.
-    """
-    held = list(texts)
-    normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
-    alphabet = sorted(set(normalizer.normalize_str("".join(sorted(set().union(*held))))) - {" "})
-    if not alphabet:
-        raise DataError(f"no tokenizer of {vocab_size} pieces from this corpus: it has no text")
-    special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-    # The trainer numbers the characters within words as a hash table gives them, and breaks ties of merges by
-    # these numbers, so that each run would make another tokenizer; what is named as special has its number.
-    within = [f"##{mark}" for mark in alphabet if len(splitter.pre_tokenize_str(f"a{mark}")) == 1]
-    scratch = Core(models.WordPiece(unk_token=special["unk"]))
-    scratch.normalizer, scratch.pre_tokenizer = normalizer, splitter
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[*special.values(), *within], show_progress=False
-    )
-    scratch.train_from_iterator(held, trainer)
-    core = Core(models.WordPiece(scratch.get_vocab(), unk_token=special["unk"]))
-    core.normalizer, core.pre_tokenizer, core.decoder = normalizer, splitter, decoders.WordPiece()
-    ends = [(special[name], core.token_to_id(special[name])) for name in ("cls", "sep")]
-    core.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        **{f"{name}_token": token for name, token in special.items()},
-    )
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    fast.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def _from_sentencepiece(path: Path) -> PreTrainedTokenizerFast:
-    """The SentencePiece model as a fast tokenizer with the same ids, which is checked by `PROBES`.
-
-    No BOS is added, as by sentencepiece itself. Two rarities differ, as in the tokenizers of transformers: of
-    models that normalise (NFKC), combining marks after compatibility characters and single Hangul jamo; of
-    unigram models that do not know "<", names of control pieces that a text spells out.
-    """
-    model: Any = import_protobuf().ModelProto()
-    try:
-        model.ParseFromString(path.read_bytes())
-        original = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except Exception as error:  # protobuf and sentencepiece each raise their own
-        raise DataError(f"{path} is no SentencePiece model: {str(error).splitlines()[0]}") from error
-    core = _core(model, path)
-    special = {
-        f"{name}_token": model.pieces[number].piece
-        for name, number in (("unk", original.unk_id()), ("bos", original.bos_id()), ("eos", original.eos_id()))
-        if number >= 0
-    }
-    # as by sentencepiece, a document that spells out "</s>" does not end there
-    fast = PreTrainedTokenizerFast(tokenizer_object=core, split_special_tokens=True, **special)
-    # sentencepiece tends to spaces around a user-defined symbol as it does within a text
-    around = [f" {p.piece}a{p.piece}  b" for p in model.pieces if p.type == _USER_DEFINED]
-    for text in (*PROBES, *around):
-        ours, theirs = fast(text, add_special_tokens=False)["input_ids"], original.encode(text)
-        if ours != theirs:
-            raise DataError(
-                f"the SentencePiece model {path} has rules that a fast tokenizer cannot repeat (it splits {text!r} "
-                "otherwise): give the Hugging Face folder of its model"
-            )
-    return fast
-
-
-def _core(model: Any, path: Path) -> Core:
-    trainer, rules = model.trainer_spec, model.normalizer_spec
-    pieces = [(piece.piece, piece.score) for piece in model.pieces]
-    if trainer.model_type == _UNIGRAM:
-        # no text becomes these, not even one that spells them out: its other paths are likelier
-        never = 10 * min(score for _, score in pieces) - 1000
-        scores = [(p.piece, never if p.type in (_UNKNOWN, _CONTROL, _UNUSED, _BYTE) else p.score) for p in model.pieces]
-        core = Core(models.Unigram(scores, unk_id=trainer.unk_id, byte_fallback=trainer.byte_fallback))
-    elif trainer.model_type == _BPE:
-        vocabulary = {piece: number for number, (piece, _) in enumerate(pieces)}
-        unmerged = {p.piece for p in model.pieces if p.type in (_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE)}
-        merges = generate_merges(vocabulary, pieces, unmerged)
-        core = Core(
-            models.BPE(
-                vocabulary, merges, unk_token=trainer.unk_piece, fuse_unk=True, byte_fallback=trainer.byte_fallback
-            )
-        )
-    else:
-        raise DataError(f"{path} is a SentencePiece model by words or characters: give a unigram or BPE one")
-    core.add_tokens(
-        [
-            AddedToken(p.piece, normalized=False, special=p.type == _CONTROL)
-            for p in model.pieces
-            if p.type in (_CONTROL, _USER_DEFINED)
-        ]
-    )
-    steps: list[Any] = []
-    if rules.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
-    if rules.remove_extra_whitespaces:
-        steps += [normalizers.Replace(Regex(r"\A +|[ \u2581]+\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
-    if rules.add_dummy_prefix:
-        steps.append(normalizers.Prepend("\u2581"))
-    core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
-    if not any("\u2581" in piece.lstrip("\u2581") for piece, _ in pieces):
-        # no piece runs over the beginning of a word, so words can be merged, and cached, by themselves
-        core.pre_tokenizer = pre_tokenizers.Split(Regex("\u2581+[^\u2581]*|[^\u2581]+"), "isolated")
-    strip = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
-    )
-    return core
+    special = set(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+    ordinary = (i for i in sorted(tokenizer.get_vocab().values()) if i not in special)
+    for number in islice(ordinary, PROBED_PIECES):
+        text = tokenizer.decode([number])
+        whole, bare = tokenizer(text)["input_ids"], tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not bare or special & set(bare):
+            continue
+        found = [i for i in range(len(whole) - len(bare) + 1) if whole[i : i + len(bare)] == bare]
+        if len(found) == 1:  # a piece that spells out what the tokenizer puts around texts is found twice
+            return list(whole[: found[0]])
+    # no piece is a text by itself: without a text between them, what stands before and behind differs by id alone
+    return [i for i in tokenizer("")["input_ids"] if i != tokenizer.eos_token_id]

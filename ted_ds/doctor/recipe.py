@@ -17,8 +17,8 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 from ted_ds.config.schema import HubDataset, RunConfig
-from ted_ds.data.sources import matching_files
-from ted_ds.data.tokenizers import load_tokenizer
+from ted_ds.data.files import matching_files
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.doctor.finding import GIB, Finding, Status, gib
 from ted_ds.doctor.machine import existing, writable
 from ted_ds.doctor.memory import Estimate, FilterShape, ModelShape, estimate, model_shape
@@ -69,7 +69,7 @@ def _tokenizer(run: RunConfig) -> Finding:
     if train is not None and not Path(name).exists():
         return Finding("ok", "data.tokenizer", f"{name} will be trained, {train} pieces")
     try:
-        return Finding("ok", "data.tokenizer", f"{name}, {load_tokenizer(name).vocab_size} ids")
+        return Finding("ok", "data.tokenizer", f"{name}, {_loaded(run).vocab_size} ids")
     except TedError as error:
         return Finding("FAIL", "data.tokenizer", str(error), "give another, or data.train_tokenizer")
 
@@ -286,4 +286,8 @@ def _vocabulary(run: RunConfig) -> int:
     data = run.data
     if data.train_tokenizer is not None and not Path(data.tokenizer).exists():
         return data.train_tokenizer
-    return load_tokenizer(data.tokenizer).vocab_size
+    return _loaded(run).vocab_size
+
+
+def _loaded(run: RunConfig) -> Tokenizer:
+    return load_tokenizer(run.data.tokenizer, trust_remote_code=run.data.trust_remote_code)

@@ -22,7 +22,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder
 
 from ted_ds.config.tasks import Kind
-from ted_ds.errors import CheckpointError, ModelError
+from ted_ds.errors import CheckpointError, ModelError, load_failure
 from ted_ds.models.pooler import set_head_dropout
 from ted_ds.models.structure import find_structure, set_dropout
 from ted_ds.models.task_head import AUTO_CLASSES
@@ -69,7 +69,7 @@ def load_model(
             output_loading_info=True,
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {name_or_path!r} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"model {name_or_path!r} could not be loaded: {load_failure(error)}") from error
     finally:
         del sharding
     if kind != "causal-lm" and found["missing_keys"]:
@@ -180,7 +180,7 @@ def _load_config(name_or_path: str, trust_remote_code: bool) -> PreTrainedConfig
     try:
         return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model {name_or_path!r} could not be found: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"model {name_or_path!r} could not be found: {load_failure(error)}") from error
 
 
 def _resident(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -9,7 +9,7 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from ted_ds.batch import IGNORED
-from ted_ds.errors import DataError
+from ted_ds.errors import DataError, NotFiniteError
 
 
 def glue_scores(metrics: Sequence[str], outputs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -18,9 +18,9 @@ def glue_scores(metrics: Sequence[str], outputs: np.ndarray, labels: np.ndarray)
     metrics: "accuracy", "f1" (of class 1) and "matthews" of classes; "pearson" and "spearman" of numbers.
     outputs: [n, C] logits, of which the largest is the predicted class, or [n] predicted numbers.
     labels: [n] integers in [0, C), or [n] floats.
-    What is undefined is 0: a correlation where either side is constant or a prediction is not finite, and the
-    F1 of a class that is neither predicted nor there. DataError where there is no row, or a row has no label
-    (`IGNORED` or nan).
+    What is undefined is 0: a correlation where either side is constant, and the F1 of a class that is neither
+    predicted nor there. DataError where there is no row, or a row has no label (`IGNORED` or nan); NotFiniteError
+    where an output is nan or infinite.
     """
     if len(labels) == 0:
         raise DataError(f"no row to score by {', '.join(metrics)}: the evaluation data is empty")
@@ -29,6 +29,11 @@ def glue_scores(metrics: Sequence[str], outputs: np.ndarray, labels: np.ndarray)
         raise DataError(
             f"{unlabelled.size} of {len(labels)} rows to score have no label, the first is row {unlabelled[0]}: "
             "evaluate on a labelled split"
+        )
+    broken = np.flatnonzero(~np.isfinite(outputs.reshape(len(outputs), -1)).all(1))
+    if broken.size:  # argmax would take nan for the likeliest class
+        raise NotFiniteError(
+            f"the outputs for {broken.size} of {len(outputs)} rows are not finite, the first is row {broken[0]}"
         )
     predictions = outputs.argmax(-1) if outputs.ndim == 2 else outputs.astype(np.float64)
     return {metric: _score(metric, predictions, labels) for metric in metrics}
@@ -40,7 +45,7 @@ def _score(metric: str, predictions: np.ndarray, labels: np.ndarray) -> float:
     if metric == "f1":
         return float(f1_score(labels, predictions, labels=[1], average="macro", zero_division=0))
     # The libraries return nan or 0 here, and warn.
-    if np.ptp(predictions) == 0 or np.ptp(labels) == 0 or not np.isfinite(predictions).all():
+    if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
         return 0.0
     if metric == "matthews":
         return float(matthews_corrcoef(labels, predictions))

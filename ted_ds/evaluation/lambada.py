@@ -24,6 +24,8 @@ class Encoder(Protocol):
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]: ...
 
+    def spelled(self, number: int) -> str: ...
+
 
 def split_last_word(text: str) -> tuple[str, str]:
     """(context, word): the word after the last white space, which it keeps in front; trailing space is cut.
@@ -48,8 +50,17 @@ def lambada(
     perplexity: exp(mean over passages of the word's -log p, summed over its tokens).
     batch_size: passages a forward, padded on the right. A passage longer than the model's positions loses
     its beginning. The model is evaluated in eval mode, and left in the mode it was in.
+    Raises DataError for a passage that is too short, or holds an id that the model has no row for.
     """
-    examples = sorted(_encode(tokenizer, texts, _longest_input(model)), key=lambda e: len(e[0]), reverse=True)
+    found = list(_encode(tokenizer, texts, _longest_input(model)))
+    rows = find_structure(model).vocab_rows
+    for number, (ids, _) in enumerate(found, 1):
+        if max(ids) >= rows:
+            raise DataError(
+                f"LAMBADA's passage {number} has the id {tokenizer.spelled(max(ids))}, the model has {rows} vocabulary "
+                "rows: use the tokenizer that the model was trained with"
+            )
+    examples = sorted(found, key=lambda e: len(e[0]), reverse=True)
     was_training = model.training
     model.eval()
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ted_ds.errors import DataError
+from ted_ds.errors import DataError, NotFiniteError
 
 _LARGEST_EXPONENT = 700.0
 """exp of more overflows a float; a diverged model's perplexity stays a number that JSON can hold."""
@@ -21,8 +21,13 @@ class Perplexity:
 
 
 def perplexity(nll_sum: float, count: int) -> Perplexity:
-    """nll_sum: sum of -log p(token), in nats, over `count` predicted tokens. DataError where count is 0."""
+    """nll_sum: sum of -log p(token), in nats, over `count` predicted tokens.
+
+    DataError where count is 0, NotFiniteError where the sum is nan or infinite.
+    """
     if count < 1:
         raise DataError("perplexity: no token to predict; the data is empty or its sequences have one token")
+    if not math.isfinite(nll_sum):
+        raise NotFiniteError(f"the loss of {count} tokens is {nll_sum}, which is not finite")
     loss = nll_sum / count
     return Perplexity(loss, math.exp(min(loss, _LARGEST_EXPONENT)), count)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from scipy.special import expit
 
-from ted_ds.errors import DataError
+from ted_ds.errors import DataError, NotFiniteError
 
 CANDIDATES = 20
 """How many starts, and how many ends, of a window are combined into spans, as BERT's script does."""
@@ -70,14 +70,13 @@ def select_answers(
     MAX_ANSWER_TOKENS tokens, all in the context; of equal ones the first window's, then the one with the
     highest start logit, then with the first start, then the first end.
     The probability is sigmoid(null - answer's score), with the lowest null score of the windows: 0.5 is
-    where BERT's script has a difference of 0. Without any span the answer is "" and the probability 1; a
-    window with a nan or +inf in its row, from a model that diverged, has none.
+    where BERT's script has a difference of 0. Without any span the answer is "" and the probability 1.
+    NotFiniteError where a window's row has a nan or +inf, or no start or end that is finite.
     """
+    _refuse_not_finite(spans)
     texts = [""] * len(questions)
     best, null = np.full(len(questions), -np.inf), np.full(len(questions), np.inf)
     for window, row in enumerate(spans.astype(np.float64)):
-        if not (row < np.inf).all():
-            continue
         question, offsets = window_of(window)
         null[question] = min(null[question], row[-1])
         score, begin, end = _best_span(row, offsets)
@@ -89,6 +88,16 @@ def select_answers(
     probabilities[found] = expit(null[found] - best[found])
     ids = [q.id for q in questions]
     return dict(zip(ids, texts, strict=True)), dict(zip(ids, probabilities.tolist(), strict=True))
+
+
+def _refuse_not_finite(spans: np.ndarray) -> None:
+    """-inf stands for positions that there are not, and highest logits come first."""
+    highest = spans[:, [CANDIDATES, 3 * CANDIDATES]]
+    broken = np.flatnonzero(~((spans < np.inf).all(1) & np.isfinite(highest).all(1)))
+    if broken.size:
+        raise NotFiniteError(
+            f"the outputs for {broken.size} of {len(spans)} windows are not finite, the first is window {broken[0]}"
+        )
 
 
 def _best_span(row: np.ndarray, offsets: np.ndarray) -> tuple[float, int, int]:

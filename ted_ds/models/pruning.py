@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ted_ds.config.schema import InitConfig
 from ted_ds.config.tasks import Kind
-from ted_ds.errors import ModelError
+from ted_ds.errors import ModelError, load_failure
 from ted_ds.models.channels import Part, Sizes, WeightScores, axes_of, cut
 from ted_ds.models.layer_map import keep_blocks
 from ted_ds.models.structure import find_blocks, find_structure
@@ -99,7 +99,7 @@ def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool
     try:
         config = AutoConfig.from_pretrained(teacher, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"teacher {teacher!r} was not found: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"teacher {teacher!r} was not found: {load_failure(error)}") from error
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"teacher {teacher} is quantized: Stage 0 cuts plain weights, give the original")
     whole = _on_meta(config, kind, trust_remote_code)

@@ -16,7 +16,7 @@ from transformers import (
 
 from ted_ds.config.tasks import Kind, TaskSpec
 from ted_ds.data.tokenizers import Tokenizer
-from ted_ds.errors import ModelError
+from ted_ds.errors import ModelError, load_failure
 
 AUTO_CLASSES: dict[Kind, Any] = {
     "causal-lm": AutoModelForCausalLM,
@@ -64,7 +64,7 @@ def start_from_pretrained(
                 pretrained, config=config, ignore_mismatched_sizes=True, **options
             )
     except (OSError, ValueError) as error:
-        raise ModelError(f"student.pretrained {pretrained!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"student.pretrained {pretrained!r} cannot be loaded: {load_failure(error)}") from error
     own = model.state_dict()
     with torch.no_grad():
         for name, tensor in fresh.state_dict().items():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 from ted_ds.config.schema import RunConfig
 from ted_ds.data.encoded import EncodedRows
-from ted_ds.data.prepare import PackedBlocks
+from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenModel
 from ted_ds.distributed import World
@@ -32,6 +33,11 @@ class RunData(Protocol):
     @property
     def train(self) -> PackedBlocks | EncodedRows:
         """Training rows; `Batch.rows` are their numbers."""
+        ...
+
+    @property
+    def splits(self) -> Mapping[str, PackedBlocks | EncodedRows]:
+        """Training rows and held-out ones, by name."""
         ...
 
     @property
@@ -64,16 +70,17 @@ def ensure_tokenizer(run: RunConfig) -> Tokenizer:
 def open_tokenizer(run: RunConfig, world: World) -> Tokenizer:
     """The run's tokenizer on every rank, trained by rank 0 where it has to be; a collective."""
     world.on_main(lambda: ensure_tokenizer(run).vocab_size)
-    return load_tokenizer(run.data.tokenizer)
+    return load_tokenizer(run.data.tokenizer, trust_remote_code=run.data.trust_remote_code)
 
 
-def open_data(run: RunConfig, world: World, tokenizer: Tokenizer) -> RunData:
+def open_data(run: RunConfig, world: World, tokenizer: Tokenizer, vocabulary_rows: int | None = None) -> RunData:
     """The run's data on every rank, prepared by rank 0 where it has to be; a collective.
 
+    vocabulary_rows: the fewest that a model of the run has; None: as many as the tokenizer has ids.
     Raises DataError, on every rank, where data are missing, unreadable or do not fit.
     """
     if run.task == "causal-lm":
         world.on_main(lambda: len(prepare_text(run.data, tokenizer, run.prepared_folder)))
-        return TextData.open(run, tokenizer)
+        return TextData.open(run, tokenizer, vocabulary_rows)
     world.on_main(lambda: len(prepare_examples(run, tokenizer)))
     return ExampleData.open(run, tokenizer, world)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -24,6 +26,7 @@ from ted_ds.distill.objective import TERMS, DistillationModel
 from ted_ds.distributed import World, logger, seed_everything
 from ted_ds.engine.loading import checkpoint_activations, load_model, whole_tensors
 from ted_ds.engine.trained import build_trained_engine
+from ted_ds.errors import NotFiniteError, TrainingError
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.stages.data import RunData
 from ted_ds.stages.filters import PairPlan
@@ -203,13 +206,14 @@ def _train(run: RunConfig, world: World, data: RunData, plan: Plan, engine: Any,
 
     def evaluate(step: int) -> dict[str, float]:
         nonlocal score
-        scores = data.evaluate(engine, run, world)
-        metric = f"validation_{run.spec.best}" if run.spec.best else "validation_loss"
-        if metric in scores:
-            score = step, scores[metric] if run.spec.best else -scores[metric]
-        if best is not None and step and best.beaten_by(step, scores):
-            scores |= data.evaluate_extra(engine, run, world)
-            best.keep(engine.module.student, step, scores)
+        with scorable(step, world):
+            scores = data.evaluate(engine, run, world)
+            metric = f"validation_{run.spec.best}" if run.spec.best else "validation_loss"
+            if metric in scores:
+                score = step, scores[metric] if run.spec.best else -scores[metric]
+            if best is not None and step and best.beaten_by(step, scores):
+                scores |= data.evaluate_extra(engine, run, world)
+                best.keep(engine.module.student, step, scores)
         return scores
 
     def save(step: int) -> None:
@@ -248,6 +252,18 @@ def _train(run: RunConfig, world: World, data: RunData, plan: Plan, engine: Any,
         )
 
 
+@contextmanager
+def scorable(step: int, world: World) -> Iterator[None]:
+    """Within it, a student whose outputs are not finite ends the run: a TrainingError that rank 0 says."""
+    try:
+        yield
+    except NotFiniteError as error:
+        remedy = "lower optimizer.learning_rate" if step else "see to the weights that it begins with"
+        diverged = TrainingError(f"step {step}: the student has no score: {error}: {remedy}")
+        diverged.said_by_main = not world.is_main
+        raise diverged from error
+
+
 def _flops(run: RunConfig, data: RunData, plan: Plan) -> BatchFlops | None:
     pairs = () if plan.pairs is None else (plan.pairs.layer_map, plan.pairs.student, plan.pairs.teacher)
     return stage2_flops(run, plan.models, data.task, data.tokenizer, *pairs)
@@ -273,7 +289,7 @@ def _summarise(run: RunConfig, best: dict[str, Any] | None) -> dict[str, Any]:
         **{f"initial_{name}": value for name, value in first.items() if name.startswith("validation_")},
         **(best or {name: value for name, value in last.items() if name.startswith("validation_")}),
     }
-    write_atomically(run.output_dir / "summary.json", json.dumps(summary, indent=2) + "\n")
+    write_atomically(run.output_dir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return summary
 
 

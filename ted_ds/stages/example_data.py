@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,13 +13,16 @@ from transformers import AutoConfig
 
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.tasks import TaskSpec
+from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.buckets import BucketedRows, ScoringRows
 from ted_ds.data.encoded import EncodedRows, ensure_encoded
 from ted_ds.data.squad import iter_questions
 from ted_ds.data.tables import iter_examples
-from ted_ds.data.tokenizers import Tokenizer, load_tokenizer, train_wordpiece
+from ted_ds.data.tokenizer_training import train_wordpiece
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenModel
 from ted_ds.distributed import World
+from ted_ds.errors import NotFiniteError
 from ted_ds.evaluation.glue import glue_scores
 from ted_ds.evaluation.outputs import collect_outputs
 from ted_ds.evaluation.squad import select_answers, squad_scores
@@ -50,6 +54,11 @@ class ExampleData:
         """The rows that `prepare_examples` encoded."""
         splits = {name: EncodedRows(run.prepared_folder / name) for name in _splits(run)}
         return ExampleData(tokenizer, make_task(run.spec, world), run.spec, splits.pop("train"), splits)
+
+    @property
+    def splits(self) -> dict[str, EncodedRows]:
+        """All rows by name."""
+        return {"train": self.train, **self.held_out}
 
     @property
     def num_rows(self) -> int:
@@ -96,7 +105,10 @@ class ExampleData:
             size = run.train.micro_batch_size
             batches = ScoringRows(rows, batch_size=size, rank=world.rank, world_size=world.size)
             outputs = collect_outputs(engine, batches, len(rows), world)
-            found = world.on_main(partial(score_outputs, self.spec, rows, outputs))
+            try:
+                found = world.on_main(partial(score_outputs, self.spec, rows, outputs))
+            except NotFiniteError as error:
+                raise NotFiniteError(f"in {name}, {error}") from error
             scores |= {f"{name}_{metric}": value for metric, value in found.items()}
         return scores
 
@@ -115,13 +127,17 @@ def ensure_task_tokenizer(run: RunConfig) -> Tokenizer:
     """The tokenizer, a WordPiece one trained on the task's texts first where the recipe says so."""
     data = run.data
     if data.train_tokenizer is not None and not Path(data.tokenizer).exists():
-        if run.spec.kind == "question-answering":
-            questions = iter_questions(data.train, impossible=run.task != "squad")
-            texts = (text for question in questions for text in (question.question, question.context))
-        else:
-            texts = (text for example in iter_examples(data.train, run.spec) for text in example.texts)
+        with BadRows(skip=data.skip_bad_rows) as bad:
+            texts = list(_all_texts(run, bad))  # all of them before a tokenizer is written that would be taken again
         train_wordpiece(texts, data.train_tokenizer, Path(data.tokenizer))
-    return load_tokenizer(data.tokenizer)
+    return load_tokenizer(data.tokenizer, trust_remote_code=data.trust_remote_code)
+
+
+def _all_texts(run: RunConfig, bad: BadRows) -> Iterator[str]:
+    if run.spec.kind == "question-answering":
+        questions = iter_questions(run.data.train, impossible=run.task != "squad", bad=bad)
+        return (text for question in questions for text in (question.question, question.context))
+    return (text for example in iter_examples(run.data.train, run.spec, bad) for text in example.texts)
 
 
 def prepare_examples(run: RunConfig, tokenizer: Tokenizer) -> dict[str, EncodedRows]:
@@ -135,6 +151,7 @@ def prepare_examples(run: RunConfig, tokenizer: Tokenizer) -> dict[str, EncodedR
             max_length=run.data.sequence_length,
             stride=run.data.doc_stride,
             training=name == "train",
+            skip_bad_rows=run.data.skip_bad_rows,
         )
         for name, entries in _splits(run).items()
     }

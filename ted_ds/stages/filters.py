@@ -259,7 +259,7 @@ def _learn(
         save_file(tensors, temporary / "filters.safetensors")
         last = read_metrics(temporary)[-1]
         card = {"plan": asdict(plan), "steps": steps, "losses": last["layer_losses"]}
-        write_atomically(temporary / "filters.json", json.dumps(card, indent=2) + "\n")
+        write_atomically(temporary / "filters.json", json.dumps(card, indent=2, allow_nan=False) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
         shutil.rmtree(folder / "checkpoints")

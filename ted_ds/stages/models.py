@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -15,6 +17,8 @@ from ted_ds.checkpoint.published import is_published, unpack_published
 from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.tasks import Kind, TaskSpec
+from ted_ds.data.encoded import GROUP, EncodedRows
+from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenModel, FrozenModule
 from ted_ds.distributed import World, logger
@@ -118,8 +122,12 @@ def _unpacked(run: RunConfig, side: str, name_or_path: str, published: dict[str,
     return str(folder / "model")
 
 
-def check_models(run: RunConfig, models: Models, tokenizer: Tokenizer) -> None:
-    """Raises ModelError where teacher or student do not fit task and data, by their configs alone."""
+def check_models(run: RunConfig, models: Models, tokenizer: Tokenizer) -> int:
+    """The fewest vocabulary rows of teacher and student.
+
+    Raises ModelError where one of them does not fit task and data, by their configs alone.
+    """
+    fewest = []
     sides = [("student", models.student, run.student.trust_remote_code)]
     if run.teacher is not None and models.teacher is not None:
         sides.append(("teacher", models.teacher, run.teacher.trust_remote_code))
@@ -128,7 +136,10 @@ def check_models(run: RunConfig, models: Models, tokenizer: Tokenizer) -> None:
         _check_outputs(role, path, model, run.spec)
         if run.method == "ted" and run.spec.kind in ("classification", "regression") and role not in models.published:
             find_pooler(model.config)
-        check_fit(role, path, model, run.spec.kind, tokenizer, run.data.sequence_length)
+        trusted = trusted or run.data.trust_remote_code
+        length = run.data.sequence_length
+        fewest.append(check_fit(role, path, model, run.spec.kind, tokenizer, length, trust_remote_code=trusted))
+    return min(fewest)
 
 
 def _check_outputs(role: str, path: str, model: PreTrainedModel, spec: TaskSpec) -> None:
@@ -144,12 +155,20 @@ def _check_outputs(role: str, path: str, model: PreTrainedModel, spec: TaskSpec)
 
 
 def check_fit(
-    role: str, name_or_path: str, model: PreTrainedModel, kind: Kind, tokenizer: Tokenizer, sequence_length: int
-) -> None:
-    """Raises ModelError for a model of another tokenizer, or whose embeddings of ids or positions are too small.
+    role: str,
+    name_or_path: str,
+    model: PreTrainedModel,
+    kind: Kind,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    *,
+    trust_remote_code: bool = False,
+) -> int:
+    """The model's vocabulary rows.
 
-    More rows than ids are padding. A folder without a tokenizer can only be checked for its size, and the log
-    says so.
+    Raises ModelError for a model of another tokenizer, or whose embeddings of pieces or positions are too small.
+    More rows than ids are padding. Added tokens may lie beyond the rows, if the data holds none of them (`check_ids`).
+    A folder without a tokenizer can only be checked for its size, and the log says so.
     """
     positions = _positions(model)
     if positions is not None and positions < sequence_length:
@@ -157,21 +176,53 @@ def check_fit(
             f"the {role} {name_or_path} has {positions} positions, data.sequence_length is {sequence_length}: "
             f"give at most {positions}"
         )
-    embeddings: Any = model.get_input_embeddings()
-    rows = find_structure(model).vocab_rows if kind == "causal-lm" else embeddings.num_embeddings
-    if tokenizer.vocab_size > rows:
+    rows = vocabulary_rows(model, kind)
+    if tokenizer.text_vocab_size > rows:
         raise ModelError(
-            f"the {role} {name_or_path} has {rows} vocabulary rows, data.tokenizer has {tokenizer.vocab_size} ids: "
-            "use the tokenizer that the model was trained with"
+            f"the {role} {name_or_path} has {rows} vocabulary rows, data.tokenizer has {tokenizer.text_vocab_size} "
+            "ids: use the tokenizer that the model was trained with"
         )
     if Path(name_or_path).is_dir() and not holds_tokenizer(Path(name_or_path)):
         logger.warning("the %s %s has no tokenizer: it is taken to be data.tokenizer", role, name_or_path)
-        return
-    if not load_tokenizer(name_or_path).agrees_with(tokenizer):
+        return rows
+    if name_or_path == tokenizer.name:
+        return rows
+    if not load_tokenizer(name_or_path, trust_remote_code=trust_remote_code).agrees_with(tokenizer):
         raise ModelError(
             f"the {role} {name_or_path} was trained with another tokenizer than data.tokenizer: ids would mean "
             "different pieces, and a KL between them nothing; use models of one tokenizer"
         )
+    return rows
+
+
+def vocabulary_rows(model: PreTrainedModel, kind: Kind) -> int:
+    """Ids that a model has rows for, in its LM head or, of other tasks, its embeddings."""
+    embeddings: Any = model.get_input_embeddings()
+    return find_structure(model).vocab_rows if kind == "causal-lm" else embeddings.num_embeddings
+
+
+def check_ids(tokenizer: Tokenizer, rows: int, splits: Mapping[str, PackedBlocks | EncodedRows]) -> None:
+    """Raises ModelError where prepared data holds an id that a model has no row for; on one rank.
+
+    rows: the fewest vocabulary rows of the models. On a GPU such an id ends the process without a reason. Data is
+    looked at only if the tokenizer has such ids at all.
+    """
+    if tokenizer.vocab_size <= rows:
+        return
+    for split, data in splits.items():
+        largest = data.largest_id() if isinstance(data, PackedBlocks) else _largest_id(data)
+        if largest >= rows:
+            raise ModelError(
+                f"the prepared {split} data holds the id {tokenizer.spelled(largest)}, a model has {rows} vocabulary "
+                "rows: use the tokenizer that the model was trained with, or give the model a row for it"
+            )
+
+
+def _largest_id(rows: EncodedRows) -> int:
+    """Of labelled rows, the padding id included: padding is fed to the model too."""
+    groups = (np.arange(start, min(start + GROUP, len(rows))) for start in range(0, len(rows), GROUP))
+    largest = (int(rows.batch(group, int(rows.lengths[group].max())).input_ids.max()) for group in groups)
+    return max(rows.manifest.pad_id, *largest)
 
 
 def _positions(model: PreTrainedModel) -> int | None:

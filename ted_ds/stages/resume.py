@@ -16,7 +16,7 @@ from ted_ds.checkpoint.store import Card, Identity, Retention, load_checkpoint, 
 from ted_ds.config.continuation import deciding
 from ted_ds.config.schema import RunConfig
 from ted_ds.data.encoded import EncodedRows
-from ted_ds.data.prepare import PackedBlocks
+from ted_ds.data.packed import PackedBlocks
 from ted_ds.distributed import World
 from ted_ds.errors import CheckpointError
 from ted_ds.stages.data import RunData

@@ -20,7 +20,7 @@ from ted_ds.lock import alone
 from ted_ds.stages.data import open_data, open_tokenizer
 from ted_ds.stages.distill import Plan, distill, export_checkpoint, export_published
 from ted_ds.stages.filters import learn_filters, plan_pairs
-from ted_ds.stages.models import check_models, ensure_models, trained_config
+from ted_ds.stages.models import check_ids, check_models, ensure_models, trained_config
 from ted_ds.stages.progress import finished
 from ted_ds.versions import commit, versions
 
@@ -61,8 +61,9 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
     if goal == "student":
         return None
     pairs = plan_pairs(run, models)
-    check_models(run, models, tokenizer)
-    data = open_data(run, world, tokenizer)
+    rows = check_models(run, models, tokenizer)
+    data = open_data(run, world, tokenizer, rows)
+    world.on_main(lambda: check_ids(tokenizer, rows, data.splits))
     run = run.resolved(data.num_rows)
     filters = learn_filters(run, world, data, pairs, models) if pairs else {}
     if goal == "filters":

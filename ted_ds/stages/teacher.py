@@ -35,6 +35,7 @@ from ted_ds.errors import CheckpointError
 from ted_ds.models.structure import find_structure
 from ted_ds.stages.data import RunData
 from ted_ds.stages.filters import PairPlan
+from ted_ds.tasks.causal_lm import CausalLM
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def _outputs(run: RunConfig, data: RunData, live: LiveTeacher) -> list[CachedOut
     exact = LastHiddenStates(structure, dtype)
     if run.loss.kl_top_k is None:
         return [exact]
-    return [TopLogits(run.loss.kl_top_k, run.loss.temperature, data.tokenizer.vocab_size), exact]
+    assert isinstance(data.task, CausalLM)
+    return [TopLogits(run.loss.kl_top_k, run.loss.temperature, data.task.vocab_size), exact]
 
 
 def _manifests(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ted_ds.config.schema import DataConfig, RunConfig
+from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.loader import EvaluationRows, TrainingRows
-from ted_ds.data.prepare import PackedBlocks, ensure_prepared
+from ted_ds.data.packed import PackedBlocks
+from ted_ds.data.prepare import ensure_prepared
 from ted_ds.data.sources import iter_pieces
-from ted_ds.data.tokenizers import Tokenizer, load_tokenizer, train_sentencepiece
+from ted_ds.data.tokenizer_training import train_sentencepiece
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenModel
 from ted_ds.distributed import World
 from ted_ds.engine.loading import resident_readout
@@ -31,10 +35,17 @@ class TextData:
     validation: PackedBlocks | None
 
     @staticmethod
-    def open(run: RunConfig, tokenizer: Tokenizer) -> TextData:
-        """The blocks that `prepare_text` made."""
+    def open(run: RunConfig, tokenizer: Tokenizer, vocabulary_rows: int | None) -> TextData:
+        """The blocks that `prepare_text` made. vocabulary_rows: see `open_data`."""
         blocks = {split: PackedBlocks(run.prepared_folder / split) for split in SPLITS if getattr(run.data, split)}
-        return TextData(tokenizer, CausalLM(tokenizer.vocab_size), blocks["train"], blocks.get("validation"))
+        ids = tokenizer.vocab_size
+        task = CausalLM(ids if vocabulary_rows is None else min(ids, vocabulary_rows))
+        return TextData(tokenizer, task, blocks["train"], blocks.get("validation"))
+
+    @property
+    def splits(self) -> dict[str, PackedBlocks]:
+        """All blocks by name."""
+        return {"train": self.train} | ({} if self.validation is None else {"validation": self.validation})
 
     @property
     def num_rows(self) -> int:
@@ -53,12 +64,13 @@ class TextData:
         )
 
     def evaluate(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
-        """validation_loss and validation_perplexity; nothing without held-out data."""
+        """validation_loss, validation_perplexity, and a word's and byte's; nothing without held-out data."""
         if self.validation is None:
             return {}
         size = run.train.micro_batch_size
         rows = EvaluationRows(self.validation, batch_size=size, rank=world.rank, world_size=world.size)
-        return held_out_perplexity(engine, rows, world)
+        made = self.validation.manifest
+        return held_out_perplexity(engine, rows, world, words=made.words, size=made.bytes)
 
     def evaluate_extra(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
         """Nothing: a causal LM has one held-out set."""
@@ -72,7 +84,7 @@ class TextData:
         return LMHead(
             norm,
             head,
-            vocab_size=self.tokenizer.vocab_size,
+            vocab_size=self.task.vocab_size,
             token_fraction=run.filters.token_fraction,
             seed=run.seed,
         )
@@ -81,9 +93,15 @@ class TextData:
 def ensure_text_tokenizer(data: DataConfig) -> Tokenizer:
     """The tokenizer, a SentencePiece model trained first where the recipe says so and it is not there."""
     if data.train_tokenizer is not None and not Path(data.tokenizer).exists():
-        texts = (piece.text for piece in iter_pieces(data.train, text_column=data.text_column))
-        train_sentencepiece(texts, data.train_tokenizer, Path(data.tokenizer))
-    return load_tokenizer(data.tokenizer)
+        train_sentencepiece(_all_texts(data), data.train_tokenizer, Path(data.tokenizer))
+    return load_tokenizer(data.tokenizer, trust_remote_code=data.trust_remote_code)
+
+
+def _all_texts(data: DataConfig) -> Iterator[str]:
+    # refused here, before a tokenizer is written that the next start would take as it is
+    with BadRows(skip=data.skip_bad_rows) as bad:
+        for piece in iter_pieces(data.train, text_column=data.text_column, bad=bad):
+            yield piece.text
 
 
 def prepare_text(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> dict[str, PackedBlocks]:
@@ -97,6 +115,7 @@ def prepare_text(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> dict[s
             text_column=data.text_column,
             drop_tail=drop_tail,
             processes=data.processes,
+            skip_bad_rows=data.skip_bad_rows,
         )
         for split, drop_tail in SPLITS.items()
         if getattr(data, split)

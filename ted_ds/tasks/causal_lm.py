@@ -54,13 +54,14 @@ class CausalLM:
         )
         return TaskLosses(total, pred_sum / targets, kl_sum / targets)
 
-    def predict(self, student: Reading, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(sum of NLL in nats, float64; number of targets)."""
+    def predict(self, student: Reading, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(sum of NLL in nats, float64; number of targets; the sum over the documents' own tokens alone)."""
         assert student.head is not None
         nll, _ = token_scores(
             student.output.flatten(0, -2), student.head, batch.targets.flatten(), vocab_size=self.vocab_size
         )
-        return nll.sum(dtype=torch.float64), BatchCounts.of(batch).targets
+        own = nll if batch.own is None else nll.masked_fill(~batch.own.flatten(), 0.0)
+        return nll.sum(dtype=torch.float64), BatchCounts.of(batch).targets, own.sum(dtype=torch.float64)
 
 
 class LMHead:

@@ -73,7 +73,8 @@ def scores_of(folder: Path) -> list[dict[str, Any]]:
 def assert_same(ours: Path, expected: Path) -> None:
     assert len(terms_of(ours)) == len(terms_of(expected)) >= SHORT["train__steps"]
     for a, b in zip(terms_of(ours), terms_of(expected), strict=True):
-        assert a == pytest.approx(b, rel=2e-5, abs=1e-7), (ours, a, b)
+        # float32's half step of log-probabilities around 2, times T^2 = 4, is 5e-7: a regression's KL is below 1e-3
+        assert a == pytest.approx(b, rel=2e-5, abs=5e-7), (ours, a, b)
     for a, b in zip(scores_of(ours), scores_of(expected), strict=True):
         assert a == pytest.approx(b, rel=1e-4), (ours, a, b)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -89,9 +90,9 @@ def test_prepare_trains_a_tokenizer_and_packs(tmp_path: Path) -> None:
 
 def test_evaluate_agrees_with_a_plain_loop(project: Path, tmp_path: Path) -> None:
     passages = ["w1 w2 w3 w4", "w5 w6 w7"]
-    (tmp_path / "lambada.jsonl").write_text("".join(json.dumps({"text": p}) + "\n" for p in passages))
+    (tmp_path / "lambada.txt").write_text("\n".join(passages))
     command = [*TED_DS, "evaluate", project / "teacher", "--tokenizer", project / "tokenizer"]
-    data = ["--data", project / "validation.txt", "--lambada", tmp_path / "lambada.jsonl", "--sequence-length", "12"]
+    data = ["--data", project / "validation.txt", "--lambada", tmp_path / "lambada.txt", "--sequence-length", "12"]
     found = json.loads(run(*command, *data).stdout)
     model = AutoModelForCausalLM.from_pretrained(project / "teacher")
     tokenizer = AutoTokenizer.from_pretrained(project / "tokenizer")
@@ -109,5 +110,8 @@ def test_evaluate_agrees_with_a_plain_loop(project: Path, tmp_path: Path) -> Non
             word_nll -= float(last[ids[-1]])
             hits += int(last.argmax()) == ids[-1]
     assert found["perplexity"] == pytest.approx(math.exp(nll / (len(stream) - 1)), rel=1e-5)
+    text = (project / "validation.txt").read_text()
+    assert (found["words"], found["bytes"]) == (len(re.split(r"\s+", text)), len(text))
+    assert found["documents_begin_with"] is None and found["documents"] == 1
     assert found["lambada_perplexity"] == pytest.approx(math.exp(word_nll / 2), rel=1e-5)
     assert found["lambada_accuracy"] == hits / 2

@@ -255,7 +255,37 @@ def test_gate_refuses_a_report_without_its_ratios(committed: Path) -> None:
         check.main(["--results", str(committed)], lambda benchmark: {})
 
 
+EPYC = {"device": "cpu", "cpu": "AMD EPYC", "cores": 2, "cpu_capability": "AVX2"}
+
+
 @pytest.mark.parametrize("benchmark", check.RATIOS)
 def test_gate_knows_the_committed_results(benchmark: str) -> None:
-    report = json.loads((check.COMMITTED / f"{benchmark}.json").read_text())
+    folder = check.results_for(EPYC)
+    assert folder == check.RESULTS / "cpu-epyc-2-cores"
+    report = json.loads((folder / f"{benchmark}.json").read_text())
     assert len(check.ratios_of(benchmark, report)) == len(check.RATIOS[benchmark])
+
+
+def test_gate_compares_with_the_same_kind_of_machine_alone(tmp_path: Path) -> None:
+    """Of two folders, one has but a part of the reports; a field that is younger than a report does not count."""
+    older = {name: value for name, value in EPYC.items() if name != "cpu_capability"}
+    for folder, told, names in (("a", EPYC, ["ops"]), ("b", older, ["ops", "step"])):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / f"{name}.json").write_text(json.dumps({"environment": told}))
+    assert check.results_for(EPYC, tmp_path) == tmp_path / "b"
+    for other in ({"cpu": "Intel Xeon"}, {"cores": 64}, {"device": "cuda"}):
+        assert check.results_for(EPYC | other, tmp_path) is None
+    for name in ("ops", "step"):
+        (tmp_path / f"b/{name}.json").write_text(json.dumps({"environment": EPYC}))
+    assert check.results_for(EPYC | {"cpu_capability": "AVX512"}, tmp_path) is None
+
+
+def test_gate_measures_nothing_where_nothing_is_to_compare(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("benchmarks.timing._cpu_model", lambda: "Z80")
+    assert check.main([], measure=lambda benchmark: pytest.fail("measured")) == 0
+    said = capsys.readouterr().out
+    assert "no committed results of this kind of machine (device cpu, cpu Z80, cores " in said
+    assert "python -m benchmarks.ops --device cpu --json benchmarks/results/MACHINE/ops.json" in said

@@ -27,7 +27,7 @@ from ted_ds.cache.teacher import AnnouncedRows, CachedTeacher, ShardReader, load
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.data.encoded import EncodedRows
-from ted_ds.data.prepare import PackedBlocks
+from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import load_tokenizer
 from ted_ds.errors import CheckpointError, ConfigError
 from ted_ds.ops import Head

@@ -357,3 +357,64 @@ def test_the_recipes_of_tasks_have_the_authors_hyper_parameters(task):
         assert (run.train.global_batch_size, run.train.epochs) == (batch, epochs)
         assert (run.task, run.loss.layer_loss, run.loss.mask_padding, run.seed) == (task, "mse", False, 42)
     assert load_config(path, ["--method=kd", "--student.init_from_pretrained=true"]).student.pretrained
+
+
+def own_data(labels: str = '["no", "yes"]', more: str = "") -> str:
+    return (
+        "task: classification\nmethod: ce\noutput_dir: o\nstudent: {model: m}\n"
+        f"data: {{train: a, tokenizer: t, text_columns: [a], labels: {labels}{more}}}\n"
+    )
+
+
+MISREAD: list[tuple[str, str, str]] = [
+    ("[no, yes]", "", 'data.labels.0: YAML reads no as false: quote it: "no"'),
+    ("[off, On]", "", 'data.labels.1: YAML reads On as true: quote it: "On"'),
+    ("[1, 2]", "", 'data.labels.1: YAML reads 2 as a number: quote it: "2"'),
+    ("[010, a]", "", 'data.labels.0: YAML reads 010 as a number: quote it: "010"'),
+    ("[1_000, a]", "", 'data.labels.0: YAML reads 1_000 as a number: quote it: "1_000"'),
+    ("[1.50, a]", "", 'data.labels.0: YAML reads 1.50 as a number: quote it: "1.50"'),
+    ("[a, null]", "", 'data.labels.1: YAML reads null as nothing: quote it: "null"'),
+    ("[a, 2024-01-01]", "", 'data.labels.1: YAML reads 2024-01-01 as a date: quote it: "2024-01-01"'),
+    ("[a, TRUE]", "", "data.labels.1: YAML reads TRUE as a boolean, and no, yes, on and off too: quote the word"),
+    ("[a, b]", ", text_column: on", 'data.text_column: YAML reads on as true: quote it: "on"'),
+    ("[a, b]", ", label_column: 3", 'data.label_column: YAML reads 3 as a number: quote it: "3"'),
+    ("[a, b]", ", validation: [no, a]", 'data.validation.0: YAML reads no as false: quote it: "no"'),
+    ("[a, b]", ", validation: {hub: 7}", 'data.validation.hub: YAML reads 7 as a number: quote it: "7"'),
+    ("[a, b]", ", text_column: ", "data.text_column: is empty: give it a value"),
+    (
+        "[a, b]",
+        ", extra_validation: {no: a}",
+        'r.yaml:5: not valid YAML: a key: YAML reads no as false: quote it: "no"',
+    ),
+    ("[a, b]", "}\non: {a: 1", 'r.yaml:6: not valid YAML: a key: YAML reads on as true: quote it: "on"'),
+    ("[a, b]", "}\n? [a]\n: {a: 1", "r.yaml:6: not valid YAML: the key ['a'] is no word"),
+    ("[a, b]", "}\nteacher: {model: 2024-01-01", "teacher.model: YAML reads 2024-01-01 as a date: quote it"),
+    ("[a, b]", "}\nteacher: {model: t, cache: no", "teacher.cache: False is not allowed"),  # is no folder's name
+    ("[a, b]", "}\nmethods: {ce: {data: {labels: [no, a]}}", "data.labels.0: YAML reads false as a boolean, and no, "),
+]
+
+
+@pytest.mark.parametrize(("labels", "more", "message"), MISREAD)
+def test_words_that_yaml_reads_as_something_else_are_to_be_quoted(write, labels: str, more: str, message: str) -> None:
+    assert message in fault(write(own_data(labels, more)))
+
+
+def test_quoted_words_are_words(write) -> None:
+    words = ("no", "1", "010", "null", "2024-01-01")
+    assert load_config(write(own_data(str(list(words))))).data.labels == words
+
+
+def test_overrides_are_to_be_quoted_too(write) -> None:
+    path = write(own_data("[no, yes]"))
+    assert fault(path, "--data.labels=[a, b]", "--data.labels=[3, off]") == (
+        'the command line: data.labels.0: YAML reads 3 as a number: quote it: "3"\n'
+        'the command line: data.labels.1: YAML reads off as false: quote it: "off"'
+    )
+    assert fault(path, "--data.labels=[a, b]", "--data.extra_validation", "{no: a}") == (
+        'the command line: --data.extra_validation={no: a}: a key: YAML reads no as false: quote it: "no"'
+    )
+    assert load_config(path, ["--data.labels=['3', \"off\"]"]).data.labels == ("3", "off")
+
+
+def test_a_method_that_is_no_word_is_a_fault(write) -> None:
+    assert "method: ['ce'] is not allowed: should be 'ce'" in fault(write(recipe(method=["ce"])))

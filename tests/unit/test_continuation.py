@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from ted_ds.config.continuation import DECIDES, MAY_CHANGE, deciding, first_change
 from ted_ds.config.load import _alternatives, dump_config, load_config
 from ted_ds.config.schema import FiltersConfig, HubDataset, RunConfig
-from ted_ds.data.prepare import entry_names, reread_names
+from ted_ds.data.manifests import entry_names, reread_names
 from ted_ds.errors import CheckpointError, ConfigError
 from ted_ds.stages.filters import ORIGIN, _learning, _refuse_other_origin
 from ted_ds.stages.run import _claim

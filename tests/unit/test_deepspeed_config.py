@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from ted_ds.config.deepspeed import (
-    SHIPPED,
     accumulation_steps,
     find_deepspeed_file,
     frozen_engine_config,
     trained_engine_config,
 )
 from ted_ds.config.schema import RunConfig
+from ted_ds.config.shipped import shipped_folder
 from ted_ds.errors import ConfigError
 
 
@@ -62,7 +62,7 @@ def test_sizes_that_do_not_divide_are_shown():
 
 def test_the_recipe_fills_the_shipped_file():
     config = trained(make_run())
-    shipped = json.loads((SHIPPED / "ds_configs/zero3.json").read_text())
+    shipped = json.loads((shipped_folder() / "ds_configs/zero3.json").read_text())
     assert config.pop("zero_optimization") == shipped["zero_optimization"]
     assert config == {
         "train_batch_size": 16,
@@ -105,7 +105,7 @@ def test_the_teacher_has_its_own_precision_and_no_optimizer():
     assert "optimizer" not in config and "gradient_clipping" not in config
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in (SHIPPED / "ds_configs").glob("*.json")))
+@pytest.mark.parametrize("name", sorted(p.name for p in (shipped_folder() / "ds_configs").glob("*.json")))
 def test_every_shipped_file_fits_a_recipe(name):
     run = make_run(deepspeed=f"ds_configs/{name}")
     assert trained(run)["train_batch_size"] == 16
@@ -198,7 +198,7 @@ def test_a_teachers_file_shards_and_does_not_train(ds_file, content, expected):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ('{\n  "a": 1,\n}', ":3: not valid JSON"),
+        ('{\n  "a": 1,\n  b\n}', ":3: not valid JSON"),
         ("[]", ": a DeepSpeed file is a JSON object, this is []"),
         ('{"bf16": {}, "bf16": {}}', ": the key 'bf16' stands twice: remove one"),
     ],
@@ -213,7 +213,7 @@ def test_unreadable_files_are_named(ds_file, content, expected):
 def test_shipped_files_are_found_from_anywhere_and_own_ones_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     name = Path("ds_configs/zero3.json")
-    assert find_deepspeed_file(name) == SHIPPED / name
+    assert find_deepspeed_file(name) == shipped_folder() / name
     (tmp_path / "ds_configs").mkdir()
     (tmp_path / name).write_text("{}")
     assert find_deepspeed_file(name) == name

@@ -18,13 +18,14 @@ from ted_ds.config.schema import HubDataset
 from ted_ds.config.tasks import TASKS, TaskSpec
 from ted_ds.data import encoded as module
 from ted_ds.data.encoded import ROWS, EncodedRows, ensure_encoded
-from ted_ds.data.prepare import MANIFEST
+from ted_ds.data.manifests import MANIFEST
 from ted_ds.data.squad import iter_questions
-from ted_ds.data.tokenizers import Tokenizer, load_tokenizer, train_wordpiece
+from ted_ds.data.tokenizer_training import train_wordpiece
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError
 
 WORDS = [f"{a}{b}" for a in ("red", "blue", "dark", "light") for b in ("fish", "bird", "stone", "")]
-PAIRS = TASKS["classification"].with_columns(("a", "b"), None, ("no", "yes"))
+PAIRS = TASKS["classification"].with_columns(("a", "b"), None, ("0", "1"))
 SINGLE = TASKS["regression"].with_columns(("a",), None, None)
 SQUAD = TASKS["squad_v2"]
 LONG = " ".join(f"{WORDS[i % 16]}, {WORDS[i * 7 % 16]}" for i in range(60))
@@ -220,19 +221,84 @@ def test_an_answer_within_a_token_or_of_many_tokens_a_character() -> None:
 
 
 def test_ids_of_questions_to_score_must_differ(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    entry = squad_file(tmp_path / "a.jsonl", *[(str(i % 9), "red", "blue", []) for i in range(10)])
+    entry = squad_file(tmp_path / "a.jsonl", *[(str(i % 9), f"red {i}", "blue", []) for i in range(11)])
     with pytest.raises(
-        DataError, match=rf"^question 0 in {entry}, line 10: its id was there before: give every question"
+        DataError,
+        match=rf"^2 rows cannot be used: question 0 in {entry}, line 10: its id was there before; question 1 in "
+        rf"{entry}, line 11: its id was there before: fix or drop such rows, or give every question its own, or set",
     ):
         encode(entry, SQUAD, tokenizer, tmp_path / "data", training=False)
-    assert encode(entry, SQUAD, tokenizer, tmp_path / "data").manifest.examples == 10
+    assert encode(entry, SQUAD, tokenizer, tmp_path / "data").manifest.examples == 11
+
+
+def test_a_question_that_stands_twice_is_scored_once(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = squad_file(tmp_path / "a.jsonl", *[(str(i % 9), f"red {i % 9}", "blue", []) for i in range(11)])
+    with caplog.at_level(logging.WARNING, "ted_ds"):
+        rows = encode(entry, SQUAD, tokenizer, tmp_path / "data", training=False)
+    assert rows.manifest.examples == len(rows.questions()) == 9 and rows.manifest.left_out == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "of questions that stand in the held-out data more than once, 2 are left out"
+    ]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_bad_rows_are_left_out_if_asked(tmp_path: Path, tokenizer: Tokenizer, training: bool) -> None:
+    """Of whole groups of them, of one that is found before it is tokenized, and of those that are found after."""
+    labels = [*[-1] * 17, 1, "0", "fair", 0]
+    entry = rows_file(tmp_path / "a.jsonl", [("red", "", label) for label in labels])
+
+    def made(folder: str, skip: bool | None) -> EncodedRows:
+        options = {"max_length": 40, "stride": 4, "training": training, "skip_bad_rows": skip}
+        return ensure_encoded([entry], PAIRS, tokenizer, tmp_path / folder, **options)
+
+    rows = made("data", True)
+    assert rows.targets.tolist() == [1, 0, 0]
+    assert (rows.manifest.examples, rows.manifest.left_out) == (3, 18)
+    assert made("data", True).manifest == rows.manifest
+    with pytest.raises(DataError, match=r"data was prepared without 18 bad rows, which data\.skip_bad_rows: false ref"):
+        made("data", False)
+    for skip in (False, None):
+        with pytest.raises(DataError, match=r"^18 rows cannot be used: .* line 1 has no label: .* and 15 more: fix or"):
+            made("other", skip)
+    entry = rows_file(tmp_path / "b.jsonl", [("red", "", "fair"), ("red", "", "")])
+    with pytest.raises(DataError, match=r"^no row is left: 2 rows cannot be used: .*b\.jsonl, line 1: the label is"):
+        made("third", True)
+    assert not (tmp_path / "other").exists() and not (tmp_path / "third").exists()
+
+
+def test_a_folder_without_bad_rows_serves_both_settings_and_an_older_one_says_nothing_of_them(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    entry = rows_file(tmp_path / "a.jsonl", LABELLED)
+    first = encode(entry, PAIRS, tokenizer, tmp_path / "data")
+    path = tmp_path / "data" / MANIFEST
+    values = json.loads(path.read_text())
+    del values["left_out"]
+    path.write_text(json.dumps(values))
+    for skip in (True, False):
+        again = ensure_encoded(
+            [entry], PAIRS, tokenizer, tmp_path / "data", max_length=40, stride=4, training=True, skip_bad_rows=skip
+        )
+        assert again.manifest == first.manifest
+
+
+def test_bad_questions_are_left_out_if_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [(str(i), "red", "blue fish", [("fish", 5 - 4 * (i % 2))]) for i in range(9)]
+    entry = squad_file(tmp_path / "a.jsonl", *rows)
+    found = ensure_encoded(
+        [entry], SQUAD, tokenizer, tmp_path / "data", max_length=40, stride=4, training=False, skip_bad_rows=True
+    )
+    assert [question.id for question in found.questions()] == list("02468") and found.manifest.left_out == 4
+    assert [found.window(row)[0] for row in range(len(found))] == list(range(5))
 
 
 Change = Callable[[Path, dict[str, Any]], Any]
 CHANGES: list[tuple[str, Change]] = [
     ("task", lambda folder, made: made.update(spec=replace(PAIRS, name="rte"))),
     ("columns", lambda folder, made: made.update(spec=replace(PAIRS, text_columns=("b", "a")))),
-    ("data.labels", lambda folder, made: made.update(spec=replace(PAIRS, labels=("yes", "no")))),
+    ("data.labels", lambda folder, made: made.update(spec=replace(PAIRS, labels=("1", "0")))),
     ("tokenizer", lambda folder, made: made.update(tokenizer=load_tokenizer(str(folder / "other")))),
     ("data.sequence_length", lambda folder, made: made.update(max_length=41)),
     ("data entries", lambda folder, made: made["entries"].append(HubDataset(hub="a/b"))),

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from ted_ds.errors import DataError
+from ted_ds.errors import DataError, NotFiniteError
 from ted_ds.evaluation.glue import glue_scores
 
 CLASS_METRICS = ("accuracy", "f1", "matthews")
@@ -85,13 +85,24 @@ def test_equal_labels_share_a_rank():
         ([2.0, 2.0, 2.0], [0.0, 1.0, 5.0]),
         ([0.1, 0.2, 0.3], [4.0, 4.0, 4.0]),
         ([2.0], [3.0]),
-        ([0.0, math.nan, 1.0], [0.0, 1.0, 2.0]),
-        ([0.0, math.inf, 1.0], [0.0, 1.0, 2.0]),
     ],
 )
 def test_undefined_correlations_are_zero(predictions: list[float], labels: list[float]):
     scores = glue_scores(["pearson", "spearman"], np.float32(predictions), np.float32(labels))
     assert scores == {"pearson": 0.0, "spearman": 0.0}
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_outputs_that_are_not_finite_have_no_score(broken: float):
+    """argmax takes nan for the likeliest class."""
+    classes, numbers = logits([0, 1, 1, 0]), np.float32([0.0, 1.0, broken, broken])
+    classes[2:, 1] = broken
+    for outputs, metrics, labels in (
+        (classes, CLASS_METRICS, np.array([0, 1, 1, 0])),
+        (numbers, ["pearson", "spearman"], np.float32([0.0, 1.0, 2.0, 3.0])),
+    ):
+        with pytest.raises(NotFiniteError, match=r"^the outputs for 2 of 4 rows are not finite, the first is row 2$"):
+            glue_scores(metrics, outputs, labels)
 
 
 def test_a_label_of_minus_hundred_is_a_number():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from ted_ds.errors import DataError
+from ted_ds.errors import DataError, NotFiniteError
 from ted_ds.evaluation.lambada import lambada, split_last_word
 from ted_ds.evaluation.scores import perplexity
 from tests.tiny_models import tiny_model
@@ -129,3 +129,6 @@ def test_perplexity() -> None:
     assert math.isfinite(perplexity(1e9, 1).perplexity)
     with pytest.raises(DataError, match="no token to predict"):
         perplexity(0.0, 0)
+    for broken in (math.nan, math.inf):
+        with pytest.raises(NotFiniteError, match=rf"^the loss of 3 tokens is {broken}, which is not finite$"):
+            perplexity(broken, 3)

@@ -112,4 +112,5 @@ def test_without_an_environment_it_says_how_to_make_one(clone):
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr == f"deepspeed is neither on PATH nor in {clone}/.venv: run 'make -C {clone} venv'\n"
+    remedy = "activate the environment that has it, or run make venv"
+    assert done.stderr == f"deepspeed is neither on PATH nor in {clone}/.venv: {remedy}\n"

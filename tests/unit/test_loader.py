@@ -9,16 +9,25 @@ from ted_ds.data.loader import EvaluationRows, TrainingRows, row_order
 
 
 class Blocks:
-    """A token stream of `total` ascending ids in rows of `length`, the last one possibly short."""
+    """A token stream of `total` ascending ids in rows of `length`, the last one possibly short.
 
-    def __init__(self, total: int, length: int) -> None:
-        self.total, self.length = total, length
+    own, last: ids that the tokenizer put before documents, and that close one; None: that is not known.
+    """
+
+    def __init__(self, total: int, length: int, own: set[int] | None = None, last: set[int] | None = None) -> None:
+        self.total, self.length, self.own, self.last = total, length, own, last
 
     def __len__(self) -> int:
         return -(-self.total // self.length)
 
     def row_length(self, row: int) -> int:
         return min(self.length, self.total - row * self.length)
+
+    def inserted(self, indices: np.ndarray) -> np.ndarray | None:
+        return None if self.own is None else np.isin(self.rows(indices), list(self.own))
+
+    def ends(self, indices: np.ndarray) -> np.ndarray | None:
+        return None if self.last is None else np.isin(self.rows(indices), list(self.last))
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
         stream = np.arange(len(self) * self.length)
@@ -78,3 +87,33 @@ def test_evaluation_predicts_every_token_but_the_first_exactly_once(total: int, 
             predicted += batch.targets[kept].tolist()
     assert sorted(predicted) == list(range(1, total))
     assert len(batches) == 1
+
+
+OWN = {0, 7, 13, 14, 15, 40}
+"""At the beginning, in the middle and at the end of rows of seven, one after another, and in a row of padding."""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_the_tokenizer_put_before_documents_is_no_target(world: int) -> None:
+    predicted = []
+    for rank in range(world):
+        for batch in EvaluationRows(Blocks(64, 7, OWN), batch_size=2, rank=rank, world_size=world):
+            kept = batch.targets != IGNORED
+            assert torch.equal(batch.targets[kept], batch.input_ids[kept] + 1)
+            predicted += batch.targets[kept].tolist()
+    assert sorted(predicted) == [i for i in range(1, 64) if i not in OWN]
+    assert batch.own is None
+    rows = TrainingRows(Blocks(70, 7, OWN), seed=0, global_batch_size=10, micro_batch_size=10, rank=0, world_size=1)
+    (batch,) = rows.micro_batches(0)
+    for ids, targets in zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
+        assert targets == [IGNORED if i in OWN else i for i in ids[1:]] + [IGNORED]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_evaluation_knows_which_targets_close_a_document(world: int) -> None:
+    last, closed = {6, 12, 14, 28, 63}, []
+    for rank in range(world):
+        for batch in EvaluationRows(Blocks(64, 7, None, last), batch_size=2, rank=rank, world_size=world):
+            assert batch.own is not None and batch.own.shape == batch.targets.shape
+            closed += batch.targets[~batch.own & (batch.targets != IGNORED)].tolist()
+    assert set(closed) == last and len(closed) == len(last)

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,26 +15,31 @@ from tokenizers import Tokenizer as Core
 from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ted_ds.config.schema import HubDataset
-from ted_ds.data import prepare as module
-from ted_ds.data import sources
-from ted_ds.data.prepare import BLOCKS, MANIFEST, PackedBlocks, check, ensure_prepared, prepare
+from ted_ds.config.schema import DataConfig, HubDataset
+from ted_ds.data import packed as packed_module
+from ted_ds.data import sources, tokenizing
+from ted_ds.data.manifests import MANIFEST
+from ted_ds.data.packed import BLOCKS, PackedBlocks
+from ted_ds.data.prepare import check, ensure_prepared, prepare
 from ted_ds.data.sources import Piece
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError
+from ted_ds.stages.text_data import ensure_text_tokenizer
 
 LONG = "".join(f"w{i % 40} w{i % 7}{' ' * (i % 3)}\n" for i in range(90))
 TORN = "holds no whole prepared data"
 SHORT = ["w1 w2", "w3", " ", "w4\nw5 w6 " * 9, "unknown", *(f"w{i}" for i in range(40))]
 
 
-def tokenizer_in(folder: Path, *, bos: bool) -> Tokenizer:
-    """A tokenizer of words, so that a text cut at line ends keeps its ids."""
+def tokenizer_in(folder: Path, *, bos: bool = False, prefix: str = "") -> Tokenizer:
+    """A tokenizer of words, so that a text cut at line ends keeps its ids. prefix: tokens that it begins texts with."""
+    prefix = "<bos>" if bos else prefix
     words = ["<eos>", "<unk>", "<bos>", *(f"w{i}" for i in range(40))]
     core = Core(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if bos:
-        core.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    if prefix:
+        special = [(word, i) for i, word in enumerate(words[:3])]
+        core.post_processor = processors.TemplateProcessing(single=f"{prefix} $A", special_tokens=special)
     PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", unk_token="<unk>").save_pretrained(folder)
     return load_tokenizer(str(folder))
 
@@ -54,8 +60,8 @@ def tokenizer(tmp_path: Path) -> Tokenizer:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many pieces, groups and record batches of little text."""
     monkeypatch.setattr(sources, "PIECE_CHARACTERS", 60)
-    monkeypatch.setattr(module, "TASK_CHARACTERS", 150)
-    monkeypatch.setattr(module, "BATCH_TOKENS", 50)
+    monkeypatch.setattr(tokenizing, "TASK_CHARACTERS", 150)
+    monkeypatch.setattr(packed_module, "BATCH_TOKENS", 50)
 
 
 def stream_of(tokenizer: Tokenizer) -> list[int]:
@@ -108,18 +114,107 @@ def test_the_manifest_says_what_was_packed(tmp_path: Path, entries: list[str], t
         "entries": entries,
         "sources": {str(path): path.stat().st_size for path in (tmp_path / "long.txt", tmp_path / "short.jsonl")},
         "digest": hashlib.sha256(padded.tobytes()).hexdigest(),
+        "prefix": [2],
+        "largest_id": 42,
+        "left_out": 0,
+        "words": sum(len(re.split(r"\s+", text)) for text in (LONG, *SHORT)),
+        "bytes": sum(len(text.encode()) for text in (LONG, *SHORT)),
     }
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 64])
+@pytest.mark.parametrize("prefix", ["<bos>", "<bos> <unk>"])
+@pytest.mark.usefixtures("small")
+def test_the_rows_know_by_place_what_the_tokenizer_put_there(
+    tmp_path: Path, entries: list[str], prefix: str, length: int
+) -> None:
+    """Also when a document spells it out, and when it is cut by the end of a row."""
+    tokenizer = tokenizer_in(tmp_path / "words", prefix=prefix)
+    (tmp_path / "spelled.txt").write_text("w1 <bos> w2 <bos> <unk> w3")
+    texts = [LONG, *SHORT, "w1 <bos> w2 <bos> <unk> w3"]
+    size = len(tokenizer.prefix)
+    marks = [i < size for ids in tokenizer.encode_batch(texts) for i in range(len(ids) + 1)]
+    blocks = packed([*entries, str(tmp_path / "spelled.txt")], tokenizer, tmp_path / "data", length, drop_tail=False)
+    found = blocks.inserted(np.arange(len(blocks)))
+    assert found is not None and found.dtype == bool and found.shape == (len(blocks), length)
+    assert found.reshape(-1).tolist() == marks + [False] * (found.size - len(marks))
+    closing = [i == len(ids) for ids in tokenizer.encode_batch(texts) for i in range(len(ids) + 1)]
+    ends = blocks.ends(np.arange(len(blocks)))
+    assert ends is not None and ends.reshape(-1).tolist() == closing + [False] * (ends.size - len(closing))
+    again = PackedBlocks(tmp_path / "data").inserted(np.array([3, 0]))
+    assert again is not None and np.array_equal(again, found[[3, 0]])
+
+
+@pytest.mark.usefixtures("small")
+def test_one_token_stands_between_documents_where_the_end_is_the_beginning_too(
+    tmp_path: Path, entries: list[str]
+) -> None:
+    tokenizer, plain = (tokenizer_in(tmp_path / (p or "none"), prefix=p) for p in ("<eos>", ""))
+    assert (tokenizer.prefix, plain.prefix) == ([0], [])
+    blocks = packed(entries, tokenizer, tmp_path / "data", 8, drop_tail=False)
+    stream = blocks.rows(np.arange(len(blocks))).reshape(-1)[: blocks.manifest.tokens]
+    assert stream.tolist() == [0, *stream_of(plain)]
+    assert blocks.inserted(np.arange(2)) is None
+
+
+@pytest.mark.usefixtures("small")
+def test_a_folder_of_before_is_what_it_was(tmp_path: Path, entries: list[str], tokenizer: Tokenizer) -> None:
+    """Neither the column nor the manifest's new keys: rows, digest and checks as ever, nothing is inserted."""
+    new = packed(entries, tokenizer, tmp_path / "data", 8)
+    rows = new.rows(np.arange(len(new)))
+    folder = tmp_path / "before"
+    folder.mkdir()
+    with pa.OSFile(str(folder / BLOCKS), "wb") as sink, new._file as file:
+        batches = [file.get_batch(i).select(["input_ids"]) for i in range(file.num_record_batches)]
+        with pa.ipc.new_file(sink, batches[0].schema) as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+    values = json.loads((tmp_path / "data" / MANIFEST).read_text())
+    for name in ("prefix", "largest_id", "words", "bytes"):
+        del values[name]
+    (folder / MANIFEST).write_text(json.dumps(values))
+    old = PackedBlocks(folder)
+    assert np.array_equal(old.rows(np.arange(len(old))), rows) and old.inserted(np.arange(len(old))) is None
+    assert (old.manifest.prefix, old.manifest.largest_id, old.largest_id()) == (None, None, int(rows.max()))
+    assert hashlib.sha256(rows.astype(np.int32).tobytes()).hexdigest() == old.manifest.digest
+    check(old, folder, entries, tokenizer, 8, text_column="body")
+
+
+def test_nothing_is_added_to_the_file_of_a_tokenizer_without_a_beginning(tmp_path: Path, entries: list[str]) -> None:
+    blocks = packed(entries, tokenizer_in(tmp_path / "words", bos=False), tmp_path / "data", 8)
+    with pa.memory_map(str(tmp_path / "data" / BLOCKS)) as file:
+        assert pa.ipc.open_file(file).schema.names == ["input_ids"]
+    assert (blocks.manifest.words, blocks.manifest.bytes) == (None, None)
+    assert blocks.inserted(np.arange(3)) is None and blocks.largest_id() == 42
+
+
+def test_processes_that_tokenize_trust_what_the_recipe_trusts(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr(tokenizing.threading, "Thread", lambda **_: SimpleNamespace(start=lambda: None))
+    monkeypatch.setattr(tokenizing, "load_tokenizer", lambda name, **options: given.append((name, options)))
+    monkeypatch.setattr(tokenizing, "_worker_tokenizer", None, raising=False)
+    tokenizing._start_worker("t", True)
+    assert given == [("t", {"trust_remote_code": True})]
 
 
 @pytest.mark.usefixtures("small")
 def test_the_files_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, entries: list[str], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ALONE_BYTES", 0)
+    monkeypatch.setattr(tokenizing, "ALONE_BYTES", 0)
     for processes in (1, 2):
         packed(entries, tokenizer, tmp_path / f"data{processes}", processes=processes)
     for name in (BLOCKS, MANIFEST):
         assert (tmp_path / "data1" / name).read_bytes() == (tmp_path / "data2" / name).read_bytes()
+
+
+def test_what_is_one_task_of_work_starts_no_processes(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizing, "ALONE_BYTES", 0)  # the size of a hub's data set is not known, either
+    monkeypatch.setattr(tokenizing, "ProcessPoolExecutor", None)
+    (tmp_path / "few.txt").write_text("w1 w2 w3 w4 w5 w6 w7 w8 w9")
+    assert len(packed([str(tmp_path / "few.txt")], tokenizer, tmp_path / "data", processes=2))
 
 
 Change = Callable[[Path, dict[str, Any]], Any]
@@ -194,9 +289,46 @@ def test_an_interrupted_preparation_leaves_no_folder_and_the_next_one_succeeds(
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module, "iter_pieces", interrupted)
+        patch.setattr(tokenizing, "iter_pieces", interrupted)
         packed(entries, tokenizer, tmp_path / "data")
     assert not (tmp_path / "data").exists()
     rows = packed(entries, tokenizer, tmp_path / "data").rows(np.arange(5)).ravel()
     assert rows.tolist() == stream_of(tokenizer)[:35]
     assert not (tmp_path / "data.tmp").exists()
+
+
+def test_bad_rows_are_left_out_if_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    texts = [SHORT[0], None, SHORT[1], 7]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    entries = [str(tmp_path / "a.jsonl")]
+    blocks = packed(entries, tokenizer, tmp_path / "data", 1, skip_bad_rows=True)
+    stream = [i for document in tokenizer.encode_batch(SHORT[:2]) for i in [*document, tokenizer.eos_id]]
+    assert blocks.rows(np.arange(len(blocks))).reshape(-1).tolist() == stream
+    assert (blocks.manifest.documents, blocks.manifest.left_out) == (2, 2)
+    asked: dict[str, Any] = {"text_column": "body", "drop_tail": True, "processes": 1}
+    assert ensure_prepared(entries, tokenizer, 1, tmp_path / "data", **asked, skip_bad_rows=True).manifest.left_out == 2
+    with pytest.raises(
+        DataError, match=r"data was prepared without 2 bad rows, which data\.skip_bad_rows: false refuse"
+    ):
+        ensure_prepared(entries, tokenizer, 1, tmp_path / "data", **asked)
+    with pytest.raises(
+        DataError, match=r"^2 rows cannot be used: .*a\.jsonl, line 2: 'body' is None, .* or set data\.sk"
+    ):
+        packed(entries, tokenizer, tmp_path / "other", 1)
+    (tmp_path / "a.jsonl").write_text('{"body": 1}\n')
+    with pytest.raises(DataError, match=r"^no row is left: .*a\.jsonl, line 1: 'body' is 1, not a string: fix or drop"):
+        packed(entries, tokenizer, tmp_path / "other", 1, skip_bad_rows=True)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_tokenizer_is_not_trained_on_data_that_is_refused(tmp_path: Path) -> None:
+    """A tokenizer that was written would be taken as it is, once the data is mended."""
+    lines = [json.dumps({"text": f"the river {i} runs"}) for i in range(200)]
+    (tmp_path / "a.jsonl").write_text("\n".join([*lines, '{"text": null}']))
+    asked = {"train": str(tmp_path / "a.jsonl"), "tokenizer": str(tmp_path / "t"), "train_tokenizer": 290}
+    with pytest.raises(
+        DataError, match=r"a\.jsonl, line 201: 'text' is None, not a string: fix or drop the row, or se"
+    ):
+        ensure_text_tokenizer(DataConfig.model_validate(asked))
+    assert not (tmp_path / "t").exists()
+    assert ensure_text_tokenizer(DataConfig.model_validate(asked | {"skip_bad_rows": True})).vocab_size == 290

@@ -15,7 +15,9 @@ import pytest
 
 from ted_ds.config.schema import HubDataset
 from ted_ds.data import sources
-from ted_ds.data.sources import Piece, iter_pieces, matching_files
+from ted_ds.data.bad_rows import BadRows
+from ted_ds.data.files import matching_files
+from ted_ds.data.sources import Piece, iter_pieces
 from ted_ds.errors import DataError
 
 TEXTS = ["one\n", "two \u6f22 \U0001f600", "  three\r\n\r\n\tof \u00e9 "]
@@ -25,8 +27,14 @@ def jsonl(texts: Sequence[object], column: str = "text") -> bytes:
     return "".join(json.dumps({"id": 1, column: text}) + "\n" for text in texts).encode()
 
 
-def zstd(data: bytes) -> bytes:
-    return pytest.importorskip("zstandard").compress(data)
+def by_arrow(codec: str) -> Callable[[bytes], bytes]:
+    def compress(data: bytes) -> bytes:
+        sink = pa.BufferOutputStream()
+        with pa.CompressedOutputStream(sink, codec) as stream:
+            stream.write(data)
+        return bytes(sink.getvalue().to_pybytes())
+
+    return compress
 
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
@@ -34,7 +42,8 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".xz": lzma.compress,
     ".bz2": bz2.compress,
-    ".zst": zstd,
+    ".zst": by_arrow("zstd"),
+    ".lz4": by_arrow("lz4"),
 }
 
 
@@ -61,9 +70,10 @@ def documents(pieces: list[Piece]) -> list[str]:
 
 
 @pytest.mark.parametrize("suffix", COMPRESSIONS)
-@pytest.mark.parametrize("kind", ["txt", "py", "jsonl", "ndjson", "json"])
+@pytest.mark.parametrize("kind", ["txt", "py", "jsonl", "ndjson", "json", "jsonlines", "jl"])
 def test_every_compression_gives_the_documents_and_all_bytes(tmp_path: Path, kind: str, suffix: str) -> None:
     path = tmp_path / f"a.b.{kind}{suffix}"
+    path = path.with_name(path.name.upper() if kind == "jl" else path.name)
     text = "".join(TEXTS)
     path.write_bytes(COMPRESSIONS[suffix](text.encode() if kind in ("txt", "py") else jsonl(TEXTS)))
     pieces = pieces_of(path)
@@ -154,13 +164,17 @@ ERRORS: list[tuple[str, bytes, str]] = [
     ("e.txt", b" \n\t\n", "e.txt has no text: remove it"),
     ("e.jsonl", b"\n" + jsonl([""]), "e.jsonl has no text: remove it"),
     ("e.jsonl", jsonl(["a"]) + b'\n{"text": \n', "e.jsonl, line 3: not valid JSON (Expecting value: "),
-    ("e.jsonl", jsonl(["a"]) + b'{"b": 1, "a": 2}', "e.jsonl, line 2: no 'text' in ['a', 'b']: set data.text_column"),
-    ("e.jsonl.gz", gzip.compress(b"[1]"), "e.jsonl.gz, line 1: no 'text' in a list: set data.text_column"),
-    ("e.jsonl", jsonl(["a", None]), "e.jsonl, line 2: 'text' is None, not a string: fix or drop it, or set data."),
+    (
+        "e.jsonl",
+        jsonl(["a"]) + b'{"b": 1, "a": 2}',
+        "e.jsonl, line 2 has no column 'text', only b, a: fix or drop the row, or set data.",
+    ),
+    ("e.jsonl.gz", gzip.compress(b"[1]"), "e.jsonl.gz, line 1: not an object with columns: fix or drop the row"),
+    ("e.jsonl", jsonl(["a", None]), "e.jsonl, line 2: 'text' is None, not a string: fix or drop the row, or set data."),
     ("e.jsonl", jsonl([["a" * 99]]), "e.jsonl, line 1: 'text' is ['" + "a" * 38 + ", not a string"),
     ("e.txt", b"a\nb\n\xe9t\xe9\n", "e.txt, line 3: not UTF-8 (invalid continuation byte): convert the file"),
     ("e.jsonl", jsonl(["a"]) + b'{"text": "\xff"}\n', "e.jsonl, line 2: not UTF-8 (invalid start byte): convert"),
-    ("e.txt", "a".encode("utf-16"), "e.txt, line 1: not UTF-8 (invalid start byte): convert the file"),
+    ("e.txt", "a".encode("utf-16"), "e.txt is UTF-16, not UTF-8: convert the file"),
     ("e.txt.gz", gzip.compress(bytes(range(32, 127)) * 9)[:-9], "e.txt.gz cannot be read: Compressed file ended"),
     ("e.txt.gz", b"plain", "e.txt.gz cannot be read: Not a gzipped file"),
     ("e.txt.xz", lzma.compress(b"a")[:-9], "e.txt.xz cannot be read: Compressed file ended"),
@@ -178,7 +192,7 @@ def test_file_errors_name_file_and_line(tmp_path: Path, name: str, data: bytes, 
 
 def test_parquet_errors_name_file_and_row(tmp_path: Path) -> None:
     path = parquet(tmp_path / "e.parquet", {"text": ["a", "b", None], "n": [1, 2, 3]})
-    with pytest.raises(DataError, match=r"e\.parquet, row 3: 'text' is None, not a string: fix or drop it"):
+    with pytest.raises(DataError, match=r"e\.parquet, row 3: 'text' is None, not a string: fix or drop the row"):
         pieces_of(path)
     with pytest.raises(DataError, match=r"e\.parquet has no column 'body', only text, n: set data\.text_column"):
         pieces_of(path, column="body")
@@ -195,3 +209,27 @@ def test_parquet_errors_name_file_and_row(tmp_path: Path) -> None:
 def test_an_entry_without_files(tmp_path: Path, entry: str, message: str) -> None:
     with pytest.raises(DataError, match=rf"^data entry '{re.escape(str(tmp_path / entry))}' {message}.*relative to"):
         pieces_of(tmp_path / entry)
+
+
+def test_all_bad_rows_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every kind of file; from the first on, nothing more is given out of data that is refused for them."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a", None, 3]) + b"{\n[1]\n" + b'{"b": 1}\n' + jsonl(["b"]))
+    (tmp_path / "b.csv").write_bytes(b"text,n\nc,1\nd\ne,2\n")
+    parquet(tmp_path / "c.parquet", {"text": ["f", None, "g"]})
+    (tmp_path / "hub").mkdir()
+    parquet(tmp_path / "hub" / "train.parquet", {"text": [None, "h"]})
+    entries = [str(tmp_path / "*.*"), HubDataset(hub=str(tmp_path / "hub"))]
+    with BadRows(skip=True) as bad:
+        assert documents(list(iter_pieces(entries, text_column="text", bad=bad))) == list("abcefgh")
+    assert bad.count == 5 + 1 + 1 + 1
+    said = r"^8 rows cannot be used: .*a\.jsonl, line 2: 'text' is None, not a string; "
+    with pytest.raises(DataError, match=said), BadRows(skip=False) as refused:
+        assert documents(list(iter_pieces(entries, text_column="text", bad=refused))) == ["a"]
+
+
+def test_a_file_of_bad_rows_alone_is_not_called_empty(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl([None, None]))
+    with BadRows(skip=True) as bad:
+        assert list(iter_pieces([str(tmp_path / "a.jsonl")], text_column="text", bad=bad)) == []
+    assert bad.count == 2

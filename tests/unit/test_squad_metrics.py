@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from ted_ds.errors import DataError
+from ted_ds.errors import DataError, NotFiniteError
 from ted_ds.evaluation.squad import CANDIDATES, MAX_ANSWER_TOKENS, best_spans, select_answers, squad_scores
 
 
@@ -350,7 +350,7 @@ def test_no_valid_span_is_no_answer():
     """All starts lie behind all ends, the context is masked, or there is no window."""
     question = letters(3)
     offsets = offsets_of(question.context, prefix=1)
-    masked = torch.full((5,), -math.inf)
+    masked = peaks(5, p0=0.0).masked_fill(torch.arange(5) > 0, -math.inf)
     behind = (
         masked.clone().index_fill_(0, torch.tensor([3]), 1.0),
         masked.clone().index_fill_(0, torch.tensor([1]), 1.0),
@@ -360,11 +360,19 @@ def test_no_valid_span_is_no_answer():
     assert select_answers(np.zeros((0, 81)), lambda _: (0, offsets), [question]) == ({"q": ""}, {"q": 1.0})
 
 
-@pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_diverged_window_has_no_span(broken: float):
+@pytest.mark.parametrize("end", [0, 1])
+@pytest.mark.parametrize("broken", [peaks(5, p2=math.nan), peaks(5, p4=math.inf), torch.full((5,), -math.inf)])
+def test_a_diverged_window_has_no_answer(broken: torch.Tensor, end: int):
     question = letters(3)
     offsets = offsets_of(question.context, prefix=1)
-    bad = peaks(5, p2=broken), torch.full((5,), broken)
-    good = peaks(5, p0=0.0, p1=1.0), peaks(5, p0=0.0, p1=1.0)
-    assert select_one(question, offsets, bad) == ("", 1.0)
-    assert select_one(question, offsets, bad, good) == ("a", pytest.approx(1 / (1 + math.exp(2))))
+    good = peaks(5, p0=0.0, p1=1.0)
+    bad = (good, broken) if end else (broken, good)
+    for windows, which in (
+        ([bad], "1 of 1 windows are not finite, the first is window 0"),
+        (
+            [(good, good), bad, (good, good)],
+            "1 of 3 windows are not finite, the first is window 1",
+        ),
+    ):
+        with pytest.raises(NotFiniteError, match=f"^the outputs for {which}$"):
+            select_one(question, offsets, *windows)

@@ -233,3 +233,22 @@ def test_the_grid_that_is_shipped_is_valid(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(sweep) == 18
     assert [entry.run.loss.mse_alpha for entry in sweep[::3]] == [0, 50, 0, 100, 10, 250]
     assert [entry.run.task for entry in sweep[::6]] == ["rte", "mrpc", "rte"]
+
+
+def test_words_of_a_grid_are_to_be_quoted_too(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "task: classification\nmethod: ce\noutput_dir: o\nstudent: {model: m}\n"
+        "data: {train: a, tokenizer: t, text_columns: [a], labels: [a, b]}\n"
+    )
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(f"config: {recipe}\noutput_dir: runs\ngrid: {{data.labels: [[no, yes]]}}\n")
+    with pytest.raises(
+        ConfigError, match=r"grid: data\.labels\.0: YAML reads false as a boolean, and no, yes, on and o"
+    ):
+        read_sweep(grid)
+    grid.write_text("config: 2024-01-01\noutput_dir: runs\ngrid: {seed: [1]}\n")
+    with pytest.raises(
+        ConfigError, match=r"grid\.yaml: config: YAML reads 2024-01-01 as a date: quote it: \"2024-01-01"
+    ):
+        read_sweep(grid)

@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import lzma
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pytest
 
 from ted_ds.config.schema import HubDataset
 from ted_ds.config.tasks import TASKS, TaskSpec
+from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.tables import Example, iter_examples
 from ted_ds.errors import DataError
 
@@ -131,13 +133,54 @@ def test_parquet_rows(tmp_path: Path) -> None:
     assert examples(tmp_path / "own.parquet", VALUES)[1].where == f"{tmp_path / 'own.parquet'}, row 2"
 
 
+def labelled(folder: Path, label: Any) -> Path:
+    (folder / "own.jsonl").write_text(json.dumps({"text": "t", "sentence": "t", "class": label, "label": label}))
+    return folder / "own.jsonl"
+
+
 @pytest.mark.parametrize(
     ("label", "number"),
-    [("good", 1), (" good ", 1), ("1", 1), (1, 1), (0, 0), ("", None), (None, None), (-1, None), ("-1", None)],
+    [("good", 1), (" good ", 1), ("", None), (None, None), (-1, None), ("-1", None), (-1.0, None), (math.nan, None)],
 )
-def test_labels_are_names_or_numbers(tmp_path: Path, label: Any, number: int | None) -> None:
-    (tmp_path / "own.jsonl").write_text(json.dumps({"text": "t", "class": label}))
-    assert read(tmp_path / "own.jsonl", OWN) == [("t", number)]
+def test_labels_are_names(tmp_path: Path, label: Any, number: int | None) -> None:
+    assert read(labelled(tmp_path, label), OWN) == [("t", number)]
+
+
+@pytest.mark.parametrize("label", [1, 0, "1", " 1 ", 1.0, "1.0", "0.0", 2, "007"])
+def test_a_number_has_no_name_of_its_own(tmp_path: Path, label: Any) -> None:
+    """By place it would be guessed: the order of data.labels is the recipe's, not the data's."""
+    path, written = labelled(tmp_path, label), str(label).strip().split(".")[0]
+    said = (
+        f"{path}, line 1: the label is the number {written}, and nothing says which of bad, good it means: fix or "
+        "drop the row, or write labels by name, or name the numbers themselves in data.labels, in quotes"
+    )
+    with pytest.raises(DataError, match=f"^{re.escape(said)}$"):
+        examples(path, OWN)
+
+
+@pytest.mark.parametrize("label", [1, "1", 1.0, "1.0", "1 ", "1.00"])
+def test_numbers_that_are_named_are_found_however_they_are_written(tmp_path: Path, label: Any) -> None:
+    path = labelled(tmp_path, label)
+    assert read(path, replace(OWN, labels=("1", "0"))) == [("t", 0)]
+    assert read(path, TASKS["sst2"]) == [("t", 1)]  # GLUE's own numbers
+
+
+def test_numbers_of_a_glue_task_are_its_official_ones_whatever_the_recipe_s_order(tmp_path: Path) -> None:
+    path = labelled(tmp_path, 1)
+    assert read(path, TASKS["sst2"].with_columns(None, None, ("positive", "negative"))) == [("t", 0)]
+    with pytest.raises(DataError, match=r"the label is the number 1, and nothing says which of good, bad it means"):
+        examples(path, TASKS["sst2"].with_columns(None, None, ("good", "bad")))
+    with pytest.raises(DataError, match=r"the label is '7', expected one of negative, positive, or 0, 1: fix or drop"):
+        examples(labelled(tmp_path, 7), TASKS["sst2"])
+
+
+@pytest.mark.parametrize(("labels", "number"), [(("true", "false"), 0), (("False", "True"), 1)])
+def test_booleans_are_found_by_both_their_names(tmp_path: Path, labels: tuple[str, str], number: int) -> None:
+    path = labelled(tmp_path, True)
+    assert read(path, replace(OWN, labels=labels)) == [("t", number)]
+    for spec in (replace(OWN, labels=("0", "1")), TASKS["sst2"]):
+        with pytest.raises(DataError, match=r"the label is 'True', expected one of "):
+            examples(path, spec)
 
 
 def test_a_label_that_is_called_a_number_is_meant_by_name(tmp_path: Path) -> None:
@@ -145,12 +188,10 @@ def test_a_label_that_is_called_a_number_is_meant_by_name(tmp_path: Path) -> Non
     assert read(path, replace(OWN, labels=("3", "1", "-1"))) == [("a", 1), ("b", 2), ("c", 0)]
 
 
-@pytest.mark.parametrize("label", ["2", "Good", "1.0", "\u00b2", "-2"])
+@pytest.mark.parametrize("label", ["Good", "\u00b2", "\u0661", "-2", "1.5", "1,0", "."])
 def test_what_is_no_label_is_named_with_its_place(tmp_path: Path, label: str) -> None:
     path = tsv(tmp_path, "text|class", "a|good", f"b|{label}")
-    said = (
-        f"{path}, line 3: the label is {label!r}, expected one of bad, good, or its number: fix or drop the row, or set"
-    )
+    said = f"{path}, line 3: the label is {label!r}, expected one of bad, good: fix or drop the row, or set data.labels"
     with pytest.raises(DataError, match=re.escape(said)):
         examples(path, OWN)
 
@@ -159,7 +200,7 @@ def test_values_are_numbers_and_minus_one_is_none_in_stsb_alone(tmp_path: Path) 
     path = tsv(tmp_path, "a|b|label", "x|y|-1", "x|y|1e-1", "x|y|", "x|y|nan")
     assert [row[2] for row in read(path, VALUES)] == [-1.0, 0.1, None, None]
     assert read(tsv(tmp_path, "sentence1|sentence2|label", "x|y|-1.0"), TASKS["stsb"]) == [("x", "y", None)]
-    for wrong in ("high", "inf", "1,5"):
+    for wrong in ("high", "inf", "1,5", "1_0"):
         with pytest.raises(
             DataError, match=rf"set\.tsv, line 2: the label is '{wrong}', expected a number: fix or drop"
         ):
@@ -177,7 +218,7 @@ ERRORS: list[tuple[str, bytes, str]] = [
     ("e.csv", b"text,class\na,good\nb\n", "e.csv, line 3: 1 cells, the header has 2: fix or drop the row"),
     ("e.csv", b"text,class\na,b,good\n", "e.csv, line 2: 3 cells, the header has 2: fix or drop the row"),
     ("e.csv", b'text,class\n"a\n,good\n', "e.csv, line 2: not valid CSV (unexpected end of data): fix or drop"),
-    ("e.jsonl", b"[1]\n", "e.jsonl, line 1: not an object with columns: fix or drop the line"),
+    ("e.jsonl", b"[1]\n", "e.jsonl, line 1: not an object with columns: fix or drop the row"),
     ("e.jsonl", b"\n{\n", "e.jsonl, line 2: not valid JSON (Expecting"),
     ("e.jsonl", b'{"text": null, "class": 1}', "e.jsonl, line 1: 'text' is None, not a string: fix or drop the row"),
     ("e.tsv", b"text\tclass\n\xff\tgood\n", "e.tsv, line 2: not UTF-8 (invalid start byte): convert the file"),
@@ -232,3 +273,78 @@ def test_hub_rows_are_numbered_by_the_names_of_their_labels(hub: Path, streaming
         examples(entry, replace(OWN, text_columns=("body",)))
     with pytest.raises(DataError, match=r"hub \(default, test\) cannot be loaded: "):
         examples(HubDataset(hub=str(hub), split="test", streaming=streaming), OWN)
+
+
+def test_all_bad_rows_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "own.jsonl"
+    rows: list[Any] = [("a", "good"), (None, "good"), ("b", "fair"), ("c", 1), (3, "bad"), ("d", "bad")]
+    path.write_text("".join(json.dumps({"text": text, "class": label}) + "\n" for text, label in rows))
+    with pytest.raises(DataError) as error, BadRows(skip=False) as refused:
+        assert [e.texts for e in iter_examples([str(path)], OWN, refused)] == [("a",), ("d",)]
+    assert str(error.value) == (
+        f"4 rows cannot be used: {path}, line 2: 'text' is None, not a string; {path}, line 3: the label is 'fair', "
+        f"expected one of bad, good; {path}, line 4: the label is the number 1, and nothing says which of bad, good it "
+        "means; and 1 more: fix or drop such rows, or set data.labels, or write labels by "
+        "name, or name the numbers themselves in data.labels, in quotes, or set data.skip_bad_rows: true, which leaves "
+        "them out"
+    )
+    with caplog.at_level(logging.WARNING, "ted_ds"), BadRows(skip=True) as bad:
+        assert [e.texts for e in iter_examples([str(path)] * 2, OWN, bad)] == [("a",), ("d",)] * 2
+    assert [record.getMessage()[:27] for record in caplog.records] == ["8 bad rows are left out: /t"]
+
+
+def test_lines_that_are_no_rows_are_bad_rows_too(tmp_path: Path) -> None:
+    """But for a first line without the columns: there the recipe is wrong."""
+    good, bad = '{"text": "a", "class": "good"}\n', ['{"text"\n', "[1]\n", '{"text": "b"}\n', '"text class"\n']
+    files = {
+        "a.jsonl": good + "".join(bad) + good,
+        "a.csv": "text,class\na,good\nb\nc,d,e\na,good\n",
+        "a.tsv": 'text\tclass\na\tgood\nb\n"c" d\te\tf\na\tgood\n',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    with BadRows(skip=True) as found:
+        assert [e.texts for e in iter_examples([str(tmp_path / "a.*")], OWN, found)] == [("a",)] * 6
+    assert found.count == 2 + 4 + 2
+    with pytest.raises(DataError) as error, BadRows(skip=False) as refused:
+        list(iter_examples([str(tmp_path / "a.jsonl")], OWN, refused))
+    assert str(error.value) == (
+        f"4 rows cannot be used: {tmp_path}/a.jsonl, line 2: not valid JSON (Expecting ':' delimiter: line 2 column 1 "
+        f"(char 8)); {tmp_path}/a.jsonl, line 3: not an object with columns; {tmp_path}/a.jsonl, line 4 has no column "
+        "'class', only text; and 1 more: fix or drop such rows, or write each object on one line, or set "
+        "data.text_columns and data.label_column, or set data.skip_bad_rows: true, which leaves them out"
+    )
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n' + good)
+    with pytest.raises(DataError, match=r"b\.jsonl, line 1 has no column 'class', only text: set data"), found:
+        list(iter_examples([str(tmp_path / "b.jsonl")], OWN, found))
+
+
+def test_a_parquet_file_s_own_names_are_those_of_its_numbers(hub: Path) -> None:
+    path = hub / "train.parquet"
+    assert read(path, OWN) == [("a", 1), ("b", 0), ("c", None)]
+    message = re.escape(f"{path} has the labels good, bad, the task yes, no: set data.labels")
+    with pytest.raises(DataError, match=f"^{message}"):
+        examples(path, replace(OWN, labels=("yes", "no")))
+    with pytest.raises(DataError, match=r"has the labels good, bad, the task none: set data\.labels"):
+        examples(path, TASKS["regression"].with_columns(("text",), "class", None))
+    table = pq.read_table(path)
+    pq.write_table(
+        table.set_column(1, "class", pa.array([0, 2, 1])).replace_schema_metadata(table.schema.metadata), path
+    )
+    with pytest.raises(DataError, match=r"train\.parquet, row 2: the label is 2, and the data names 2: fix or drop"):
+        examples(path, OWN)
+
+
+def test_glue_s_parquet_files_are_read_by_their_names(tmp_path: Path) -> None:
+    from datasets import ClassLabel, Dataset, Features, Value
+
+    features = Features({"sentence": Value("string"), "label": ClassLabel(names=["positive", "negative"])})
+    rows = Dataset.from_dict({"sentence": ["fine", "dull"], "label": [0, 1]}, features=features)
+    rows.to_parquet(tmp_path / "sst2.parquet")
+    assert read(tmp_path / "sst2.parquet", TASKS["sst2"]) == [("fine", 1), ("dull", 0)]
+
+
+def test_arrow_s_dictionaries_are_their_names(tmp_path: Path) -> None:
+    labels = pa.DictionaryArray.from_arrays(pa.array([0, 1, None]), pa.array(["good", "bad"]))
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "class": labels}), tmp_path / "own.parquet")
+    assert read(tmp_path / "own.parquet", OWN) == [("a", 1), ("b", 0), ("c", None)]

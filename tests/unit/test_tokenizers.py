@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable
@@ -10,10 +11,13 @@ import pytest
 import sentencepiece
 from tokenizers import Tokenizer as Core
 from tokenizers import decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast, PythonBackend
 
+from ted_ds.data import tokenizer_training as module
 from ted_ds.data.prepare import prepare
-from ted_ds.data.tokenizers import PROBES, Tokenizer, load_tokenizer, train_sentencepiece, train_wordpiece
+from ted_ds.data.sentencepiece_models import PROBES
+from ted_ds.data.tokenizer_training import train_sentencepiece, train_wordpiece
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError
 from tests.project import make_project
 
@@ -136,9 +140,113 @@ def test_the_tokenizer_s_own_beginning_is_the_prefix_of_every_text() -> None:
     assert tokenizer.agrees_with(plain)
 
 
+def surrounded(single: str, *, eos: str | None, bos: str | None = None) -> PreTrainedTokenizerFast:
+    """Words between special tokens, e.g. "</s> $A"."""
+    special = ["<s>", "</s>", "[CLS]", "[SEP]"]
+    core = Core(models.WordLevel({w: i for i, w in enumerate([*special, "<unk>", "one", "two"])}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=[(w, i) for i, w in enumerate(special)]
+    )
+    names = {"eos_token": eos, "bos_token": bos, "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **{n: v for n, v in names.items() if v is not None})
+
+
+@pytest.mark.parametrize(
+    ("single", "eos", "prefix"),
+    [
+        ("</s> $A", "</s>", [1]),  # OPT
+        ("<s> $A", "</s>", [0]),  # Llama
+        ("<s> $A </s>", "</s>", [0]),  # BART
+        ("$A </s>", "</s>", []),  # T5
+        ("</s> $A </s>", "</s>", [1]),
+        ("[CLS] $A [SEP]", None, [2]),  # BERT
+        ("$A [SEP] [CLS]", "</s>", []),  # XLNet
+        ("[CLS] <s> $A", "</s>", [2, 0]),  # GLM
+        ("$A", "</s>", []),  # GPT-2
+    ],
+)
+def test_a_prefix_is_told_by_its_place(single: str, eos: str | None, prefix: list[int]) -> None:
+    tokenizer = Tokenizer(surrounded(single, eos=eos, bos=eos), "t")
+    assert tokenizer.prefix == prefix
+    assert tokenizer.encode_batch(["one two", ""]) == [[*prefix, 5, 6], prefix]
+
+
+class Slow(PythonBackend):
+    """A tokenizer in plain Python, of letters; OPT's beginning."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(bos_token="</s>", eos_token="</s>", **options)
+
+    @property
+    def vocab_size(self) -> int:
+        return 26
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(97 + i): i for i in range(26)} | self.added_tokens_encoder
+
+    def _tokenize(self, text: str) -> list[str]:
+        return [letter for letter in text if letter.isalpha()]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        return ord(token) - 97
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return chr(97 + index)
+
+    def build_inputs_with_special_tokens(self, ids: list[int], other: list[int] | None = None) -> list[int]:
+        return [self.bos_token_id, *ids]
+
+
+def test_a_slow_tokenizer_s_prefix_is_told_by_its_place() -> None:
+    tokenizer = Tokenizer(Slow(), "t")
+    assert tokenizer.prefix == [26] and tokenizer.encode_batch(["ab"]) == [[26, 0, 1]]
+    assert Tokenizer(ByT5Tokenizer(), "t").prefix == []
+
+
+@pytest.mark.parametrize("single", ["</s> $A", "<s> $A", "$A </s>", "[CLS] $A [SEP]", "$A"])
+def test_the_fingerprint_is_the_one_that_data_on_disk_has(single: str) -> None:
+    fast = surrounded(single, eos="</s>")
+    around = [i for i in fast("")["input_ids"] if i != 1]
+    known = f"{fast.backend_tokenizer.to_str()}{around}1False"
+    assert Tokenizer(fast, "t").fingerprint == hashlib.sha256(known.encode()).hexdigest()
+
+
+CODE = """
+from transformers import PreTrainedTokenizerFast
+class Own(PreTrainedTokenizerFast):
+    trusted = True
+"""
+
+
+def own_code(folder: Path) -> Path:
+    word_level().save_pretrained(folder)
+    (folder / "own.py").write_text(CODE)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def test_a_tokenizer_s_own_code_runs_only_if_it_is_trusted_and_nobody_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = str(own_code(tmp_path / "own"))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(
+        DataError, match=r"has code of its own.*set data\.trust_remote_code: true \(ted-ds evaluate: --"
+    ):
+        load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, trust_remote_code=True)
+    assert tokenizer.encode_batch(["one two"]) == [[3, 4]] and tokenizer.trust_remote_code
+    assert type(tokenizer._tokenizer).trusted
+
+
 def test_vocab_size_counts_added_tokens_and_decoding_shows_special_ones() -> None:
     tokenizer = Tokenizer(word_level(added=("<a>", "<b>")), "t")
-    assert tokenizer.vocab_size == 8
+    assert (tokenizer.vocab_size, tokenizer.text_vocab_size, tokenizer.spelled(7)) == (8, 6, "7 ('<b>')")
     assert tokenizer.decode([3, 7, 0]).replace(" ", "") == "one<b><eos>"
 
 
@@ -197,6 +305,64 @@ def test_a_corpus_too_small_for_the_vocabulary(tmp_path: Path, texts: list[str])
     with pytest.raises(DataError, match=r"^no tokenizer of 900 pieces from this corpus: ."):
         train_sentencepiece(texts, 900, tmp_path / "tokenizer")
     assert not (tmp_path / "tokenizer").exists()
+
+
+GREEK = "\u03bf \u03c0\u03bf\u03c4\u03b1\u03bc\u03cc\u03c2 \u03ba\u03b1\u03b9 "
+
+
+@pytest.mark.parametrize("long", [GREEK * 400, GREEK.replace(" ", "") * 500])
+def test_no_line_is_too_long_to_be_trained_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, long: str
+) -> None:
+    monkeypatch.setattr(module, "LINE_BYTES", 2000)
+    train_sentencepiece(["the river\n" * 50, f"short\n{long}\n", long], 310, tmp_path / "tokenizer")
+    assert "lines of more than 2000 bytes, which were cut: 2" in caplog.text
+    pieces = load_tokenizer(str(tmp_path / "tokenizer"))._vocabulary
+    assert any("\u03c0\u03bf\u03c4\u03b1" in piece for piece in pieces)
+
+
+def test_cut_lines_hold_the_whole_line_and_words_are_kept_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LINE_BYTES", 80)
+    words = [f"word{i}" for i in range(100)]
+    lines = list(module._TrainingLines([" ".join(words), "x" * 333, "\u03bf" * 41, "short"]))
+    assert max(len(line.encode()) for line in lines) <= 80
+    first = [line for line in lines if "word" in line]
+    assert "".join(first) == " ".join(words) and " ".join(first).split() == words
+    assert [line for line in lines if "word" not in line] == ["x" * 20] * 16 + ["x" * 13] + ["\u03bf" * 20] * 2 + [
+        "\u03bf",
+        "short",
+    ]
+
+
+def test_a_line_with_sentencepiece_s_own_character_is_trained_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train_sentencepiece(["the river\n" * 50, f"{GREEK}\u2585{GREEK}\n" * 50], 310, tmp_path / "tokenizer")
+    assert "lines with U+2585, which sentencepiece keeps for itself, and which were cut there: 50" in caplog.text
+    tokenizer = load_tokenizer(str(tmp_path / "tokenizer"))
+    assert any("\u03c0" in piece for piece in tokenizer._vocabulary)
+    text = f"{GREEK}\u2585\u2585 x"
+    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+
+
+def test_sampling_of_lines_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "the river and the stone\n"
+    train_sentencepiece([text * 150], 290, tmp_path / "whole")
+    assert not [record for record in caplog.records if record.name == "ted_ds"]
+    monkeypatch.setattr(module, "TRAINING_LINES", 120)
+    train_sentencepiece([text * 150], 290, tmp_path / "some")
+    assert "120 of 150 lines, drawn at random, were seen" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("texts", "reason"),
+    [([], "it has no text"), (["\u2585\n"], "it has no text"), (["ab"], "Vocabulary size too high")],
+)
+def test_why_there_is_no_tokenizer_is_said_plainly(tmp_path: Path, texts: list[str], reason: str) -> None:
+    with pytest.raises(DataError, match=f"^no tokenizer of 900 pieces from this corpus: {reason}"):
+        train_sentencepiece(texts, 900, tmp_path / "tokenizer")
 
 
 def test_packing_without_an_end_of_document_fails_before_it_begins(tmp_path: Path) -> None:

@@ -1,0 +1,85 @@
+"""Data sets of the hub, and folders that `datasets` saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ted_ds.config.schema import HubDataset
+from ted_ds.errors import DataError
+
+
+def hub_rows(entry: HubDataset) -> tuple[str, Any]:
+    """(what messages call it, the data set as `datasets` loads it).
+
+    A local folder that `save_to_disk` wrote is memory-mapped.
+    Raises DataError with the cause, and the file and column where `datasets` knows them.
+    """
+    from datasets import load_dataset
+
+    where = f"data set {entry.hub} ({entry.name or 'default'}, {entry.split})"
+    try:
+        if _is_saved(Path(entry.hub)):
+            return where, _saved(entry, where)
+        return where, load_dataset(entry.hub, entry.name, split=entry.split, streaming=entry.streaming)
+    except DataError:
+        raise
+    except Exception as error:  # network, hub, builder and file errors have no common base
+        raise DataError(f"{where} cannot be loaded: {cause(error)}") from error
+
+
+def cause(error: BaseException) -> str:
+    """One line of what went wrong; of a failure while `datasets` reads files, also in which file and column."""
+    from datasets.exceptions import DatasetGenerationError
+    from datasets.table import CastError
+
+    while isinstance(error, DatasetGenerationError) and (inner := error.__cause__ or error.__context__):
+        error = inner  # its own message says no more than that there was an error
+    text = f"its columns differ, {error.details()}" if isinstance(error, CastError) else " ".join(str(error).split())
+    places = [f"{name} {value}" for name, value in _places(error).items()]
+    return ", ".join(places) + (": " if places else "") + (text[:400] or type(error).__name__)
+
+
+def _places(error: BaseException) -> dict[str, str]:
+    """The file and the column that `datasets` was at: its errors do not say, the frames they went through do."""
+    found: dict[str, str] = {}
+    at = error.__traceback__
+    while at is not None:
+        name, values = at.tb_frame.f_code.co_name, at.tb_frame.f_locals
+        if name == "_generate_tables" and "file" in values:
+            found["file"] = str(values["file"])
+        elif name == "cast_table_to_schema" and "table" in values and "features" in values:
+            found |= _no_cast(values["table"], values["features"])
+        at = at.tb_next
+    return found
+
+
+def _no_cast(table: Any, features: Any) -> dict[str, str]:
+    from datasets.table import cast_array_to_feature
+
+    for column in table.column_names:
+        try:
+            cast_array_to_feature(table[column], features[column])
+        except Exception:  # Arrow's errors and plain TypeErrors
+            return {"column": repr(column)}
+    return {}
+
+
+def _is_saved(folder: Path) -> bool:
+    from datasets import config
+
+    return any(
+        (folder / name).is_file() for name in (config.DATASET_STATE_JSON_FILENAME, config.DATASETDICT_JSON_FILENAME)
+    )
+
+
+def _saved(entry: HubDataset, where: str) -> Any:
+    from datasets import Dataset, load_from_disk
+
+    found = load_from_disk(entry.hub)
+    if entry.name is not None:
+        raise DataError(f"{where} is a saved folder, which has no configurations: leave out name")
+    splits = found if not isinstance(found, Dataset) else {str(found.split or entry.split): found}
+    if entry.split not in splits:
+        raise DataError(f"{where} is a saved folder of {', '.join(splits)}: set split to one of them")
+    return splits[entry.split]

@@ -1,0 +1,189 @@
+"""Packed blocks of token ids in a memory-mapped Arrow file: written by `Packer`, read by `PackedBlocks`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from ted_ds.data.manifests import MANIFEST, reread_names
+from ted_ds.data.sources import Piece
+from ted_ds.data.tokenizers import Tokenizer
+from ted_ds.errors import DataError
+
+BLOCKS = "blocks.arrow"
+
+INSERTED, ENDS = "inserted", "ends"
+"""Columns of marks: tokens that the tokenizer put before documents, and, of held-out data, that close them."""
+
+BATCH_TOKENS = 1 << 20
+"""Tokens of a record batch of the Arrow file (4 MiB)."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What packed blocks were made of.
+
+    entries, text_column, sources: the recipe's data, and name -> bytes of the files it meant.
+    tokens: of all documents, their prefixes and ends included, and a dropped tail too. last_row_length: tokens
+    of the last row that are not padding. digest: SHA-256 of the rows' ids, as int32.
+    prefix: what the tokenizer put before each document. largest_id: of the rows. words, bytes: of held-out documents,
+    see `TextCounts`; None for training data. All four are None in folders of versions that did not write them.
+    left_out: bad rows of the data, of which there is nothing here.
+    """
+
+    tokenizer: str
+    tokenizer_fingerprint: str
+    sequence_length: int
+    rows: int
+    last_row_length: int
+    tokens: int
+    documents: int
+    text_column: str
+    entries: tuple[str, ...]
+    sources: dict[str, int]
+    digest: str
+    prefix: tuple[int, ...] | None = None
+    largest_id: int | None = None
+    words: int | None = None
+    bytes: int | None = None
+    left_out: int = 0
+
+
+class PackedBlocks:
+    """The packed rows of one split, memory-mapped: rows that are not read cost no memory.
+
+    The file may have columns of marks, S bits a row, packed into bytes: `inserted` if the tokenizer begins documents
+    with tokens of its own, `ends` in held-out data. Files of older versions have none.
+
+    Raises DataError where the folder is not whole.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            prefix = None if values.get("prefix") is None else tuple(values["prefix"])
+            entries = reread_names(values["entries"])
+            self.manifest = Manifest(**{**values, "entries": entries, "prefix": prefix})
+            self._file = pa.ipc.open_file(pa.memory_map(str(folder / BLOCKS)))
+            batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            raise DataError(f"{folder} holds no whole prepared data ({error}): delete it to prepare it anew") from error
+        length = self.manifest.sequence_length
+        # zero-copy views of the map; every batch but the last has as many rows
+        self._batches = [batch.column(0).flatten().to_numpy().reshape(-1, length) for batch in batches]
+        names = [name for name in (INSERTED, ENDS) if name in self._file.schema.names]
+        self._marks = {name: [_bytes_of(batch.column(name)) for batch in batches] for name in names}
+        if sum(map(len, self._batches)) != self.manifest.rows:
+            raise DataError(f"{folder}: {BLOCKS} and {MANIFEST} differ in rows: delete the folder to prepare it anew")
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def rows(self, indices: np.ndarray) -> np.ndarray:
+        """[len(indices), S] int64 token ids."""
+        size = len(self._batches[0])
+        return np.stack([self._batches[i // size][i % size] for i in indices.tolist()]).astype(np.int64)
+
+    def inserted(self, indices: np.ndarray) -> np.ndarray | None:
+        """[len(indices), S] bool: true on tokens that the tokenizer put before documents; None where it puts none."""
+        return self._marked(INSERTED, indices)
+
+    def ends(self, indices: np.ndarray) -> np.ndarray | None:
+        """[len(indices), S] bool: true on tokens that close a document; None where that was not written."""
+        return self._marked(ENDS, indices)
+
+    def _marked(self, name: str, indices: np.ndarray) -> np.ndarray | None:
+        if name not in self._marks:
+            return None
+        size = len(self._batches[0])
+        marks = np.stack([self._marks[name][i // size][i % size] for i in indices.tolist()])
+        return np.unpackbits(marks, axis=1, count=self.manifest.sequence_length).view(bool)
+
+    def largest_id(self) -> int:
+        """The largest id of all rows, read through where the folder does not say."""
+        known = self.manifest.largest_id
+        return max(int(batch.max()) for batch in self._batches) if known is None else known
+
+    def row_length(self, index: int) -> int:
+        """Tokens of a row that are not padding: S, or less in the last row."""
+        last = index == len(self) - 1
+        return self.manifest.last_row_length if last else self.manifest.sequence_length
+
+
+def _bytes_of(column: pa.FixedSizeBinaryArray) -> np.ndarray:
+    """[rows, bytes] uint8, a view."""
+    width = column.type.byte_width
+    return np.frombuffer(column.buffers()[1], np.uint8, len(column) * width).reshape(-1, width)
+
+
+class Packer:
+    """Cuts the stream of tokens into rows and writes them."""
+
+    def __init__(self, path: Path, tokenizer: Tokenizer, length: int, *, held_out: bool) -> None:
+        self.rows = self.tokens = self.documents = self.largest_id = 0
+        self.digest = hashlib.sha256()
+        self._prefix, self._eos, self._length = tokenizer.prefix, tokenizer.eos_id, length
+        self._one_mark = self._prefix == [self._eos]
+        self._rows_a_batch = max(1, BATCH_TOKENS // length)
+        self._held: list[np.ndarray] = []
+        names = [INSERTED] * bool(self._prefix and not self._one_mark) + [ENDS] * held_out
+        self._marks: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        self._held_tokens = 0
+        columns = [("input_ids", pa.list_(pa.int32(), length)), *((name, pa.binary(-(-length // 8))) for name in names)]
+        self._sink = pa.OSFile(str(path), "wb")
+        self._writer = pa.ipc.new_file(self._sink, pa.schema(columns))
+
+    def add(self, piece: Piece, ids: list[int]) -> None:
+        """One piece's ids, which begin with the tokenizer's prefix whether or not a document does."""
+        begins = piece.starts and not (self._one_mark and self.tokens)
+        ids = ids if begins else ids[len(self._prefix) :]
+        row = np.array([*ids, self._eos] if piece.ends else ids, dtype=np.int32)
+        self._hold(row, inserted=len(self._prefix) if begins else 0, ends=piece.ends)
+        while self._held_tokens >= self._rows_a_batch * self._length:
+            self._write(self._rows_a_batch)
+        self.tokens += len(row)
+        self.documents += piece.ends
+
+    def close(self, *, drop_tail: bool) -> int:
+        """Writes what is left; returns how many tokens of the last row are not padding."""
+        rest = self._held_tokens % self._length
+        if rest and not drop_tail:
+            self._hold(np.full(self._length - rest, self._eos, dtype=np.int32), inserted=0, ends=False)
+        self._write(self._held_tokens // self._length)
+        self._writer.close()
+        self._sink.close()
+        return rest if rest and not drop_tail else self._length
+
+    def _hold(self, ids: np.ndarray, *, inserted: int, ends: bool) -> None:
+        """inserted: how many ids at the beginning are the tokenizer's own. ends: whether the last closes a document."""
+        self._held.append(ids)
+        self._held_tokens += len(ids)
+        places = np.arange(len(ids))
+        for name, held in self._marks.items():
+            held.append(places < inserted if name == INSERTED else places >= len(ids) - ends)
+
+    def _write(self, rows: int) -> None:
+        full, self._held = _parted(self._held, rows * self._length)
+        self._held_tokens -= len(full)
+        columns: dict[str, pa.Array] = {"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(full), self._length)}
+        for name, held in self._marks.items():
+            marks, self._marks[name] = _parted(held, rows * self._length)
+            packed = np.packbits(marks.reshape(rows, self._length), axis=1)
+            kind = pa.binary(packed.shape[1])
+            columns[name] = pa.FixedSizeBinaryArray.from_buffers(kind, rows, [None, pa.py_buffer(packed)])
+        if rows:
+            self._writer.write_batch(pa.record_batch(columns))
+            self.digest.update(full.tobytes())
+            self.largest_id = max(self.largest_id, int(full.max()))
+            self.rows += rows
+
+
+def _parted(held: list[np.ndarray], length: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """(the first `length` elements of the arrays, what is left)."""
+    whole = np.concatenate(held) if held else np.empty(0, dtype=np.int32)
+    return whole[:length], [whole[length:]]

@@ -1,0 +1,126 @@
+"""Whether a model has rows for the ids that occur: on the CPU, before a GPU would end the process over one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from ted_ds.config.schema import RunConfig
+from ted_ds.config.tasks import TASKS
+from ted_ds.data.encoded import EncodedRows, ensure_encoded
+from ted_ds.data.packed import PackedBlocks
+from ted_ds.data.prepare import prepare
+from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ted_ds.errors import DataError, ModelError
+from ted_ds.evaluation.lambada import lambada
+from ted_ds.stages.models import Models, check_fit, check_ids, check_models
+from ted_ds.stages.text_data import TextData
+from tests.project import VOCAB, make_project, recipe
+from tests.tiny_models import tiny_model
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A teacher and student with a row for each word, and a tokenizer with one token more: <image>, id 61."""
+    make_project(tmp_path)
+    fast = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    fast.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    for name in ("tokenizer", "teacher"):
+        fast.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def packed(project: Path, text: str) -> PackedBlocks:
+    path = project / "text.txt"
+    path.write_text(text)
+    return prepare([str(path)], load_tokenizer(str(project / "tokenizer")), 4, project / "data", processes=1)
+
+
+def test_a_token_past_the_rows_that_no_text_holds_is_accepted(project: Path) -> None:
+    run = RunConfig.model_validate(recipe(project, "run", student__init={"num_blocks": 2}))
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    assert (tokenizer.vocab_size, tokenizer.text_vocab_size) == (VOCAB + 1, VOCAB)
+    teacher = str(project / "teacher")
+    rows = check_models(run, Models(teacher, teacher), tokenizer)
+    assert rows == VOCAB
+    check_ids(tokenizer, rows, {"train": packed(project, "w1 w2 w3 w4 w5")})
+
+
+def test_heads_are_compared_on_the_rows_that_all_have(project: Path) -> None:
+    (project / "prepared").mkdir()
+    for split in ("train", "validation"):
+        packed(project, "w1 w2 w3 w4 w5")
+        (project / "data").rename(project / "prepared" / split)
+    run = RunConfig.model_validate(recipe(project, "run", data__prepared=str(project / "prepared")))
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    sizes = [TextData.open(run, tokenizer, rows).task.vocab_size for rows in (VOCAB, VOCAB + 1, VOCAB + 9, None)]
+    assert sizes == [VOCAB, VOCAB + 1, VOCAB + 1, VOCAB + 1]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_prepared_data_that_holds_such_a_token_is_refused(project: Path, known: bool) -> None:
+    """Also in a folder whose manifest does not know its largest id."""
+    blocks = packed(project, "w1 w2 <image> w4 w5")
+    if not known:
+        path = project / "data/manifest.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "largest_id"}))
+        blocks = PackedBlocks(project / "data")
+        assert blocks.manifest.largest_id is None
+    tokenizer = load_tokenizer(str(project / "tokenizer"))
+    with pytest.raises(ModelError, match=r"prepared train data holds the id 61 \('<image>'\), a model has 61 vocab"):
+        check_ids(tokenizer, VOCAB, {"train": blocks})
+    check_ids(tokenizer, VOCAB + 1, {"train": blocks})
+
+
+def test_data_is_not_read_if_every_id_has_a_row(project: Path) -> None:
+    unread: Any = SimpleNamespace()
+    check_ids(load_tokenizer(str(project / "tokenizer")), VOCAB + 1, {"train": unread})
+
+
+def encoded(project: Path, tokenizer: Tokenizer, text: str) -> EncodedRows:
+    path = project / "rows.jsonl"
+    path.write_text("".join(json.dumps({"sentence": t, "label": 1}) + "\n" for t in ("w1 w2", text)))
+    spec = TASKS["sst2"]
+    return ensure_encoded([str(path)], spec, tokenizer, project / "rows", max_length=8, stride=0, training=True)
+
+
+def test_labelled_rows_are_looked_at_too_with_their_padding(project: Path) -> None:
+    tokenizer = load_tokenizer(str(project / "tokenizer"))
+    check_ids(tokenizer, VOCAB, {"train": encoded(project, tokenizer, "w3 w4 w5")})
+    shutil.rmtree(project / "rows")
+    with pytest.raises(ModelError, match=r"held-out data holds the id 61 \('<image>'\)"):
+        check_ids(tokenizer, VOCAB, {"held-out": encoded(project, tokenizer, "w3 <image>")})
+    fast = AutoTokenizer.from_pretrained(project / "tokenizer", pad_token="<image>")
+    padded = Tokenizer(fast, str(project / "tokenizer"))
+    shutil.rmtree(project / "rows")
+    with pytest.raises(ModelError, match=r"holds the id 61 \('<image>'\)"):
+        check_ids(padded, VOCAB, {"train": encoded(project, padded, "w3 w4")})
+
+
+def test_pieces_of_texts_past_the_rows_are_refused_before_data_is_prepared(project: Path) -> None:
+    tokenizer = load_tokenizer(str(project / "tokenizer"))
+    with pytest.raises(ModelError, match=r"the teacher x has 50 vocabulary rows, data\.tokenizer has 61 ids: use the"):
+        check_fit("teacher", "x", tiny_model("llama", vocab=50), "causal-lm", tokenizer, 8)
+
+
+def test_a_lambada_passage_that_holds_such_a_token_is_refused(project: Path) -> None:
+    model, tokenizer = tiny_model("llama", vocab=VOCAB), load_tokenizer(str(project / "tokenizer"))
+    options: dict[str, Any] = {"batch_size": 2, "device": torch.device("cpu")}
+    assert lambada(model, tokenizer, ["w1 w2 w3"], **options)["examples"] == 1
+    with pytest.raises(DataError, match=r"passage 2 has the id 61 \('<image>'\), the model has 61 vocabulary"):
+        lambada(model, tokenizer, ["w1 w2 w3", "w1 <image> w2"], **options)
+
+
+@pytest.mark.parametrize("side", ["teacher", "student", "neither"])
+def test_a_model_that_is_trusted_brings_a_tokenizer_that_is(project: Path, side: str) -> None:
+    changes: dict[str, Any] = {"student__model": "s", "student__init": None, "data__tokenizer": side}
+    changes |= {} if side == "neither" else {f"{side}__model": side, f"{side}__trust_remote_code": True}
+    run = RunConfig.model_validate(recipe(project, "run", **changes))
+    assert run.data.trust_remote_code is (side != "neither")
