@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; without a network a name that is no folder costs 20 s of retries
 
@@ -8,8 +11,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch.utils.cpp_extension import get_default_build_root
 
 from tests.workers import Workers
+
+WITH_RANKS = ("cluster", "distributed", "faults", "integration")
+"""Folders of tests that start ranks."""
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
@@ -21,6 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if DEVICE == "cpu" and item.get_closest_marker("requires_gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Builds DeepSpeed's operator for CPU ranks on a fresh machine: that takes longer than some tests may."""
+    built = f"py{sys.version_info[0]}{sys.version_info[1]}*/deepspeed_shm_comm/deepspeed_shm_comm.so"
+    needed = any(item.path.parent.name in WITH_RANKS for item in session.items)
+    if needed and not session.config.option.collectonly and not any(Path(get_default_build_root()).glob(built)):
+        code = "from ted_ds.distributed import init_world, shut_down; shut_down(init_world())"
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 @pytest.fixture(autouse=True)
