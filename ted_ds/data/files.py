@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 from zipfile import ZipFile
 
 from ted_ds.data.bad_rows import BadRow
-from ted_ds.data.hub import cause
 from ted_ds.errors import DataError
 
 logger = logging.getLogger("ted_ds")
@@ -91,17 +90,6 @@ def no_format(path: Path, formats: str) -> NoReturn:
     with text_file(path) as file:  # what it holds may say more
         hint = "it looks like JSON, which is named .jsonl by lines; " if file.looks_like_json() else ""
     raise DataError(f"{path} has a suffix that says no format: {hint}give {formats}")
-
-
-@contextmanager
-def readable(what: object) -> Iterator[None]:
-    """Within it, an error that is none of ours is a DataError: `what` cannot be read."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # decompressors, Arrow, hub and builders raise errors of their own
-        raise DataError(f"{what} cannot be read: {cause(error)}") from error
 
 
 class TextFile:

@@ -24,12 +24,12 @@ _QUOTED = re.compile(r'"(?:[^"]|"")*"', re.DOTALL)
 
 
 class Record(NamedTuple):
-    """A row. number: its line or row, from 1. read: bytes on disk since the record before, for a progress bar.
+    """A row.
 
-    values: what is wrong with the row, where it cannot be used.
+    where: what messages call it: its file and line, or row, from 1. values: of a row that cannot be used, what is wrong
+    with it. read: bytes on disk since the record before, for a progress bar.
     """
 
-    number: int
     where: str
     values: Mapping[str, Any] | BadRow
     read: float
@@ -106,7 +106,7 @@ def _parquet(path: Path, columns: Sequence[str], setting: str | None) -> Iterato
         for batch in file.iter_batches(batch_size=1024, columns=list(columns) if setting else None):
             for values in _python(batch, str(path), number):
                 number += 1
-                yield Record(number, f"{path}, row {number}", values, share)
+                yield Record(f"{path}, row {number}", values, share)
 
 
 def _python(batch: Any, where: str, before: int) -> list[dict[str, Any]]:
@@ -145,7 +145,7 @@ def _json(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterat
         elif setting and not isinstance(values, BadRow):
             values = BadRow(f"{where}: not an object with columns")
         first = False
-        yield Record(number, where, values, file.read())
+        yield Record(where, values, file.read())
 
 
 def _csv(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
@@ -165,7 +165,7 @@ def _csv(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterato
                 header = cells
                 check_columns(file.name, header, columns, setting)
         elif cells:
-            yield Record(first, where, _row(where, header, cells), file.read())
+            yield Record(where, _row(where, header, cells), file.read())
 
 
 def tsv_rows(file: TextFile) -> Iterator[tuple[int, list[str]]]:
@@ -191,7 +191,7 @@ def _tsv(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterato
         values = _row(where, header, cells, "; cells of a .tsv are not quoted" if '"' in "".join(cells) else "")
         if not isinstance(values, BadRow) and any(values.get(name) in quoted for name in columns):
             marks.append(number)
-        yield Record(number, where, values, file.read())
+        yield Record(where, values, file.read())
     if marks:
         logger.warning(
             "%s: %d rows have a cell in quotation marks, which are kept as text, the first in line %d: if a program "
