@@ -111,7 +111,7 @@ def _perplexity(arguments: argparse.Namespace, model: Any, tokenizer: Any, world
 
 def _task_scores(arguments: argparse.Namespace, model: Any, tokenizer: Any, world: Any) -> dict[str, float]:
     from ted_ds.data.buckets import ScoringRows
-    from ted_ds.data.encoded import ensure_encoded
+    from ted_ds.data.encoding import ensure_encoded
     from ted_ds.evaluation.outputs import collect_outputs
     from ted_ds.stages.example_data import make_task, score_outputs
     from ted_ds.stages.models import check_ids, vocabulary_rows
