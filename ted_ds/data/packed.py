@@ -13,6 +13,7 @@ import pyarrow as pa
 from ted_ds.data.manifests import MANIFEST, reread_names
 from ted_ds.data.sources import Piece
 from ted_ds.data.tokenizers import Tokenizer
+from ted_ds.data.tokenizing import TextCounts
 from ted_ds.errors import DataError
 
 BLOCKS = "blocks.arrow"
@@ -122,11 +123,15 @@ def _bytes_of(column: pa.FixedSizeBinaryArray) -> np.ndarray:
 
 
 class Packer:
-    """Cuts the stream of tokens into rows and writes them."""
+    """Cuts the stream of tokens into rows and writes them; of held-out data also where documents end.
+
+    text: what held-out documents count.
+    """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, length: int, *, held_out: bool) -> None:
         self.rows = self.tokens = self.documents = self.largest_id = 0
         self.digest = hashlib.sha256()
+        self.text = TextCounts() if held_out else None
         self._prefix, self._eos, self._length = tokenizer.prefix, tokenizer.eos_id, length
         self._one_mark = self._prefix == [self._eos]
         self._rows_a_batch = max(1, BATCH_TOKENS // length)
@@ -148,6 +153,8 @@ class Packer:
             self._write(self._rows_a_batch)
         self.tokens += len(row)
         self.documents += piece.ends
+        if self.text is not None:
+            self.text.add(piece)
 
     def close(self, *, drop_tail: bool) -> int:
         """Writes what is left; returns how many tokens of the last row are not padding."""
