@@ -32,7 +32,7 @@ class Document:
 
 
 def iter_documents(entries: Entries, tokenizer: Tokenizer, *, text_column: str = "text") -> Iterator[Document]:
-    """The documents of all entries, in order; DataError where data is missing or unreadable."""
+    """The documents of all entries, in order; DataError if data is missing or unreadable."""
     held, counts = list[int](), TextCounts()
     with BadRows(skip=None) as bad:
         for piece, ids in tokenized(entries, tokenizer, bad, text_column=text_column, processes=None, what="tokenize"):

@@ -45,7 +45,7 @@ def ensure_encoded(
 
     training: the split is trained on; a held-out one keeps what scoring needs of its questions.
     skip_bad_rows: see `BadRows`; those that have no label are bad too.
-    Raises DataError where the data is missing, unreadable or unlabelled, and where the folder was made otherwise.
+    Raises DataError if the data is missing, unreadable or unlabelled, and if the folder was made otherwise.
     """
     if not folder.exists():
         _encode(entries, spec, tokenizer, folder, max_length, stride, training, skip_bad_rows)

@@ -68,7 +68,7 @@ _JSON_BEGINS = re.compile(rb'\s*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
 
 def matching_files(entry: str) -> list[Path]:
-    """The files of a path or glob, sorted. Raises DataError where there is none."""
+    """The files of a path or glob, sorted. Raises DataError if there is none."""
     files = [Path(path) for path in sorted(glob.glob(entry, recursive=True)) if Path(path).is_file()]
     if Path(entry).is_file():  # a name with brackets in it
         return [Path(entry)]
@@ -153,7 +153,7 @@ class TextFile:
 def text_file(path: Path) -> Iterator[TextFile]:
     """The file, unpacked if it is compressed (.gz, .xz, .lzma, .bz2, .zst, .lz4, and .zip of one file).
 
-    Raises DataError where it holds something else than text, and where compressed data ends too early.
+    Raises DataError if it holds something else than text, and if compressed data ends too early.
     """
     unpack = _UNPACKED.get(path.suffix.lower())
     with path.open("rb") as raw:
@@ -177,7 +177,7 @@ def text_file(path: Path) -> Iterator[TextFile]:
 
 
 def refuse_binary(head: bytes, path: Path) -> None:
-    """Raises DataError where a file begins as no text does."""
+    """Raises DataError if a file begins as no text does."""
     _refuse_pointer(head, path)
     for mark, encoding in WIDE:
         if head.startswith(mark):

@@ -61,7 +61,7 @@ class PackedBlocks:
     The file may have columns of marks, S bits a row, packed into bytes: `inserted` if the tokenizer begins documents
     with tokens of its own, `ends` in held-out data. Files of older versions have none.
 
-    Raises DataError where the folder is not whole.
+    Raises DataError if the folder is not whole.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -91,11 +91,11 @@ class PackedBlocks:
         return np.stack([self._batches[i // size][i % size] for i in indices.tolist()]).astype(np.int64)
 
     def inserted(self, indices: np.ndarray) -> np.ndarray | None:
-        """[len(indices), S] bool: true on tokens that the tokenizer put before documents; None where it puts none."""
+        """[len(indices), S] bool: true on tokens that the tokenizer put before documents; None if it puts none."""
         return self._marked(INSERTED, indices)
 
     def ends(self, indices: np.ndarray) -> np.ndarray | None:
-        """[len(indices), S] bool: true on tokens that close a document; None where that was not written."""
+        """[len(indices), S] bool: true on tokens that close a document; None if that was not written."""
         return self._marked(ENDS, indices)
 
     def _marked(self, name: str, indices: np.ndarray) -> np.ndarray | None:
@@ -106,7 +106,7 @@ class PackedBlocks:
         return np.unpackbits(marks, axis=1, count=self.manifest.sequence_length).view(bool)
 
     def largest_id(self) -> int:
-        """The largest id of all rows, read through where the folder does not say."""
+        """The largest id of all rows, which are read through if the manifest does not say."""
         known = self.manifest.largest_id
         return max(int(batch.max()) for batch in self._batches) if known is None else known
 

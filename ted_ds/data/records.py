@@ -67,7 +67,7 @@ def hub_records(where: str, rows: Any, columns: Sequence[str], setting: str) -> 
 def check_columns(
     where: str, there: Sequence[str], needed: Sequence[str], setting: str | None, shown: Sequence[str] | None = None
 ) -> None:
-    """Raises DataError for a needed column that is missing (not where `setting` is None) or there twice."""
+    """Raises DataError for a needed column that is missing (not if `setting` is None) or there twice."""
     if setting and (missing := [name for name in needed if name not in there]):
         raise DataError(
             f"{where} has no column {missing[0]!r}, only {', '.join(shown or there) or 'none'}: set {setting}"

@@ -164,7 +164,7 @@ def _answers(value: Any, where: str) -> list[tuple[Any, Any]]:
 
 
 def _nowhere(start: Any) -> bool:
-    """Whether a start is what converters write where there is no answer."""
+    """Whether a start is what converters write if there is no answer."""
     return start is None or start != start or ((place := _whole(start)) is not None and place <= 0)
 
 

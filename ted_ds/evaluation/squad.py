@@ -71,7 +71,7 @@ def select_answers(
     highest start logit, then with the first start, then the first end.
     The probability is sigmoid(null - answer's score), with the lowest null score of the windows: 0.5 is
     where BERT's script has a difference of 0. Without any span the answer is "" and the probability 1.
-    NotFiniteError where a window's row has a nan or +inf, or no start or end that is finite.
+    NotFiniteError if a window's row has a nan or +inf, or no start or end that is finite.
     """
     _refuse_not_finite(spans)
     texts = [""] * len(questions)

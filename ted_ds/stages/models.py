@@ -124,7 +124,7 @@ def _unpacked(run: RunConfig, side: str, name_or_path: str, published: dict[str,
 def check_models(run: RunConfig, models: Models, tokenizer: Tokenizer) -> int:
     """The fewest vocabulary rows of teacher and student.
 
-    Raises ModelError where one of them does not fit task and data, by their configs alone.
+    Raises ModelError if one of them does not fit task and data, by their configs alone.
     """
     fewest = []
     sides = [("student", models.student, run.student.trust_remote_code)]
@@ -201,7 +201,7 @@ def vocabulary_rows(model: PreTrainedModel, kind: Kind) -> int:
 
 
 def check_ids(tokenizer: Tokenizer, rows: int, splits: Mapping[str, PackedBlocks | EncodedRows]) -> None:
-    """Raises ModelError where prepared data holds an id that a model has no row for; on one rank.
+    """Raises ModelError if prepared data holds an id that a model has no row for; on one rank.
 
     rows: the fewest vocabulary rows of the models. On a GPU such an id ends the process without a reason. Data is
     looked at only if the tokenizer has such ids at all.
