@@ -122,7 +122,7 @@ class TextFile:
         """JSON of a line, or with None of the file. Lone surrogates, which no tokenizer takes, become U+FFFD."""
         try:
             value = _DECODER.decode(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._not_json(error, text, number) from error
         if "\\" in text and _ESCAPED_SURROGATE.search(text):  # most lines cost the first look alone
             value, count = _mended(value)
@@ -131,7 +131,7 @@ class TextFile:
             self._mended += count
         return value
 
-    def _not_json(self, error: ValueError, text: str, number: int | None) -> DataError:
+    def _not_json(self, error: Exception, text: str, number: int | None) -> DataError:
         if number is None:
             return DataError(f"{self.name}: not valid JSON ({error}): fix the file, or name JSON lines .jsonl")
         whole = getattr(error, "pos", 0) < len(text.rstrip())

@@ -109,18 +109,16 @@ def _parquet(path: Path, columns: Sequence[str], setting: str | None) -> Iterato
                 yield Record(f"{path}, row {number}", values, share)
 
 
-def _python(batch: Any, where: str, before: int) -> list[dict[str, Any]]:
+def _python(batch: Any, where: str, before: int) -> list[dict[str, Any] | BadRow]:
+    """The rows of a batch; `before`: how many there were in those before it."""
     try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
+        rows: list[dict[str, Any] | BadRow] = batch.to_pylist()
         return rows
-    except UnicodeDecodeError:
-        pass
-    for i in range(len(batch)):  # Arrow does not say where
-        try:
-            batch.slice(i, 1).to_pylist()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}, row {before + i + 1}: not UTF-8 ({error.reason}): fix or drop it") from error
-    raise AssertionError("each row by itself is UTF-8")
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            return [BadRow(f"{where}, row {before + 1}: not UTF-8 ({error.reason})")]
+    # Arrow does not say which row it is
+    return [row for i in range(len(batch)) for row in _python(batch.slice(i, 1), where, before + i)]
 
 
 def _json(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
