@@ -19,13 +19,13 @@ SHOWN = 3
 
 
 class BadRow(DataError):
-    """One row, line or question that cannot be used, in a file that can be read on behind it.
+    """One row, line or question that cannot be used, in a file whose next row can be read.
 
     problem: where the row is, and what is wrong with it. remedy: what else can be done than to fix or drop it.
     """
 
     def __init__(self, problem: str, remedy: str = "") -> None:
-        super().__init__(problem, remedy)  # as they came, so that a pickled one is made anew from them
+        super().__init__(problem, remedy)  # its arguments: pickle makes it anew from these
         self.problem, self.remedy = problem, remedy
 
     def __str__(self) -> str:

@@ -91,7 +91,7 @@ def select_answers(
 
 
 def _refuse_not_finite(spans: np.ndarray) -> None:
-    """-inf stands for positions that there are not, and highest logits come first."""
+    """-inf fills up rows of short windows, which is no fault; the highest logits come first."""
     highest = spans[:, [CANDIDATES, 3 * CANDIDATES]]
     broken = np.flatnonzero(~((spans < np.inf).all(1) & np.isfinite(highest).all(1)))
     if broken.size:
