@@ -27,7 +27,8 @@ from benchmarks.timing import environment
 from ted_ds.batch import Batch, BatchCounts
 from ted_ds.config.tasks import TASKS
 from ted_ds.data.buckets import BucketedRows
-from ted_ds.data.encoded import EncodedRows, ensure_encoded
+from ted_ds.data.encoded import EncodedRows
+from ted_ds.data.encoding import ensure_encoded
 from ted_ds.data.loader import row_order
 from ted_ds.data.tokenizers import load_tokenizer
 from ted_ds.distill.frozen import FrozenModel, FrozenModule

@@ -1,7 +1,7 @@
 """`make bench-check`: the CPU ratios of today against the committed ones; a loss of more than 15% fails.
 
-Ratios within one run hold where absolute times do not, but another processor has others: fused / GEMMs is 1.20 on an
-EPYC and 1.43 on a Xeon with AVX-512. So they are compared with results of this kind of machine; where none are
+Ratios within one run vary less than absolute times, but another processor has others: fused / GEMMs is 1.20 on an
+EPYC and 1.43 on a Xeon with AVX-512. So they are compared with results of this kind of machine; if none are
 committed, it says so and passes. Machines are noisy: what fails is measured again, up to three times in all, and of
 every ratio the best counts.
 """

@@ -22,8 +22,8 @@ class Batch:
     token_type_ids: [B, S] int64, 0 in the first text and 1 in the second, or None.
     ends: question answering alone, [B] int64: the position of the answer's last token. A position beyond the
         sequence is not predicted.
-    own: held-out text alone, [B, S] bool: false where the target is the end of a document and none of its own tokens;
-        or None, where that is not known.
+    own: held-out text alone, [B, S] bool: false if the target is the end of a document and none of its own tokens;
+        None if that is not known.
     rows: [B] int64: the number of each row within its split, -1 for a filler; on the CPU, whatever the device.
     """
 

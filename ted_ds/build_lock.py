@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 class BuildLock:
     """Stands for torch's `FileBaton`, whose file a killed process leaves behind: every later start would wait for ever.
 
-    Whoever waited builds too: nothing is left to do then, unless the one before was killed.
+    A process that waited then builds too: it finds all of it built, unless the one before it was killed.
     """
 
     def __init__(self, lock_file_path: str, **_: Any) -> None:

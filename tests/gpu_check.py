@@ -44,11 +44,11 @@ RUN: dict[str, Any] = {
 
 
 def furthest(found: dict[str, list[dict[str, Any]]], expected: dict[str, list[dict[str, Any]]]) -> float:
-    """The largest relative difference between two recorded runs; raises CheckError where they differ in their lines."""
+    """The largest relative difference between two recorded runs; raises CheckError if they differ in their lines."""
     worst = 0.0
     for stage, lines in expected.items():
         if len(found[stage]) != len(lines):
-            raise CheckError(f"{stage}: {len(found[stage])} lines where {len(lines)} were expected")
+            raise CheckError(f"{stage}: {len(found[stage])} lines, expected {len(lines)}")
         for line, other in zip(lines, found[stage], strict=True):
             if line.keys() != other.keys():
                 raise CheckError(f"{stage}, step {line['step']}: other fields")
@@ -64,7 +64,7 @@ def furthest(found: dict[str, list[dict[str, Any]]], expected: dict[str, list[di
 
 
 def compared(found: Path, expected: Path, limit: float) -> str:
-    """Raises CheckError where two runs' lines differ by more than `limit`, relatively."""
+    """Raises CheckError if two runs' lines differ by more than `limit`, relatively."""
     worst = furthest(recorded(found), recorded(expected))
     if not worst <= limit:
         raise CheckError(f"differs from {expected.name} by {worst:.1e}, at most {limit:.0e} is allowed")

@@ -62,7 +62,7 @@ class Check:
             except subprocess.TimeoutExpired:
                 raise CheckError("past its time limit") from None
             if found != code:
-                raise CheckError(f"exit code {found} where {code} was expected")
+                raise CheckError(f"exit code {found}, expected {code}")
 
     def run(self, *command: object, cpu: bool = False) -> None:
         """Runs a command to its end, which must be good."""

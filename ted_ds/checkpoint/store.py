@@ -38,8 +38,8 @@ MERGING = 8
 class Identity:
     """What a checkpoint must be of, to be loaded.
 
-    model, data: fingerprints of what is trained, and of the rows. recipe: its deciding keys. Before that it was a
-    hash of keys that were not written down, which is not looked at: config.yaml, beside it, says the same.
+    model, data: fingerprints of what is trained, and of the rows. recipe: its deciding keys. Earlier versions wrote a
+    hash of them, which is not compared: the run's config.yaml, which is, has the same keys.
     """
 
     model: str

@@ -59,13 +59,12 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from ted_ds.evaluation.lambada import lambada
     from ted_ds.stages.models import check_fit
 
-    world, kind = init_world(), TASKS[arguments.task].kind
+    world, kind, trusted = init_world(), TASKS[arguments.task].kind, arguments.trust_remote_code
     with _plain_model(arguments.model) as path:
-        model: Any = load_model(path, kind, dtype=arguments.dtype, trust_remote_code=arguments.trust_remote_code)
+        model: Any = load_model(path, kind, dtype=arguments.dtype, trust_remote_code=trusted)
     model.to(world.device).eval()
-    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model, trust_remote_code=arguments.trust_remote_code)
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model, trust_remote_code=trusted)
     length = arguments.sequence_length if arguments.data else 1
-    trusted = arguments.trust_remote_code
     check_fit("model", arguments.model, model, kind, tokenizer, length, trust_remote_code=trusted)
     results: dict[str, Any] = {"model": arguments.model}
     if arguments.data:
@@ -111,7 +110,7 @@ def _perplexity(arguments: argparse.Namespace, model: Any, tokenizer: Any, world
 
 def _task_scores(arguments: argparse.Namespace, model: Any, tokenizer: Any, world: Any) -> dict[str, float]:
     from ted_ds.data.buckets import ScoringRows
-    from ted_ds.data.encoded import ensure_encoded
+    from ted_ds.data.encoding import ensure_encoded
     from ted_ds.evaluation.outputs import collect_outputs
     from ted_ds.stages.example_data import make_task, score_outputs
     from ted_ds.stages.models import check_ids, vocabulary_rows

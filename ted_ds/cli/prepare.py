@@ -15,7 +15,7 @@ def main(argv: Sequence[str]) -> int:
     """Packs what a recipe, or FILES and `--data.*` options, name; returns the exit code."""
     parser = argparse.ArgumentParser("ted-ds prepare", description=main.__doc__, allow_abbrev=False)
     parser.add_argument(
-        "files", nargs="*", metavar="FILES", help="text, JSONL or Parquet files, in place of data.train"
+        "files", nargs="*", metavar="FILES", help="text, JSONL, CSV, TSV or Parquet files, in place of data.train"
     )
     parser.add_argument("--config", type=Path, help="the recipe whose data section to prepare")
     parser.add_argument(

@@ -56,8 +56,9 @@ MAY_CHANGE = frozenset(
 def deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as JSON values, without the keys that may change and what is about the run: what a checkpoint keeps.
 
-    Here is the place for a key that goes, which is to be taken out of what earlier versions wrote where its value is
-    what is computed without it, and for one that comes with a default that is not what they computed.
+    Two changes of the schema need a line here. A key that is removed: drop it from what earlier versions wrote, if its
+    value there is what is computed without it. A key whose default is not what earlier versions computed: add it with
+    the value that is.
     """
     kept = {name: value for name, value in recipe.items() if name not in MAY_CHANGE | {ENVIRONMENT}}
     for name, value in kept.items():
@@ -67,10 +68,10 @@ def deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def first_change(before: Mapping[str, Any], now: RunConfig | Mapping[str, Any], source: str) -> str | None:
-    """`KEY: OLD VALUE, this recipe says NEW VALUE` of the first deciding key that differs; None where all are alike.
+    """`KEY: OLD VALUE, this recipe says NEW VALUE` of the first deciding key that differs; None if all are alike.
 
     before: a recipe as it was written, whole or its deciding part, in the file `source`; now: today's.
-    Raises ConfigError where today's schema cannot read what was written.
+    Raises ConfigError if today's schema cannot read what was written.
     """
     old = _flat(reread(deciding(before), source).model_dump(mode="json"))
     new = _flat(now.model_dump(mode="json") if isinstance(now, RunConfig) else now)

@@ -35,9 +35,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Values of overrides are YAML. Relative paths in a recipe are relative to the working directory.
     Raises ConfigError that lists every fault of the recipe: file, key, value, what is allowed.
     """
-    recipe = read_yaml(find_file(Path(path)) or Path(path))
+    path = find_file(Path(path)) or Path(path)
+    recipe = read_yaml(path)
     recipe.pop(ENVIRONMENT, None)
-    _choose_method(recipe, Path(path), overrides)
+    _choose_method(recipe, path, overrides)
     overridden = _apply_overrides(recipe, overrides)
     return _validate(RunConfig, recipe, str(path), overridden)
 
@@ -227,7 +228,7 @@ def _as_written(key: tuple[str, ...], source: str, overridden: dict[str, str]) -
             return scalar_text(overridden[override], key[len(parts) :])
     if source == COMMAND_LINE:
         return None
-    return scalar_text((find_file(Path(source)) or Path(source)).read_text(encoding="utf-8"), key)
+    return scalar_text(Path(source).read_text(encoding="utf-8"), key)
 
 
 def _key(location: tuple[int | str, ...], content: Any, *, missing: bool) -> tuple[str, ...]:

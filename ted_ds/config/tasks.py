@@ -26,7 +26,7 @@ class TaskSpec:
     """What the data of a task looks like, and how it is scored.
 
     text_columns: one or two. labels: their names, numbered in this order; () for numbers and questions.
-    numbered: the labels that 0, 1, ... mean in the task's official files; () where a number has no name.
+    numbered: the labels that 0, 1, ... mean in the task's official files; () if a number has no name.
     metrics: see `ted_ds.evaluation`; questions always get SQuAD's. best: the one by which the best weights are
     chosen; "" for text, whose last weights are the result. tsv: None where there is no official TSV layout.
     """

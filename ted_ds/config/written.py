@@ -1,4 +1,4 @@
-"""What a user wrote where YAML read something else: `no` is false to it, and 010 is 8."""
+"""What a user wrote, if YAML read something else: `no` is false to it, and 010 is 8."""
 
 from __future__ import annotations
 

@@ -32,14 +32,14 @@ class Document:
 
 
 def iter_documents(entries: Entries, tokenizer: Tokenizer, *, text_column: str = "text") -> Iterator[Document]:
-    """The documents of all entries, in order; DataError where data is missing or unreadable."""
-    held, counts = list[int](), TextCounts()
+    """The documents of all entries, in order; DataError if data is missing or unreadable."""
+    held, counts = list[np.ndarray](), TextCounts()
     with BadRows(skip=None) as bad:
         for piece, ids in tokenized(entries, tokenizer, bad, text_column=text_column, processes=None, what="tokenize"):
-            held += ids[len(tokenizer.prefix) :]
+            held.append(np.array(ids[len(tokenizer.prefix) :], dtype=np.int32))
             counts.add(piece)
             if piece.ends:
-                yield Document(np.array(held, dtype=np.int32), counts.words, counts.bytes)
+                yield Document(np.concatenate(held), counts.words, counts.bytes)
                 held, counts = [], TextCounts()
 
 

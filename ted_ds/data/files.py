@@ -17,7 +17,6 @@ from typing import Any, NoReturn
 from zipfile import ZipFile
 
 from ted_ds.data.bad_rows import BadRow
-from ted_ds.data.hub import cause
 from ted_ds.errors import DataError
 
 logger = logging.getLogger("ted_ds")
@@ -69,7 +68,7 @@ _JSON_BEGINS = re.compile(rb'\s*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
 
 def matching_files(entry: str) -> list[Path]:
-    """The files of a path or glob, sorted. Raises DataError where there is none."""
+    """The files of a path or glob, sorted. Raises DataError if there is none."""
     files = [Path(path) for path in sorted(glob.glob(entry, recursive=True)) if Path(path).is_file()]
     if Path(entry).is_file():  # a name with brackets in it
         return [Path(entry)]
@@ -91,17 +90,6 @@ def no_format(path: Path, formats: str) -> NoReturn:
     with text_file(path) as file:  # what it holds may say more
         hint = "it looks like JSON, which is named .jsonl by lines; " if file.looks_like_json() else ""
     raise DataError(f"{path} has a suffix that says no format: {hint}give {formats}")
-
-
-@contextmanager
-def readable(what: object) -> Iterator[None]:
-    """Within it, an error that is none of ours is a DataError: `what` cannot be read."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:  # decompressors, Arrow, hub and builders raise errors of their own
-        raise DataError(f"{what} cannot be read: {cause(error)}") from error
 
 
 class TextFile:
@@ -134,7 +122,7 @@ class TextFile:
         """JSON of a line, or with None of the file. Lone surrogates, which no tokenizer takes, become U+FFFD."""
         try:
             value = _DECODER.decode(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._not_json(error, text, number) from error
         if "\\" in text and _ESCAPED_SURROGATE.search(text):  # most lines cost the first look alone
             value, count = _mended(value)
@@ -143,7 +131,7 @@ class TextFile:
             self._mended += count
         return value
 
-    def _not_json(self, error: ValueError, text: str, number: int | None) -> DataError:
+    def _not_json(self, error: Exception, text: str, number: int | None) -> DataError:
         if number is None:
             return DataError(f"{self.name}: not valid JSON ({error}): fix the file, or name JSON lines .jsonl")
         whole = getattr(error, "pos", 0) < len(text.rstrip())
@@ -165,7 +153,7 @@ class TextFile:
 def text_file(path: Path) -> Iterator[TextFile]:
     """The file, unpacked if it is compressed (.gz, .xz, .lzma, .bz2, .zst, .lz4, and .zip of one file).
 
-    Raises DataError where it holds something else than text, and where compressed data ends too early.
+    Raises DataError if it holds something else than text, and if compressed data ends too early.
     """
     unpack = _UNPACKED.get(path.suffix.lower())
     with path.open("rb") as raw:
@@ -189,7 +177,7 @@ def text_file(path: Path) -> Iterator[TextFile]:
 
 
 def refuse_binary(head: bytes, path: Path) -> None:
-    """Raises DataError where a file begins as no text does."""
+    """Raises DataError if a file begins as no text does."""
     _refuse_pointer(head, path)
     for mark, encoding in WIDE:
         if head.startswith(mark):

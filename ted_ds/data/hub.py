@@ -13,7 +13,7 @@ def hub_rows(entry: HubDataset) -> tuple[str, Any]:
     """(what messages call it, the data set as `datasets` loads it).
 
     A local folder that `save_to_disk` wrote is memory-mapped.
-    Raises DataError with the cause, and the file and column where `datasets` knows them.
+    Raises DataError with the cause, and the file and column if `datasets` knows them.
     """
     from datasets import load_dataset
 

@@ -26,7 +26,7 @@ def refuse_differences(folder: Path, wanted: Sequence[tuple[str, object, object]
 
 
 def refuse_left_out(folder: Path, left_out: int, skip_bad_rows: bool | None) -> None:
-    """Raises DataError where the folder lacks bad rows of its data that are not to be left out."""
+    """Raises DataError if the folder lacks bad rows of its data that are not to be left out."""
     if left_out and not skip_bad_rows:
         raise DataError(
             f"{folder} was prepared without {left_out} bad rows, which data.skip_bad_rows: false refuses: set it to "

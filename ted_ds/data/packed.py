@@ -13,6 +13,7 @@ import pyarrow as pa
 from ted_ds.data.manifests import MANIFEST, reread_names
 from ted_ds.data.sources import Piece
 from ted_ds.data.tokenizers import Tokenizer
+from ted_ds.data.tokenizing import TextCounts
 from ted_ds.errors import DataError
 
 BLOCKS = "blocks.arrow"
@@ -60,7 +61,7 @@ class PackedBlocks:
     The file may have columns of marks, S bits a row, packed into bytes: `inserted` if the tokenizer begins documents
     with tokens of its own, `ends` in held-out data. Files of older versions have none.
 
-    Raises DataError where the folder is not whole.
+    Raises DataError if the folder is not whole.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -90,11 +91,11 @@ class PackedBlocks:
         return np.stack([self._batches[i // size][i % size] for i in indices.tolist()]).astype(np.int64)
 
     def inserted(self, indices: np.ndarray) -> np.ndarray | None:
-        """[len(indices), S] bool: true on tokens that the tokenizer put before documents; None where it puts none."""
+        """[len(indices), S] bool: true on tokens that the tokenizer put before documents; None if it puts none."""
         return self._marked(INSERTED, indices)
 
     def ends(self, indices: np.ndarray) -> np.ndarray | None:
-        """[len(indices), S] bool: true on tokens that close a document; None where that was not written."""
+        """[len(indices), S] bool: true on tokens that close a document; None if that was not written."""
         return self._marked(ENDS, indices)
 
     def _marked(self, name: str, indices: np.ndarray) -> np.ndarray | None:
@@ -105,7 +106,7 @@ class PackedBlocks:
         return np.unpackbits(marks, axis=1, count=self.manifest.sequence_length).view(bool)
 
     def largest_id(self) -> int:
-        """The largest id of all rows, read through where the folder does not say."""
+        """The largest id of all rows, which are read through if the manifest does not say."""
         known = self.manifest.largest_id
         return max(int(batch.max()) for batch in self._batches) if known is None else known
 
@@ -122,11 +123,15 @@ def _bytes_of(column: pa.FixedSizeBinaryArray) -> np.ndarray:
 
 
 class Packer:
-    """Cuts the stream of tokens into rows and writes them."""
+    """Cuts the stream of tokens into rows and writes them; of held-out data also where documents end.
+
+    text: what held-out documents count.
+    """
 
     def __init__(self, path: Path, tokenizer: Tokenizer, length: int, *, held_out: bool) -> None:
         self.rows = self.tokens = self.documents = self.largest_id = 0
         self.digest = hashlib.sha256()
+        self.text = TextCounts() if held_out else None
         self._prefix, self._eos, self._length = tokenizer.prefix, tokenizer.eos_id, length
         self._one_mark = self._prefix == [self._eos]
         self._rows_a_batch = max(1, BATCH_TOKENS // length)
@@ -148,6 +153,8 @@ class Packer:
             self._write(self._rows_a_batch)
         self.tokens += len(row)
         self.documents += piece.ends
+        if self.text is not None:
+            self.text.add(piece)
 
     def close(self, *, drop_tail: bool) -> int:
         """Writes what is left; returns how many tokens of the last row are not padding."""

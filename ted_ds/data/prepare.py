@@ -18,7 +18,7 @@ from ted_ds.data.manifests import (
 )
 from ted_ds.data.packed import BLOCKS, Manifest, PackedBlocks, Packer
 from ted_ds.data.tokenizers import Tokenizer
-from ted_ds.data.tokenizing import TextCounts, tokenized
+from ted_ds.data.tokenizing import tokenized
 from ted_ds.errors import DataError
 
 
@@ -90,7 +90,7 @@ def prepare(
 
     Documents follow each other, each after the tokenizer's own prefix and closed by its end-of-document
     token, and are cut every `sequence_length` tokens: a row may hold the end of one and the beginning of
-    the next. Where prefix and end are one token (OPT), it stands once between two documents, as in the data of such
+    the next. If prefix and end are one token (OPT), it stands once between two documents, as in the data of such
     models. Nothing is lost but, with `drop_tail`, a last row that is not full; else it is padded.
     processes: that tokenize; None: one a core. The result does not depend on it. skip_bad_rows: see `BadRows`.
     Raises DataError for data that is missing, unreadable, or makes no full row.
@@ -99,14 +99,11 @@ def prepare(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     sizes = file_sizes(entries)
-    counts = None if drop_tail else TextCounts()
     packer = Packer(temporary / BLOCKS, tokenizer, sequence_length, held_out=not drop_tail)
     what = f"prepare {folder.name}"
     with BadRows(skip=skip_bad_rows) as bad:
         for piece, ids in tokenized(entries, tokenizer, bad, text_column=text_column, processes=processes, what=what):
             packer.add(piece, ids)
-            if counts is not None:
-                counts.add(piece)
     if bad.count and not packer.tokens:
         raise bad.nothing_left()
     last_row_length = packer.close(drop_tail=drop_tail)
@@ -128,8 +125,8 @@ def prepare(
         sources=sizes,
         prefix=tuple(tokenizer.prefix),
         largest_id=packer.largest_id,
-        words=None if counts is None else counts.words,
-        bytes=None if counts is None else counts.bytes,
+        words=None if packer.text is None else packer.text.words,
+        bytes=None if packer.text is None else packer.text.bytes,
         left_out=bad.count,
         digest=packer.digest.hexdigest(),
     )

@@ -24,12 +24,12 @@ _QUOTED = re.compile(r'"(?:[^"]|"")*"', re.DOTALL)
 
 
 class Record(NamedTuple):
-    """A row. number: its line or row, from 1. read: bytes on disk since the record before, for a progress bar.
+    """A row.
 
-    values: what is wrong with the row, where it cannot be used.
+    where: what messages call it: its file and line, or row, from 1. values: of a row that cannot be used, what is wrong
+    with it. read: bytes on disk since the record before, for a progress bar.
     """
 
-    number: int
     where: str
     values: Mapping[str, Any] | BadRow
     read: float
@@ -67,7 +67,7 @@ def hub_records(where: str, rows: Any, columns: Sequence[str], setting: str) -> 
 def check_columns(
     where: str, there: Sequence[str], needed: Sequence[str], setting: str | None, shown: Sequence[str] | None = None
 ) -> None:
-    """Raises DataError for a needed column that is missing (not where `setting` is None) or there twice."""
+    """Raises DataError for a needed column that is missing (not if `setting` is None) or there twice."""
     if setting and (missing := [name for name in needed if name not in there]):
         raise DataError(
             f"{where} has no column {missing[0]!r}, only {', '.join(shown or there) or 'none'}: set {setting}"
@@ -106,21 +106,19 @@ def _parquet(path: Path, columns: Sequence[str], setting: str | None) -> Iterato
         for batch in file.iter_batches(batch_size=1024, columns=list(columns) if setting else None):
             for values in _python(batch, str(path), number):
                 number += 1
-                yield Record(number, f"{path}, row {number}", values, share)
+                yield Record(f"{path}, row {number}", values, share)
 
 
-def _python(batch: Any, where: str, before: int) -> list[dict[str, Any]]:
+def _python(batch: Any, where: str, before: int) -> list[dict[str, Any] | BadRow]:
+    """The rows of a batch; `before`: how many there were in those before it."""
     try:
-        rows: list[dict[str, Any]] = batch.to_pylist()
+        rows: list[dict[str, Any] | BadRow] = batch.to_pylist()
         return rows
-    except UnicodeDecodeError:
-        pass
-    for i in range(len(batch)):  # Arrow does not say where
-        try:
-            batch.slice(i, 1).to_pylist()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{where}, row {before + i + 1}: not UTF-8 ({error.reason}): fix or drop it") from error
-    raise AssertionError("each row by itself is UTF-8")
+    except UnicodeDecodeError as error:
+        if len(batch) == 1:
+            return [BadRow(f"{where}, row {before + 1}: not UTF-8 ({error.reason})")]
+    # Arrow does not say which row it is
+    return [row for i in range(len(batch)) for row in _python(batch.slice(i, 1), where, before + i)]
 
 
 def _json(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
@@ -145,7 +143,7 @@ def _json(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterat
         elif setting and not isinstance(values, BadRow):
             values = BadRow(f"{where}: not an object with columns")
         first = False
-        yield Record(number, where, values, file.read())
+        yield Record(where, values, file.read())
 
 
 def _csv(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
@@ -165,7 +163,7 @@ def _csv(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterato
                 header = cells
                 check_columns(file.name, header, columns, setting)
         elif cells:
-            yield Record(first, where, _row(where, header, cells), file.read())
+            yield Record(where, _row(where, header, cells), file.read())
 
 
 def tsv_rows(file: TextFile) -> Iterator[tuple[int, list[str]]]:
@@ -191,7 +189,7 @@ def _tsv(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterato
         values = _row(where, header, cells, "; cells of a .tsv are not quoted" if '"' in "".join(cells) else "")
         if not isinstance(values, BadRow) and any(values.get(name) in quoted for name in columns):
             marks.append(number)
-        yield Record(number, where, values, file.read())
+        yield Record(where, values, file.read())
     if marks:
         logger.warning(
             "%s: %d rows have a cell in quotation marks, which are kept as text, the first in line %d: if a program "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ted_ds.config.schema import HubDataset
-from ted_ds.data.bad_rows import BadRow, BadRows
+from ted_ds.data.bad_rows import BadRow, BadRows, usable
 from ted_ds.data.files import (
     PLAIN_SUFFIXES,
     POINTER,
@@ -16,7 +16,6 @@ from ted_ds.data.files import (
     file_kind,
     matching_files,
     no_format,
-    readable,
     text_file,
 )
 from ted_ds.data.hub import hub_rows
@@ -55,26 +54,17 @@ def iter_pieces(
         if isinstance(entry, HubDataset):
             where, rows = hub_rows(entry)
             remedy = "choose another split, or set data.text_column"
-            yield from _checked(where, _hub_pieces(where, rows, text_column), remedy, bad)
+            yield from _wanted(_hub_pieces(where, rows, text_column), where, remedy, bad)
             continue
         for path in matching_files(entry):
             remedy = "remove it from the recipe's data, or fill it"
-            yield from _checked(str(path), _file_pieces(path, text_column, by_line), remedy, bad)
+            yield from _wanted(_file_pieces(path, text_column, by_line), str(path), remedy, bad)
 
 
-def _checked(source: str, pieces: Iterator[Piece | BadRow], remedy: str, bad: BadRows | None) -> Iterator[Piece]:
-    found = False
-    with readable(source):  # a streamed file is parsed, and perhaps found broken, only here
-        for piece in pieces:
-            found = True
-            if isinstance(piece, BadRow):
-                if bad is None:
-                    raise piece
-                bad.add(piece)
-            elif bad is None or not bad.refused:
-                yield piece
-    if not found:
-        raise DataError(f"{source} has no text: {remedy}")
+def _wanted(pieces: Iterator[Piece | BadRow], source: str, remedy: str, bad: BadRows | None) -> Iterator[Piece]:
+    for piece in usable(pieces, source, f"no text: {remedy}", bad):
+        if bad is None or not bad.refused:
+            yield piece
 
 
 def _file_pieces(path: Path, text_column: str, by_line: bool) -> Iterator[Piece | BadRow]:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from ted_ds.config.schema import HubDataset
-from ted_ds.data.bad_rows import BadRow, BadRows
-from ted_ds.data.files import JSON_SUFFIXES, file_kind, matching_files, no_format, readable, text_file
+from ted_ds.data.bad_rows import BadRow, BadRows, usable
+from ted_ds.data.files import JSON_SUFFIXES, file_kind, matching_files, no_format, text_file
 from ted_ds.data.hub import hub_rows
 from ted_ds.data.records import PARQUET, iter_records
 from ted_ds.errors import DataError
+
+NOTHING = "no questions: remove it from the recipe's data, or fill it"
 
 NEAR = 2
 """Characters by which `answer_start` may be off: some tools that wrote such files were."""
@@ -46,29 +48,20 @@ def iter_questions(
     for entry in entries:
         if isinstance(entry, HubDataset):
             where, rows = hub_rows(entry)
-            yield from _checked(where, _flat(enumerate(rows, 1), where, "row"), impossible, bad)
+            found = _flat((f"{where}, row {number}", row) for number, row in enumerate(rows, 1))
+            yield from usable(_answered(found, impossible), where, NOTHING, bad)
             continue
         for path in matching_files(entry):
-            yield from _checked(str(path), _file_questions(path), impossible, bad)
+            yield from usable(_answered(_file_questions(path), impossible), str(path), NOTHING, bad)
 
 
-def _checked(
-    source: str, questions: Iterator[Question | BadRow], impossible: bool, bad: BadRows | None
-) -> Iterator[Question]:
-    found = False
-    with readable(source):
-        for question in questions:
-            found = True
-            if isinstance(question, Question) and question.impossible and not impossible:
-                question = BadRow(f"{question.where} has no answer, and this task needs one", "choose task: squad_v2")
-            if isinstance(question, BadRow):
-                if bad is None:
-                    raise question
-                bad.add(question)
-            else:
-                yield question
-    if not found:
-        raise DataError(f"{source} has no questions: remove it from the recipe's data, or fill it")
+def _answered(questions: Iterator[Question | BadRow], impossible: bool) -> Iterator[Question | BadRow]:
+    """The questions; without `impossible`, a bad row in place of each that has no answer."""
+    for question in questions:
+        if isinstance(question, Question) and question.impossible and not impossible:
+            yield BadRow(f"{question.where} has no answer, and this task needs one", "choose task: squad_v2")
+        else:
+            yield question
 
 
 def _file_questions(path: Path) -> Iterator[Question | BadRow]:
@@ -79,8 +72,7 @@ def _file_questions(path: Path) -> Iterator[Question | BadRow]:
             yield from _nested(file.json(text) if text.strip() else {"data": []}, path)
     elif kind == PARQUET or kind in JSON_SUFFIXES:
         records = iter_records(path, ("id", "question", "context", "answers", "is_impossible"), None)
-        rows = ((record.number, record.values) for record in records)
-        yield from _flat(rows, str(path), "row" if kind == PARQUET else "line")
+        yield from _flat((record.where, record.values) for record in records)
     else:
         no_format(path, ".json as SQuAD's, .jsonl or .parquet")
 
@@ -108,11 +100,10 @@ def _listed(parent: Any, key: str, where: str) -> list[Any]:
     return found if isinstance(found, list) else [BadRow(f"{where}: no list {key!r}")]
 
 
-def _flat(rows: Iterator[tuple[int, Any]], source: str, unit: str) -> Iterator[Question | BadRow]:
-    """The questions of rows with the hub's columns."""
-    for number, row in rows:
-        place = f"{source}, {unit} {number}"
-        yield _read(row, row, place, place)
+def _flat(rows: Iterator[tuple[str, Any]]) -> Iterator[Question | BadRow]:
+    """The questions of (where, row) with the hub's columns."""
+    for where, row in rows:
+        yield _read(row, row, where, where)
 
 
 def _read(qa: Any, paragraph: Any, place: str, source: str) -> Question | BadRow:
@@ -173,7 +164,7 @@ def _answers(value: Any, where: str) -> list[tuple[Any, Any]]:
 
 
 def _nowhere(start: Any) -> bool:
-    """Whether a start is what converters write where there is no answer."""
+    """Whether a start is what converters write if there is no answer."""
     return start is None or start != start or ((place := _whole(start)) is not None and place <= 0)
 
 

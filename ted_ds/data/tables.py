@@ -13,8 +13,8 @@ from typing import Any
 
 from ted_ds.config.schema import HubDataset
 from ted_ds.config.tasks import TaskSpec, Tsv
-from ted_ds.data.bad_rows import BadRow, BadRows
-from ted_ds.data.files import TSV_SUFFIXES, file_kind, matching_files, no_format, readable, text_file
+from ted_ds.data.bad_rows import BadRow, BadRows, usable
+from ted_ds.data.files import TSV_SUFFIXES, file_kind, matching_files, no_format, text_file
 from ted_ds.data.hub import hub_rows
 from ted_ds.data.records import (
     PARQUET,
@@ -32,6 +32,8 @@ logger = logging.getLogger("ted_ds")
 Row = Mapping[str, Any]
 
 SETTINGS = "data.text_columns and data.label_column"
+
+NOTHING = "no rows: remove it from the recipe's data, or fill it"
 
 
 @dataclass(frozen=True)
@@ -56,36 +58,23 @@ def iter_examples(entries: Sequence[str | HubDataset], spec: TaskSpec, bad: BadR
     for entry in entries:
         if isinstance(entry, HubDataset):
             where, rows = hub_rows(entry)
-            yield from _examples(where, _hub_table(where, rows, spec), spec, bad)
+            yield from usable(_examples(_hub_table(where, rows, spec), spec), where, NOTHING, bad)
             continue
         for path in matching_files(entry):
-            yield from _examples(str(path), _file_table(path, spec), spec, bad)
+            yield from usable(_examples(_file_table(path, spec), spec), str(path), NOTHING, bad)
 
 
-def _examples(
-    source: str, rows: Iterator[tuple[str, Row | BadRow]], spec: TaskSpec, bad: BadRows | None
-) -> Iterator[Example]:
-    found = False
-    with readable(source):
-        for where, row in rows:
-            found = True
-            try:
-                example = _example(row, spec, where)
-            except BadRow as error:
-                if bad is None:
-                    raise
-                bad.add(error)
-                continue
-            yield example
-    if not found:
-        raise DataError(f"{source} has no rows: remove it from the recipe's data, or fill it")
+def _examples(rows: Iterator[tuple[str, Row | BadRow]], spec: TaskSpec) -> Iterator[Example | BadRow]:
+    for where, row in rows:
+        yield row if isinstance(row, BadRow) else _example(row, spec, where)
 
 
-def _example(row: Row | BadRow, spec: TaskSpec, where: str) -> Example:
-    if isinstance(row, BadRow):
-        raise row
-    texts = tuple(_text(row[name], name, where) for name in spec.text_columns)
-    return Example(texts, _label(row.get(spec.label_column), spec, where), where)
+def _example(row: Row, spec: TaskSpec, where: str) -> Example | BadRow:
+    try:
+        texts = tuple(_text(row[name], name, where) for name in spec.text_columns)
+        return Example(texts, _label(row.get(spec.label_column), spec, where), where)
+    except BadRow as error:
+        return error
 
 
 def _hub_table(where: str, rows: Any, spec: TaskSpec) -> Iterator[tuple[str, Row | BadRow]]:

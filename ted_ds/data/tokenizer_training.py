@@ -35,7 +35,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
     Lossless: no normalisation, bytes for what is rare, line breaks and tabs are pieces of their own, digits
     are single. Lines that sentencepiece would leave out are cut; of more than `TRAINING_LINES`, that many at random
     are seen. The log says so.
-    Raises DataError where the corpus is too small for `vocab_size` pieces, or has no text.
+    Raises DataError if the corpus is too small for `vocab_size` pieces, or has no text.
     """
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -110,7 +110,7 @@ class _TrainingLines:
                         yield short
 
     def _cut(self, line: str) -> Iterator[str]:
-        """Parts of a line that is too long, cut at spaces where there are any, else between characters."""
+        """Parts of a line that is too long, cut at spaces if there are any, else between characters."""
         most = LINE_BYTES // 4  # a character has four bytes at most
         if len(line) > most and len(line.encode()) > LINE_BYTES:
             self._long += 1
@@ -146,7 +146,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None
 
     The same texts give the same tokenizer. Few texts give less than `vocab_size` pieces; texts of more characters
     than that give a piece for each. All texts are held in memory, for they are read twice.
-    Raises DataError where there is no text.
+    Raises DataError if there is no text.
     """
     held = list(texts)
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()

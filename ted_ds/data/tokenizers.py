@@ -82,7 +82,7 @@ class Tokenizer:
 
     @property
     def end(self) -> list[int]:
-        """The end-of-document token, or nothing where there is none."""
+        """The end-of-document token, or nothing if there is none."""
         return [] if self._tokenizer.eos_token_id is None else [self.eos_id]
 
     @property

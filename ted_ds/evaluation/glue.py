@@ -18,9 +18,9 @@ def glue_scores(metrics: Sequence[str], outputs: np.ndarray, labels: np.ndarray)
     metrics: "accuracy", "f1" (of class 1) and "matthews" of classes; "pearson" and "spearman" of numbers.
     outputs: [n, C] logits, of which the largest is the predicted class, or [n] predicted numbers.
     labels: [n] integers in [0, C), or [n] floats.
-    What is undefined is 0: a correlation where either side is constant, and the F1 of a class that is neither
-    predicted nor there. DataError where there is no row, or a row has no label (`IGNORED` or nan); NotFiniteError
-    where an output is nan or infinite.
+    What is undefined is 0: a correlation if either side is constant, and the F1 of a class that is neither
+    predicted nor there. DataError if there is no row, or a row has no label (`IGNORED` or nan); NotFiniteError
+    if an output is nan or infinite.
     """
     if len(labels) == 0:
         raise DataError(f"no row to score by {', '.join(metrics)}: the evaluation data is empty")

@@ -23,7 +23,7 @@ class Perplexity:
 def perplexity(nll_sum: float, count: int) -> Perplexity:
     """nll_sum: sum of -log p(token), in nats, over `count` predicted tokens.
 
-    DataError where count is 0, NotFiniteError where the sum is nan or infinite.
+    DataError if count is 0, NotFiniteError if the sum is nan or infinite.
     """
     if count < 1:
         raise DataError("perplexity: no token to predict; the data is empty or its sequences have one token")

@@ -71,7 +71,7 @@ def select_answers(
     highest start logit, then with the first start, then the first end.
     The probability is sigmoid(null - answer's score), with the lowest null score of the windows: 0.5 is
     where BERT's script has a difference of 0. Without any span the answer is "" and the probability 1.
-    NotFiniteError where a window's row has a nan or +inf, or no start or end that is finite.
+    NotFiniteError if a window's row has a nan or +inf, or no start or end that is finite.
     """
     _refuse_not_finite(spans)
     texts = [""] * len(questions)
@@ -91,7 +91,7 @@ def select_answers(
 
 
 def _refuse_not_finite(spans: np.ndarray) -> None:
-    """-inf stands for positions that there are not, and highest logits come first."""
+    """-inf fills up rows of short windows, which is no fault; the highest logits come first."""
     highest = spans[:, [CANDIDATES, 3 * CANDIDATES]]
     broken = np.flatnonzero(~((spans < np.inf).all(1) & np.isfinite(highest).all(1)))
     if broken.size:

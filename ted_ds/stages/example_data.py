@@ -15,7 +15,8 @@ from ted_ds.config.schema import RunConfig
 from ted_ds.config.tasks import TaskSpec
 from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.buckets import BucketedRows, ScoringRows
-from ted_ds.data.encoded import EncodedRows, ensure_encoded
+from ted_ds.data.encoded import EncodedRows
+from ted_ds.data.encoding import ensure_encoded
 from ted_ds.data.squad import iter_questions
 from ted_ds.data.tables import iter_examples
 from ted_ds.data.tokenizer_training import train_wordpiece

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,7 +16,7 @@ from ted_ds.checkpoint.published import is_published, unpack_published
 from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.tasks import Kind, TaskSpec
-from ted_ds.data.encoded import GROUP, EncodedRows
+from ted_ds.data.encoded import EncodedRows
 from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
 from ted_ds.distill.frozen import FrozenModel, FrozenModule
@@ -125,7 +124,7 @@ def _unpacked(run: RunConfig, side: str, name_or_path: str, published: dict[str,
 def check_models(run: RunConfig, models: Models, tokenizer: Tokenizer) -> int:
     """The fewest vocabulary rows of teacher and student.
 
-    Raises ModelError where one of them does not fit task and data, by their configs alone.
+    Raises ModelError if one of them does not fit task and data, by their configs alone.
     """
     fewest = []
     sides = [("student", models.student, run.student.trust_remote_code)]
@@ -202,7 +201,7 @@ def vocabulary_rows(model: PreTrainedModel, kind: Kind) -> int:
 
 
 def check_ids(tokenizer: Tokenizer, rows: int, splits: Mapping[str, PackedBlocks | EncodedRows]) -> None:
-    """Raises ModelError where prepared data holds an id that a model has no row for; on one rank.
+    """Raises ModelError if prepared data holds an id that a model has no row for; on one rank.
 
     rows: the fewest vocabulary rows of the models. On a GPU such an id ends the process without a reason. Data is
     looked at only if the tokenizer has such ids at all.
@@ -210,19 +209,12 @@ def check_ids(tokenizer: Tokenizer, rows: int, splits: Mapping[str, PackedBlocks
     if tokenizer.vocab_size <= rows:
         return
     for split, data in splits.items():
-        largest = data.largest_id() if isinstance(data, PackedBlocks) else _largest_id(data)
+        largest = data.largest_id()
         if largest >= rows:
             raise ModelError(
                 f"the prepared {split} data holds the id {tokenizer.spelled(largest)}, a model has {rows} vocabulary "
                 "rows: use the tokenizer that the model was trained with, or give the model a row for it"
             )
-
-
-def _largest_id(rows: EncodedRows) -> int:
-    """Of labelled rows, the padding id included: padding is fed to the model too."""
-    groups = (np.arange(start, min(start + GROUP, len(rows))) for start in range(0, len(rows), GROUP))
-    largest = (int(rows.batch(group, int(rows.lengths[group].max())).input_ids.max()) for group in groups)
-    return max(rows.manifest.pad_id, *largest)
 
 
 def _positions(model: PreTrainedModel) -> int | None:

@@ -42,7 +42,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def rounding(z_s: torch.Tensor, z_t: torch.Tensor, temperature: float) -> float:
     """What float32 may change in the sum of a KL's terms p (log p - log q).
 
-    Each log-probability is rounded by its own size; where p is near q their difference, and so the KL, is far smaller.
+    Each log-probability is rounded by its own size; if p is near q, their difference, and so the KL, is far smaller.
     """
     sizes = [torch.log_softmax(z.detach() / temperature, dim=-1).abs().mean(-1).sum() for z in (z_s, z_t)]
     return temperature**2 * torch.finfo(torch.float32).eps * float(sum(sizes))

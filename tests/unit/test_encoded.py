@@ -16,8 +16,9 @@ from transformers import AutoTokenizer
 
 from ted_ds.config.schema import HubDataset
 from ted_ds.config.tasks import TASKS, TaskSpec
-from ted_ds.data import encoded as module
-from ted_ds.data.encoded import ROWS, EncodedRows, ensure_encoded
+from ted_ds.data import encoding as module
+from ted_ds.data.encoded import ROWS, EncodedRows
+from ted_ds.data.encoding import ensure_encoded
 from ted_ds.data.manifests import MANIFEST
 from ted_ds.data.squad import iter_questions
 from ted_ds.data.tokenizer_training import train_wordpiece

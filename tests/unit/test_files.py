@@ -370,7 +370,7 @@ def test_parquet_strings_that_are_not_utf_8_are_named_by_row(tmp_path: Path, rea
     values[name] = pa.Array.from_buffers(pa.string(), 3, buffers)
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table(values), path)
-    refused(reader, path, r", row 2: not UTF-8 \(invalid start byte\): fix or drop it")
+    refused(reader, path, r", row 2: not UTF-8 \(invalid start byte\): fix or drop the row")
 
 
 def test_json_over_several_lines_is_told(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.tasks import TASKS
-from ted_ds.data.encoded import EncodedRows, ensure_encoded
+from ted_ds.data.encoded import EncodedRows
+from ted_ds.data.encoding import ensure_encoded
 from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.prepare import prepare
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer

@@ -214,16 +214,19 @@ def test_an_entry_without_files(tmp_path: Path, entry: str, message: str) -> Non
 def test_all_bad_rows_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In every kind of file; from the first on, nothing more is given out of data that is refused for them."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    (tmp_path / "a.jsonl").write_bytes(jsonl(["a", None, 3]) + b"{\n[1]\n" + b'{"b": 1}\n' + jsonl(["b"]))
+    deep = b'{"text": ' + b"[" * 100_000 + b"\n"
+    (tmp_path / "a.jsonl").write_bytes(jsonl(["a", None, 3]) + b"{\n[1]\n" + b'{"b": 1}\n' + deep + jsonl(["b"]))
     (tmp_path / "b.csv").write_bytes(b"text,n\nc,1\nd\ne,2\n")
     parquet(tmp_path / "c.parquet", {"text": ["f", None, "g"]})
+    buffers = pa.array([b"i", b"\xff", b"j"]).buffers()
+    parquet(tmp_path / "d.parquet", {"text": pa.StringArray.from_buffers(3, buffers[1], buffers[2])})
     (tmp_path / "hub").mkdir()
     parquet(tmp_path / "hub" / "train.parquet", {"text": [None, "h"]})
     entries = [str(tmp_path / "*.*"), HubDataset(hub=str(tmp_path / "hub"))]
     with BadRows(skip=True) as bad:
-        assert documents(list(iter_pieces(entries, text_column="text", bad=bad))) == list("abcefgh")
-    assert bad.count == 5 + 1 + 1 + 1
-    said = r"^8 rows cannot be used: .*a\.jsonl, line 2: 'text' is None, not a string; "
+        assert documents(list(iter_pieces(entries, text_column="text", bad=bad))) == list("abcefgijh")
+    assert bad.count == 6 + 1 + 1 + 1 + 1
+    said = r"^10 rows cannot be used: .*a\.jsonl, line 2: 'text' is None, not a string; "
     with pytest.raises(DataError, match=said), BadRows(skip=False) as refused:
         assert documents(list(iter_pieces(entries, text_column="text", bad=refused))) == ["a"]
 
