@@ -210,7 +210,8 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Tok
         if not trust_remote_code and "trust_remote_code" in str(error):
             raise DataError(
                 f"tokenizer {name_or_path!r} has code of its own, which runs only if you trust it: read it, then set "
-                "data.trust_remote_code: true (ted-ds evaluate: --trust-remote-code)"
+                "data.trust_remote_code: true, or for a model's tokenizer the model's (ted-ds evaluate: "
+                "--trust-remote-code)"
             ) from error
         reason = " ".join(str(error).split())[:300]
         raise DataError(f"tokenizer {name_or_path!r} cannot be loaded: {reason}") from error

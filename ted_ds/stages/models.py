@@ -135,7 +135,8 @@ def check_models(run: RunConfig, models: Models, tokenizer: Tokenizer) -> int:
         _check_outputs(role, path, model, run.spec)
         if run.method == "ted" and run.spec.kind in ("classification", "regression") and role not in models.published:
             find_pooler(model.config)
-        trusted = trusted or run.data.trust_remote_code
+        # what Stage 0 made has the run's own tokenizer; the tokenizer of any other folder is trusted by its own section
+        trusted = trusted or (run.data.trust_remote_code and Path(path).is_relative_to(run.output_dir))
         length = run.data.sequence_length
         fewest.append(check_fit(role, path, model, run.spec.kind, tokenizer, length, trust_remote_code=trusted))
     return min(fewest)

@@ -125,3 +125,28 @@ def test_a_model_that_is_trusted_brings_a_tokenizer_that_is(project: Path, side:
     changes |= {} if side == "neither" else {f"{side}__model": side, f"{side}__trust_remote_code": True}
     run = RunConfig.model_validate(recipe(project, "run", **changes))
     assert run.data.trust_remote_code is (side != "neither")
+
+
+def test_trust_in_the_data_s_tokenizer_is_none_in_a_model_s(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(project / "modules"))
+    run = RunConfig.model_validate(
+        recipe(project, "run", student__init={"num_blocks": 2}, data__trust_remote_code=True)
+    )
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    models = Models(str(project / "teacher"), str(project / "teacher"))
+    with_own_code(project / "teacher")
+    with pytest.raises(DataError, match=r"teacher' has code of its own.*or for a model's tokenizer the model's"):
+        check_models(run, models, tokenizer)
+    # what Stage 0 puts into the run's folder has the run's own
+    own = with_own_code(Path(shutil.copytree(project / "teacher", run.output_dir / "initial_student")))
+    (project / "teacher/tokenizer_config.json").write_text((project / "tokenizer/tokenizer_config.json").read_text())
+    assert check_models(run, Models(str(project / "teacher"), str(own)), tokenizer) == VOCAB
+
+
+def with_own_code(folder: Path) -> Path:
+    code = "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast): ...\n"
+    (folder / "own.py").write_text(code)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}))
+    return folder

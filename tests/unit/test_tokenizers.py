@@ -236,7 +236,7 @@ def test_a_tokenizer_s_own_code_runs_only_if_it_is_trusted_and_nobody_is_asked(
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a prompt"))
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     with pytest.raises(
-        DataError, match=r"has code of its own.*set data\.trust_remote_code: true \(ted-ds evaluate: --"
+        DataError, match=r"has code of its own.*set data\.trust_remote_code: true, or .*\(ted-ds evaluate: --"
     ):
         load_tokenizer(folder)
     tokenizer = load_tokenizer(folder, trust_remote_code=True)
