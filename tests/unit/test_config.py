@@ -390,6 +390,11 @@ MISREAD: list[tuple[str, str, str]] = [
     ("[a, b]", "}\n? [a]\n: {a: 1", "r.yaml:6: not valid YAML: the key ['a'] is no word"),
     ("[a, b]", "}\nteacher: {model: 2024-01-01", "teacher.model: YAML reads 2024-01-01 as a date: quote it"),
     ("[a, b]", "}\nteacher: {model: t, cache: no", "teacher.cache: False is not allowed"),  # is no folder's name
+    ("[a, b]", ", validation: off", "data.validation: YAML reads off as false: quote it"),
+    ("[a, b]", ", sequence_length: on", "data.sequence_length: True is not allowed: should be a number, not true, on"),
+    ("[a, b]", "}\ntrain: {steps: yes", "train.steps: True is not allowed: should be a number"),
+    ("[a, b]", "}\noptimizer: {learning_rate: y3, weight_decay: on", "optimizer.weight_decay: True is not allowed"),
+    ("[a, b]", "}\nfilters: {learning_rate: {teacher: on, student: 1}", "filters.learning_rate.teacher: True is not"),
     ("[a, b]", "}\nmethods: {ce: {data: {labels: [no, a]}}", "data.labels.0: YAML reads false as a boolean, and no, "),
 ]
 
@@ -397,6 +402,11 @@ MISREAD: list[tuple[str, str, str]] = [
 @pytest.mark.parametrize(("labels", "more", "message"), MISREAD)
 def test_words_that_yaml_reads_as_something_else_are_to_be_quoted(write, labels: str, more: str, message: str) -> None:
     assert message in fault(write(own_data(labels, more)))
+
+
+def test_a_label_is_named_once(write) -> None:
+    for labels in ("[a, b, a]", "[a, ' a']"):
+        assert "data.labels has 'a' twice: name each label once" in fault(write(own_data(labels)))
 
 
 def test_quoted_words_are_words(write) -> None:
