@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from ted_ds.cli import prepare
 from ted_ds.config.load import dump_config, load_config, load_section
 from ted_ds.config.schema import DataConfig, HubDataset, RunConfig
-from ted_ds.errors import ConfigError
+from ted_ds.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -211,6 +212,22 @@ def test_a_missing_recipe(tmp_path):
 )
 def test_malformed_overrides(write, overrides, expected):
     assert expected in fault(write(recipe(method="ted")), *overrides)
+
+
+def test_what_prepare_takes_for_files_is_no_part_of_an_override(write):
+    path = str(write(own_data("[a, b]")))
+    for words in (["--data.labels=[a, b, a]"], ["--data.labels", "[a, b, a]"]):
+        for argv in (["--config", path, *words], [*words, "--config", path]):
+            with pytest.raises(ConfigError, match=r"data\.labels has 'a' twice"):
+                prepare.main(argv)
+
+
+def test_any_name_of_a_file_reaches_the_reader(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "a \\x \U0001f600.txt"
+    with pytest.raises(DataError) as error:
+        prepare.main([name, "--data.prepared=p", "--data.tokenizer=none", "--train-tokenizer=300"])
+    assert str(error.value).startswith(f"data entry {name!r} matches no file")
 
 
 def test_a_dumped_recipe_reads_back_as_the_same_run(write, tmp_path):
