@@ -39,6 +39,9 @@ _MARKUP_AND_CODE = """
 TEXT_SUFFIXES = PLAIN_SUFFIXES | frozenset(_MARKUP_AND_CODE.split())
 """Suffixes of files that are a text of their own."""
 
+CR_ENDS = "a carriage return within the line, so that its end may be one: end lines by LF"
+"""What is wrong with a line of a file in which several may be one, as old Macs wrote them."""
+
 POINTER = "version https://git-lfs.github.com/"
 """How a file begins that only says where its content is."""
 
@@ -134,7 +137,7 @@ class TextFile:
         """JSON of a line, or with None of the file. Lone surrogates, which no tokenizer takes, become U+FFFD."""
         try:
             value = _DECODER.decode(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise self._not_json(error, text, number) from error
         if "\\" in text and _ESCAPED_SURROGATE.search(text):  # most lines cost the first look alone
             value, count = _mended(value)
@@ -143,11 +146,13 @@ class TextFile:
             self._mended += count
         return value
 
-    def _not_json(self, error: ValueError, text: str, number: int | None) -> DataError:
+    def _not_json(self, error: Exception, text: str, number: int | None) -> DataError:
         if number is None:
             return DataError(f"{self.name}: not valid JSON ({error}): fix the file, or name JSON lines .jsonl")
         whole = getattr(error, "pos", 0) < len(text.rstrip())
         remedy = "" if whole else "write each object on one line"
+        if "\r" in text.rstrip("\r\n"):
+            remedy = "end lines by LF, not by CR alone"
         return BadRow(f"{self.name}, line {number}: not valid JSON ({error})", remedy)
 
     def looks_like_json(self) -> bool:
@@ -248,7 +253,8 @@ def _mended(value: Any) -> tuple[Any, int]:
 
 def _only_member(raw: BufferedReader) -> Any:
     archive = ZipFile(raw)
-    members = [member for member in archive.infolist() if not member.is_dir()]
+    # macOS adds a file of its own for each
+    members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX/")]
     if len(members) != 1:
         raise DataError(f"{raw.name} is an archive of {len(members)} files: unpack it, and give its files")
     return archive.open(members[0])

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ted_ds.data.bad_rows import BadRow
-from ted_ds.data.files import JSON_SUFFIXES, TSV_SUFFIXES, TextFile, TwiceNamed, file_kind, refuse_binary, text_file
+from ted_ds.data.files import (
+    CR_ENDS,
+    JSON_SUFFIXES,
+    TSV_SUFFIXES,
+    TextFile,
+    TwiceNamed,
+    file_kind,
+    refuse_binary,
+    text_file,
+)
 from ted_ds.errors import DataError
 
 logger = logging.getLogger("ted_ds")
@@ -143,7 +152,9 @@ def _json(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterat
                 there = ", ".join(values) or "none"
                 values = BadRow(f"{where} has no column {lacking!r}, only {there}", f"set {setting}")
         elif setting and not isinstance(values, BadRow):
-            values = BadRow(f"{where}: not an object with columns")
+            several = isinstance(values, list) and any(isinstance(value, dict) for value in values)
+            remedy = "write each object on a line of its own" if several else ""
+            values = BadRow(f"{where}: not an object with columns", remedy)
         first = False
         yield Record(number, where, values, file.read())
 
@@ -157,7 +168,8 @@ def _csv(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterato
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise DataError(f"{where}: not valid CSV ({error}): fix or drop the row") from error
+            what = CR_ENDS if "new-line character" in str(error) else f"not valid CSV ({error}): fix or drop the row"
+            raise DataError(f"{where}: {what}") from error
         if cells is None:
             return
         if header is None:
@@ -169,9 +181,16 @@ def _csv(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterato
 
 
 def tsv_rows(file: TextFile) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of each line that is not blank; split by hand: csv would stop at a carriage return."""
+    """(line number, cells) of each line that is not blank; split by hand: csv would stop at a carriage return.
+
+    One in the first line is refused: it may be the end of all lines.
+    """
+    first = True
     for number, line in file.lines():
         if bare := line.rstrip("\r\n"):
+            if first and "\r" in bare:
+                raise DataError(f"{file.name}, line {number}: {CR_ENDS}")
+            first = False
             yield number, bare.split("\t")
 
 

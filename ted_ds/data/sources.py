@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ted_ds.config.schema import HubDataset
 from ted_ds.data.bad_rows import BadRow, BadRows
 from ted_ds.data.files import (
+    CR_ENDS,
     PLAIN_SUFFIXES,
     POINTER,
     TEXT_SUFFIXES,
@@ -107,11 +108,12 @@ def _text(file: TextFile) -> Iterator[Piece]:
         yield Piece(text, starts=starts, ends=True, read=file.read())
 
 
-def _lines(file: TextFile) -> Iterator[Piece]:
+def _lines(file: TextFile) -> Iterator[Piece | BadRow]:
     """A file of which each line is a document."""
-    for _, line in file.lines():
+    for number, line in file.lines():
         if line.strip():
-            yield Piece(line.rstrip("\r\n"), read=file.read())
+            text = line.rstrip("\r\n")
+            yield BadRow(f"{file.name}, line {number}: {CR_ENDS}") if "\r" in text else Piece(text, read=file.read())
 
 
 def _whole(row: Mapping[str, Any] | BadRow, where: str, column: str, read: float) -> Piece | BadRow | None:

@@ -150,7 +150,8 @@ def _question(qa: Mapping[str, Any], paragraph: Mapping[str, Any], where: str) -
 
 def _truth(value: Any, where: str) -> bool:
     """A boolean, also as a string or a number, as converters write it."""
-    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "none": False, "": False}
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    known |= dict.fromkeys(("", "none", "null", "nan"), False)  # an empty cell
     text = str(value).strip().lower()
     if text not in known:
         raise BadRow(f"{where}: is_impossible is {value!r:.40}, not true or false")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,7 @@ def test_answers_of_no_known_form(tmp_path: Path, answers: Any, problem: str) ->
 @pytest.mark.parametrize(
     ("value", "impossible"),
     [
-        *((value, False) for value in (False, "false", "False", "0", 0, 0.0, "", None)),
+        *((value, False) for value in (False, "false", "0", 0, 0.0, "", None, "null", math.nan)),
         *((value, True) for value in (True, "true", "TRUE ", "1", 1, 1.0)),
     ],
 )
