@@ -172,25 +172,42 @@ def text_file(path: Path) -> Iterator[TextFile]:
 
     Raises DataError where it holds something else than text, and where compressed data ends too early.
     """
+    with _unpacked(path) as (raw, plain):
+        refuse_binary(plain.peek(), path)
+        if plain.peek().startswith(BOM_UTF8):
+            plain.read(len(BOM_UTF8))
+        file = TextFile(path, plain, raw)
+        try:
+            yield file
+        finally:
+            file.warn()
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[tuple[BufferedReader, BufferedReader]]:
+    """(the file, what it holds); DataError as of `text_file` if that is not there, or not whole."""
     unpack = _UNPACKED.get(path.suffix.lower())
     with path.open("rb") as raw:
         _refuse_pointer(raw.peek(), path)
         try:
             with BufferedReader(unpack(raw)) if unpack else raw as plain:
-                refuse_binary(plain.peek(), path)
-                if plain.peek().startswith(BOM_UTF8):
-                    plain.read(len(BOM_UTF8))
-                file = TextFile(path, plain, raw)
-                try:
-                    yield file
-                finally:
-                    file.warn()
+                yield raw, plain
         except (EOFError, OSError) as error:
             if not isinstance(error, EOFError) and "Truncated" not in str(error):  # Arrow has no class for it
                 raise
             raise DataError(
                 f"{path} cannot be read: Compressed file ended before the end of its frame: copy or download it again"
             ) from error
+
+
+def refuse_incomplete(path: Path) -> None:
+    """Raises DataError for a pointer of git LFS, and for a .zst that is cut, which most readers take for its end.
+
+    That costs another pass over a .zst.
+    """
+    with _unpacked(path) as (_, plain):
+        while path.suffix.lower() == ".zst" and plain.read(1 << 20):
+            pass
 
 
 def refuse_binary(head: bytes, path: Path) -> None:

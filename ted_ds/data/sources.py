@@ -11,7 +11,6 @@ from ted_ds.data.bad_rows import BadRow, BadRows
 from ted_ds.data.files import (
     CR_ENDS,
     PLAIN_SUFFIXES,
-    POINTER,
     TEXT_SUFFIXES,
     TextFile,
     file_kind,
@@ -129,7 +128,5 @@ def _whole(row: Mapping[str, Any] | BadRow, where: str, column: str, read: float
 def _hub_pieces(where: str, rows: Any, column: str) -> Iterator[Piece | BadRow]:
     for place, row in hub_records(where, rows, (column,), "data.text_column"):
         piece = _whole(row, place, column, 0.0)
-        if isinstance(piece, Piece) and piece.text.startswith(POINTER):  # a text file of a clone
-            raise DataError(f"{place} is of a pointer of git LFS: run `git lfs pull` in its folder")
         if piece:
             yield piece
