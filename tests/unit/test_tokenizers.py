@@ -286,6 +286,14 @@ def test_the_fingerprint_follows_the_vocabulary_and_stays_after_saving(trained: 
     assert load_tokenizer(str(trained / "tokenizer.model")).fingerprint == tokenizers[4].fingerprint
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "x.model"])
+def test_a_pointer_of_git_lfs_is_no_tokenizer(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(DataError, match=rf"^{path} is a pointer of git LFS, not the file itself: run `git lfs pull`"):
+        load_tokenizer(str(path if name == "x.model" else tmp_path))
+
+
 def test_errors_name_the_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="tokenizer named has no end-of-document token: set eos_token"):
         _ = Tokenizer(word_level(eos=None), "named").eos_id
