@@ -13,6 +13,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ted_ds.data.files import refuse_incomplete
+from ted_ds.data.hub import cause
 from ted_ds.data.sentencepiece_models import from_sentencepiece
 from ted_ds.errors import DataError
 
@@ -216,8 +217,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Tok
                 f"tokenizer {name_or_path!r} has code of its own, which runs only if you trust it: read it, then set "
                 "data.trust_remote_code: true (ted-ds evaluate: --trust-remote-code)"
             ) from error
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"tokenizer {name_or_path!r} cannot be loaded: {reason}") from error
+        raise DataError(f"tokenizer {name_or_path!r} cannot be loaded: {cause(error)}") from error
     return Tokenizer(tokenizer, name_or_path, trust_remote_code=trust_remote_code)
 
 
