@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> int:
     arguments = parser.parse_args(own)
     if arguments.files:
         overrides.append(f"--data.train={json.dumps(arguments.files, ensure_ascii=False)}")
-    if arguments.train_tokenizer:
+    if arguments.train_tokenizer is not None:
         overrides.append(f"--data.train_tokenizer={arguments.train_tokenizer}")
     if arguments.config:
         run = load_config(arguments.config, overrides)

@@ -65,12 +65,19 @@ def hub_records(where: str, rows: Any, columns: Sequence[str], setting: str) -> 
     """(where, row) of each row of a data set as `hub_rows` gives it; DataError as `iter_records` raises it."""
     needed = frozenset(columns)
     if rows.column_names is not None:
-        check_columns(where, rows.column_names, columns, setting)
+        check_columns(where, _as_written(rows.column_names, rows), columns, setting)
     for number, row in enumerate(rows, 1):
         place = f"{where}, row {number}"
-        if not needed <= row.keys():  # a data set that is streamed may not know its columns, or have files that differ
-            check_columns(place, list(row), columns, setting)
+        # a data set that is streamed may not know its columns, or have files that differ
+        if number == 1 or not needed <= row.keys():
+            check_columns(place, _as_written(list(row), rows), columns, setting)
         yield place, row
+
+
+def _as_written(names: list[str], rows: Any) -> list[str]:
+    """The columns of a data set by the names in its files: of two in a CSV file, pandas calls the second NAME.1."""
+    by_pandas = getattr(rows.info, "builder_name", None) == "csv"
+    return [name.removesuffix(".1") if by_pandas and name.removesuffix(".1") in names else name for name in names]
 
 
 def check_columns(
@@ -78,9 +85,10 @@ def check_columns(
 ) -> None:
     """Raises DataError for a needed column that is missing (not where `setting` is None) or there twice."""
     if setting and (missing := [name for name in needed if name not in there]):
-        raise DataError(
-            f"{where} has no column {missing[0]!r}, only {', '.join(shown or there) or 'none'}: set {setting}"
-        )
+        only = ", ".join(shown or there) or "none"
+        one_cell = len(there) == 1 and re.search(r"[,;\t|]", only)
+        hint = ", or separate cells of a .csv by commas, of a .tsv by tabs" if one_cell else ""
+        raise DataError(f"{where} has no column {missing[0]!r}, only {only}: set {setting}{hint}")
     if twice := [name for name in needed if there.count(name) > 1]:
         raise DataError(f"{where} has {there.count(twice[0])} columns {twice[0]!r}: rename or drop all but one")
 

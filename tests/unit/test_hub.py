@@ -146,3 +146,16 @@ def test_files_of_a_folder_that_are_not_whole_are_refused(tmp_path: Path, stream
     (folder / "train.txt.zst").write_bytes(packed)
     (folder / "notes.bin").write_text(POINTER)  # no file of the data set
     assert len(texts(folder, streaming=streaming)) == 20000
+
+
+# `datasets` leaves a file that it streams open
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_csv_column_there_twice_is_refused(tmp_path: Path, streaming: bool) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "train.csv").write_text("text,text,n\na,b,1\n")
+    with pytest.raises(DataError, match=rf"^data set {folder} .*has 2 columns 'text': rename or drop all but one"):
+        texts(folder, streaming=streaming)
+    (folder / "train.csv").write_text("text,n,n,m.1\na,b,1,2\n")
+    assert texts(folder, streaming=streaming) == ["a"]

@@ -231,6 +231,18 @@ ERRORS: list[tuple[str, bytes, str]] = [
         "e.jsonl, line 1: not valid JSON (Extra data: line 1 column 4 (char 3)): fix or drop the row, "
         "or end lines by LF, not by CR alone",
     ),
+    (
+        "e.csv",
+        b"text;class\na;good\n",
+        "e.csv has no column 'text', only text;class: set data.text_columns and data.label"
+        "_column, or separate cells of a .csv by commas",
+    ),
+    (
+        "e.tsv",
+        b"text,class\na,good\n",
+        "e.tsv has no column 'text', only text,class: set data.text_columns and data.label"
+        "_column, or separate cells of a .csv by commas, of a .tsv by tabs",
+    ),
     ("e.csv", b"text,class\ra,good\r", "e.csv, line 1: a carriage return within the line, so that its end may be one"),
     ("e.csv", b"text,class\na,good\rb,bad\n", "e.csv, line 2: a carriage return within the line"),
     ("e.tsv", b"text\tclass\ra\tgood\r", "e.tsv, line 1: a carriage return within the line"),
