@@ -60,4 +60,4 @@ def load_failure(error: Exception) -> str:
             "it has code of its own, which runs only if you trust it: read it, then set trust_remote_code: true in its "
             "section, teacher or student (ted-ds evaluate: --trust-remote-code)"
         )
-    return str(error).splitlines()[0]
+    return str(error).strip().partition("\n")[0] or type(error).__name__

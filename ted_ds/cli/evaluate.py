@@ -25,9 +25,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--data", nargs="+", default=[], metavar="FILES", help="held-out text, or the task's files")
     parser.add_argument("--lambada", metavar="FILE", help="LAMBADA: lines of plain text, or rows with `text`")
     parser.add_argument("--tokenizer", help="where the model's folder has none")
-    parser.add_argument("--sequence-length", type=int, help="tokens a row (default 1024; tasks 256, questions 384)")
-    parser.add_argument("--doc-stride", type=int, default=128, help="of questions' windows (default 128)")
-    parser.add_argument("--batch-size", type=int, default=4, help="rows a forward (default 4)")
+    parser.add_argument(
+        "--sequence-length", type=_positive, help="tokens a row (default 1024; tasks 256, questions 384)"
+    )
+    parser.add_argument("--doc-stride", type=_positive, default=128, help="of questions' windows (default 128)")
+    parser.add_argument("--batch-size", type=_positive, default=4, help="rows a forward (default 4)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run code that comes with the model or tokenizer"
@@ -41,6 +43,12 @@ def main(argv: Sequence[str]) -> int:
         arguments.sequence_length = {"causal-lm": 1024, "question-answering": 384}.get(TASKS[arguments.task].kind, 256)
     printed(lambda: _named(arguments))
     return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def _named(arguments: argparse.Namespace) -> dict[str, Any]:

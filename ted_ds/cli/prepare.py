@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 from ted_ds.config.load import load_config, load_section
@@ -21,10 +23,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--train-tokenizer", type=int, metavar="V", help="train a SentencePiece model of V pieces first"
     )
-    arguments, overrides = parser.parse_known_args(argv)
+    own, overrides = _parted(argv)
+    arguments = parser.parse_args(own)
     if arguments.files:
-        overrides.append(f"--data.train={list(arguments.files)}")
-    if arguments.train_tokenizer:
+        overrides.append(f"--data.train={json.dumps(arguments.files, ensure_ascii=False)}")
+    if arguments.train_tokenizer is not None:
         overrides.append(f"--data.train_tokenizer={arguments.train_tokenizer}")
     if arguments.config:
         run = load_config(arguments.config, overrides)
@@ -47,3 +50,17 @@ def main(argv: Sequence[str]) -> int:
     for split, blocks in prepare_text(data, ensure_text_tokenizer(data), folder).items():
         print(f"{folder / split}: {len(blocks)} blocks of {data.sequence_length} tokens")
     return 0
+
+
+def _parted(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what argparse is to see, overrides), for it would take `--data.labels=[a, b]` for a file."""
+    own: list[str] = []
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        key, equals, _ = word.partition("=")
+        if not word.startswith("--") or key in ("--config", "--train-tokenizer", "--help"):
+            own.append(word)
+        else:
+            overrides += [word] if equals else [word, *islice(words, 1)]
+    return own, overrides

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import math
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, Self, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -26,10 +26,13 @@ from pydantic import (
     PlainSerializer,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     ValidatorFunctionWrapHandler,
     WrapValidator,
+    field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from ted_ds.config.tasks import TASKS, TaskSpec
 
@@ -84,13 +87,30 @@ TaskName = Annotated[str, AfterValidator(_known_task)]
 
 
 def _as_sequence(value: Any) -> Any:
-    return [value] if isinstance(value, str | dict) else value
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _distinct(labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    bare = [label.strip() for label in labels or ()]  # as the data's are read
+    if twice := next((label for label in bare if bare.count(label) > 1), None):
+        raise ValueError(f"data.labels has {twice!r} twice: name each label once")
+    return labels
 
 
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values cannot be assigned."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads it as 1, and YAML `on` and `yes` as true; false stays 0, which is off
+        kind = cls.model_fields[info.field_name or ""].annotation
+        kinds = {getattr(part, "__origin__", part) for part in (kind, *get_args(kind))}
+        if value is True and {int, float} & kinds:
+            raise PydanticCustomError("number_type", "Input should be a number, not true, on or yes")
+        return value
 
 
 T = TypeVar("T")
@@ -294,7 +314,7 @@ class DataConfig(Section):
         default=None, min_length=1, max_length=2, description="one or two; null: the task's own"
     )
     label_column: str | None = Field(default=None, description="null: the task's own")
-    labels: tuple[str, ...] | None = Field(
+    labels: Annotated[tuple[str, ...] | None, AfterValidator(_distinct)] = Field(
         default=None, min_length=2, description="their order numbers them; null: the task's own"
     )
     skip_bad_rows: bool = Field(

@@ -38,6 +38,9 @@ _MARKUP_AND_CODE = """
 TEXT_SUFFIXES = PLAIN_SUFFIXES | frozenset(_MARKUP_AND_CODE.split())
 """Suffixes of files that are a text of their own."""
 
+CR_ENDS = "a carriage return within the line, so that its end may be one: end lines by LF"
+"""What is wrong with a line of a file in which several may be one, as old Macs wrote them."""
+
 POINTER = "version https://git-lfs.github.com/"
 """How a file begins that only says where its content is."""
 
@@ -136,6 +139,8 @@ class TextFile:
             return DataError(f"{self.name}: not valid JSON ({error}): fix the file, or name JSON lines .jsonl")
         whole = getattr(error, "pos", 0) < len(text.rstrip())
         remedy = "" if whole else "write each object on one line"
+        if "\r" in text.rstrip("\r\n"):
+            remedy = "end lines by LF, not by CR alone"
         return BadRow(f"{self.name}, line {number}: not valid JSON ({error})", remedy)
 
     def looks_like_json(self) -> bool:
@@ -155,25 +160,42 @@ def text_file(path: Path) -> Iterator[TextFile]:
 
     Raises DataError if it holds something else than text, and if compressed data ends too early.
     """
+    with _unpacked(path) as (raw, plain):
+        refuse_binary(plain.peek(), path)
+        if plain.peek().startswith(BOM_UTF8):
+            plain.read(len(BOM_UTF8))
+        file = TextFile(path, plain, raw)
+        try:
+            yield file
+        finally:
+            file.warn()
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[tuple[BufferedReader, BufferedReader]]:
+    """(the file, what it holds); DataError as of `text_file` if that is not there, or not whole."""
     unpack = _UNPACKED.get(path.suffix.lower())
     with path.open("rb") as raw:
         _refuse_pointer(raw.peek(), path)
         try:
             with BufferedReader(unpack(raw)) if unpack else raw as plain:
-                refuse_binary(plain.peek(), path)
-                if plain.peek().startswith(BOM_UTF8):
-                    plain.read(len(BOM_UTF8))
-                file = TextFile(path, plain, raw)
-                try:
-                    yield file
-                finally:
-                    file.warn()
+                yield raw, plain
         except (EOFError, OSError) as error:
             if not isinstance(error, EOFError) and "Truncated" not in str(error):  # Arrow has no class for it
                 raise
             raise DataError(
                 f"{path} cannot be read: Compressed file ended before the end of its frame: copy or download it again"
             ) from error
+
+
+def refuse_incomplete(path: Path) -> None:
+    """Raises DataError for a pointer of git LFS, and for a .zst that is cut, which most readers take for its end.
+
+    That costs another pass over a .zst.
+    """
+    with _unpacked(path) as (_, plain):
+        while path.suffix.lower() == ".zst" and plain.read(1 << 20):
+            pass
 
 
 def refuse_binary(head: bytes, path: Path) -> None:
@@ -236,7 +258,8 @@ def _mended(value: Any) -> tuple[Any, int]:
 
 def _only_member(raw: BufferedReader) -> Any:
     archive = ZipFile(raw)
-    members = [member for member in archive.infolist() if not member.is_dir()]
+    # macOS adds a file of its own for each
+    members = [m for m in archive.infolist() if not m.is_dir() and not m.filename.startswith("__MACOSX/")]
     if len(members) != 1:
         raise DataError(f"{raw.name} is an archive of {len(members)} files: unpack it, and give its files")
     return archive.open(members[0])

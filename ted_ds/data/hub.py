@@ -12,7 +12,7 @@ from ted_ds.errors import DataError
 def hub_rows(entry: HubDataset) -> tuple[str, Any]:
     """(what messages call it, the data set as `datasets` loads it).
 
-    A local folder that `save_to_disk` wrote is memory-mapped.
+    A local folder that `save_to_disk` wrote is memory-mapped. The files of other local folders are looked at first.
     Raises DataError with the cause, and the file and column if `datasets` knows them.
     """
     from datasets import load_dataset
@@ -21,11 +21,24 @@ def hub_rows(entry: HubDataset) -> tuple[str, Any]:
     try:
         if _is_saved(Path(entry.hub)):
             return where, _saved(entry, where)
+        if Path(entry.hub).is_dir():
+            _look_at_files(entry)
         return where, load_dataset(entry.hub, entry.name, split=entry.split, streaming=entry.streaming)
     except DataError:
         raise
     except Exception as error:  # network, hub, builder and file errors have no common base
         raise DataError(f"{where} cannot be loaded: {cause(error)}") from error
+
+
+def _look_at_files(entry: HubDataset) -> None:
+    """Raises DataError for a file that `datasets` would read as if it were whole."""
+    from datasets import load_dataset_builder
+
+    from ted_ds.data.files import refuse_incomplete
+
+    splits = load_dataset_builder(entry.hub, entry.name).config.data_files or {}
+    for path in dict.fromkeys(path for files in splits.values() for path in files):
+        refuse_incomplete(Path(path))
 
 
 def cause(error: BaseException) -> str:

@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ted_ds.data.bad_rows import BadRow
-from ted_ds.data.files import JSON_SUFFIXES, TSV_SUFFIXES, TextFile, TwiceNamed, file_kind, refuse_binary, text_file
+from ted_ds.data.files import (
+    CR_ENDS,
+    JSON_SUFFIXES,
+    TSV_SUFFIXES,
+    TextFile,
+    TwiceNamed,
+    file_kind,
+    refuse_binary,
+    text_file,
+)
 from ted_ds.errors import DataError
 
 logger = logging.getLogger("ted_ds")
@@ -56,12 +65,19 @@ def hub_records(where: str, rows: Any, columns: Sequence[str], setting: str) -> 
     """(where, row) of each row of a data set as `hub_rows` gives it; DataError as `iter_records` raises it."""
     needed = frozenset(columns)
     if rows.column_names is not None:
-        check_columns(where, rows.column_names, columns, setting)
+        check_columns(where, _as_written(rows.column_names, rows), columns, setting)
     for number, row in enumerate(rows, 1):
         place = f"{where}, row {number}"
-        if not needed <= row.keys():  # a data set that is streamed may not know its columns, or have files that differ
-            check_columns(place, list(row), columns, setting)
+        # a data set that is streamed may not know its columns, or have files that differ
+        if number == 1 or not needed <= row.keys():
+            check_columns(place, _as_written(list(row), rows), columns, setting)
         yield place, row
+
+
+def _as_written(names: list[str], rows: Any) -> list[str]:
+    """The columns of a data set by the names in its files: of two in a CSV file, pandas calls the second NAME.1."""
+    by_pandas = getattr(rows.info, "builder_name", None) == "csv"
+    return [name.removesuffix(".1") if by_pandas and name.removesuffix(".1") in names else name for name in names]
 
 
 def check_columns(
@@ -69,9 +85,10 @@ def check_columns(
 ) -> None:
     """Raises DataError for a needed column that is missing (not if `setting` is None) or there twice."""
     if setting and (missing := [name for name in needed if name not in there]):
-        raise DataError(
-            f"{where} has no column {missing[0]!r}, only {', '.join(shown or there) or 'none'}: set {setting}"
-        )
+        only = ", ".join(shown or there) or "none"
+        one_cell = len(there) == 1 and re.search(r"[,;\t|]", only)
+        hint = ", or separate cells of a .csv by commas, of a .tsv by tabs" if one_cell else ""
+        raise DataError(f"{where} has no column {missing[0]!r}, only {only}: set {setting}{hint}")
     if twice := [name for name in needed if there.count(name) > 1]:
         raise DataError(f"{where} has {there.count(twice[0])} columns {twice[0]!r}: rename or drop all but one")
 
@@ -141,7 +158,9 @@ def _json(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterat
                 there = ", ".join(values) or "none"
                 values = BadRow(f"{where} has no column {lacking!r}, only {there}", f"set {setting}")
         elif setting and not isinstance(values, BadRow):
-            values = BadRow(f"{where}: not an object with columns")
+            several = isinstance(values, list) and any(isinstance(value, dict) for value in values)
+            remedy = "write each object on a line of its own" if several else ""
+            values = BadRow(f"{where}: not an object with columns", remedy)
         first = False
         yield Record(where, values, file.read())
 
@@ -155,7 +174,8 @@ def _csv(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterato
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            raise DataError(f"{where}: not valid CSV ({error}): fix or drop the row") from error
+            what = CR_ENDS if "new-line character" in str(error) else f"not valid CSV ({error}): fix or drop the row"
+            raise DataError(f"{where}: {what}") from error
         if cells is None:
             return
         if header is None:
@@ -167,9 +187,16 @@ def _csv(file: TextFile, columns: Sequence[str], setting: str | None) -> Iterato
 
 
 def tsv_rows(file: TextFile) -> Iterator[tuple[int, list[str]]]:
-    """(line number, cells) of each line that is not blank; split by hand: csv would stop at a carriage return."""
+    """(line number, cells) of each line that is not blank; split by hand: csv would stop at a carriage return.
+
+    One in the first line is refused: it may be the end of all lines.
+    """
+    first = True
     for number, line in file.lines():
         if bare := line.rstrip("\r\n"):
+            if first and "\r" in bare:
+                raise DataError(f"{file.name}, line {number}: {CR_ENDS}")
+            first = False
             yield number, bare.split("\t")
 
 

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from ted_ds.config.schema import HubDataset
 from ted_ds.data.bad_rows import BadRow, BadRows, usable
 from ted_ds.data.files import (
+    CR_ENDS,
     PLAIN_SUFFIXES,
-    POINTER,
     TEXT_SUFFIXES,
     TextFile,
     file_kind,
@@ -97,11 +97,12 @@ def _text(file: TextFile) -> Iterator[Piece]:
         yield Piece(text, starts=starts, ends=True, read=file.read())
 
 
-def _lines(file: TextFile) -> Iterator[Piece]:
+def _lines(file: TextFile) -> Iterator[Piece | BadRow]:
     """A file of which each line is a document."""
-    for _, line in file.lines():
+    for number, line in file.lines():
         if line.strip():
-            yield Piece(line.rstrip("\r\n"), read=file.read())
+            text = line.rstrip("\r\n")
+            yield BadRow(f"{file.name}, line {number}: {CR_ENDS}") if "\r" in text else Piece(text, read=file.read())
 
 
 def _whole(row: Mapping[str, Any] | BadRow, where: str, column: str, read: float) -> Piece | BadRow | None:
@@ -117,7 +118,5 @@ def _whole(row: Mapping[str, Any] | BadRow, where: str, column: str, read: float
 def _hub_pieces(where: str, rows: Any, column: str) -> Iterator[Piece | BadRow]:
     for place, row in hub_records(where, rows, (column,), "data.text_column"):
         piece = _whole(row, place, column, 0.0)
-        if isinstance(piece, Piece) and piece.text.startswith(POINTER):  # a text file of a clone
-            raise DataError(f"{place} is of a pointer of git LFS: run `git lfs pull` in its folder")
         if piece:
             yield piece

@@ -10,7 +10,7 @@ from typing import Any
 
 from ted_ds.config.schema import HubDataset
 from ted_ds.data.bad_rows import BadRow, BadRows, usable
-from ted_ds.data.files import JSON_SUFFIXES, file_kind, matching_files, no_format, text_file
+from ted_ds.data.files import JSON_SUFFIXES, TwiceNamed, file_kind, matching_files, no_format, text_file
 from ted_ds.data.hub import hub_rows
 from ted_ds.data.records import PARQUET, iter_records
 from ted_ds.errors import DataError
@@ -96,6 +96,10 @@ def _listed(parent: Any, key: str, where: str) -> list[Any]:
     """The list in `parent`, or what is wrong with it in its place."""
     if isinstance(parent, BadRow):
         return [parent]
+    try:
+        _refuse_twice(parent, (key,), where)
+    except BadRow as error:
+        return [error]
     found = parent.get(key) if isinstance(parent, dict) else None
     return found if isinstance(found, list) else [BadRow(f"{where}: no list {key!r}")]
 
@@ -120,6 +124,8 @@ def _read(qa: Any, paragraph: Any, place: str, source: str) -> Question | BadRow
 
 
 def _question(qa: Mapping[str, Any], paragraph: Mapping[str, Any], where: str) -> Question:
+    _refuse_twice(qa, ("id", "question", "answers", "is_impossible"), where)
+    _refuse_twice(paragraph, ("context",), where)
     # 2.0 may give an impossible question answers that only seem to be some
     impossible = _truth(qa.get("is_impossible"), where)
     needed = (("id", qa), ("question", qa), ("context", paragraph), *(() if impossible else (("answers", qa),)))
@@ -139,9 +145,16 @@ def _question(qa: Mapping[str, Any], paragraph: Mapping[str, Any], where: str) -
     return Question(str(qa["id"]), qa["question"], paragraph["context"], placed, not placed, where)
 
 
+def _refuse_twice(there: Any, names: Sequence[str], where: str) -> None:
+    """Raises BadRow for one of `names` that a JSON object has twice."""
+    if isinstance(there, TwiceNamed) and (twice := [name for name in names if there.names.count(name) > 1]):
+        raise BadRow(f"{where}: {twice[0]!r} stands there {there.names.count(twice[0])} times")
+
+
 def _truth(value: Any, where: str) -> bool:
     """A boolean, also as a string or a number, as converters write it."""
-    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False, "none": False, "": False}
+    known = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    known |= dict.fromkeys(("", "none", "null", "nan"), False)  # an empty cell
     text = str(value).strip().lower()
     if text not in known:
         raise BadRow(f"{where}: is_impossible is {value!r:.40}, not true or false")
@@ -154,6 +167,7 @@ def _answers(value: Any, where: str) -> list[tuple[Any, Any]]:
     for part in [] if value is None else value if isinstance(value, list) else [value]:
         if not isinstance(part, Mapping) or not {"text", "answer_start"} <= part.keys():
             raise BadRow(f"{where}: answers are {value!r:.60}, not {{text, answer_start}}")
+        _refuse_twice(part, ("text", "answer_start"), where)
         texts, starts = (
             column if isinstance(column := part[name], list) else [column] for name in ("text", "answer_start")
         )

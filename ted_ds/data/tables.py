@@ -31,6 +31,9 @@ logger = logging.getLogger("ted_ds")
 
 Row = Mapping[str, Any]
 
+LARGEST = 3e38
+"""A label of a regression that float32 holds."""
+
 SETTINGS = "data.text_columns and data.label_column"
 
 NOTHING = "no rows: remove it from the recipe's data, or fill it"
@@ -181,7 +184,8 @@ def _number(text: str, spec: TaskSpec, where: str) -> float | None:
         value = float(text or "nan")
     except ValueError:
         value = math.inf
-    if math.isinf(value) or "_" in text:  # Python reads 1_0 as 10
+    # Python reads 1_0 as 10; labels are kept in float32
+    if abs(value) > LARGEST or "_" in text:
         raise BadRow(f"{where}: the label is {text!r:.60}, expected a number")
     # -1 is a value like others in a user's own data
     return None if math.isnan(value) or (spec.name == "stsb" and value == -1) else value

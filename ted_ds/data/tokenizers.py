@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ted_ds.data.files import refuse_incomplete
+from ted_ds.data.hub import cause
 from ted_ds.data.sentencepiece_models import from_sentencepiece
 from ted_ds.errors import DataError
 
@@ -196,6 +198,9 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Tok
     Raises DataError where there is none, where it cannot be loaded, and for code that is not trusted.
     """
     path = Path(name_or_path)
+    for file in (path, *(path / name for name in _FOLDER_FILES)):
+        if file.is_file():
+            refuse_incomplete(file)
     if path.is_file():
         return Tokenizer(from_sentencepiece(path), name_or_path)
     if path.is_dir():
@@ -213,8 +218,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Tok
                 "data.trust_remote_code: true, or for a model's tokenizer the model's (ted-ds evaluate: "
                 "--trust-remote-code)"
             ) from error
-        reason = " ".join(str(error).split())[:300]
-        raise DataError(f"tokenizer {name_or_path!r} cannot be loaded: {reason}") from error
+        raise DataError(f"tokenizer {name_or_path!r} cannot be loaded: {cause(error)}") from error
     return Tokenizer(tokenizer, name_or_path, trust_remote_code=trust_remote_code)
 
 

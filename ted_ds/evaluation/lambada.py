@@ -41,6 +41,13 @@ def split_last_word(text: str) -> tuple[str, str]:
     return text[: found.start()], found.group()
 
 
+def _numbered_split(number: int, text: str) -> tuple[str, str]:
+    try:
+        return split_last_word(text)
+    except DataError as error:
+        raise DataError(f"passage {number}: {error}: complete or drop it") from error
+
+
 def lambada(
     model: Any, tokenizer: Encoder, texts: Sequence[str], *, batch_size: int, device: torch.device
 ) -> dict[str, float]:
@@ -85,7 +92,7 @@ def _encode(tokenizer: Encoder, texts: Sequence[str], longest: int | None) -> It
     passage's tokens part from the context's own: the context's token count, unless the tokenizer merges
     across the boundary; then the merged token is the word's, and none of the word is given away.
     """
-    splits = [split_last_word(text) for text in texts]
+    splits = [_numbered_split(number, text) for number, text in enumerate(texts, 1)]
     contexts = tokenizer.encode_batch([context for context, _ in splits])
     wholes = tokenizer.encode_batch([context + word for context, word in splits])
     for context, whole, (_, word) in zip(contexts, wholes, splits, strict=True):

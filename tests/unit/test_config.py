@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from ted_ds.cli import prepare
 from ted_ds.config.load import dump_config, load_config, load_section
 from ted_ds.config.schema import DataConfig, HubDataset, RunConfig
-from ted_ds.errors import ConfigError
+from ted_ds.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -213,6 +214,22 @@ def test_malformed_overrides(write, overrides, expected):
     assert expected in fault(write(recipe(method="ted")), *overrides)
 
 
+def test_what_prepare_takes_for_files_is_no_part_of_an_override(write):
+    path = str(write(own_data("[a, b]")))
+    for words in (["--data.labels=[a, b, a]"], ["--data.labels", "[a, b, a]"]):
+        for argv in (["--config", path, *words], [*words, "--config", path]):
+            with pytest.raises(ConfigError, match=r"data\.labels has 'a' twice"):
+                prepare.main(argv)
+
+
+def test_any_name_of_a_file_reaches_the_reader(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = "a \\x \U0001f600.txt"
+    with pytest.raises(DataError) as error:
+        prepare.main([name, "--data.prepared=p", "--data.tokenizer=none", "--train-tokenizer=300"])
+    assert str(error.value).startswith(f"data entry {name!r} matches no file")
+
+
 def test_a_dumped_recipe_reads_back_as_the_same_run(write, tmp_path):
     data = {"train": ["a.txt", {"hub": "org/x", "streaming": True}], "tokenizer": "gpt2"}
     for changes in ({}, {"method": "ce", "student": {"init": {"config": {"model_type": "llama"}}}}):
@@ -390,6 +407,11 @@ MISREAD: list[tuple[str, str, str]] = [
     ("[a, b]", "}\n? [a]\n: {a: 1", "r.yaml:6: not valid YAML: the key ['a'] is no word"),
     ("[a, b]", "}\nteacher: {model: 2024-01-01", "teacher.model: YAML reads 2024-01-01 as a date: quote it"),
     ("[a, b]", "}\nteacher: {model: t, cache: no", "teacher.cache: False is not allowed"),  # is no folder's name
+    ("[a, b]", ", validation: off", "data.validation: YAML reads off as false: quote it"),
+    ("[a, b]", ", sequence_length: on", "data.sequence_length: True is not allowed: should be a number, not true, on"),
+    ("[a, b]", "}\ntrain: {steps: yes", "train.steps: True is not allowed: should be a number"),
+    ("[a, b]", "}\noptimizer: {learning_rate: y3, weight_decay: on", "optimizer.weight_decay: True is not allowed"),
+    ("[a, b]", "}\nfilters: {learning_rate: {teacher: on, student: 1}", "filters.learning_rate.teacher: True is not"),
     ("[a, b]", "}\nmethods: {ce: {data: {labels: [no, a]}}", "data.labels.0: YAML reads false as a boolean, and no, "),
 ]
 
@@ -397,6 +419,11 @@ MISREAD: list[tuple[str, str, str]] = [
 @pytest.mark.parametrize(("labels", "more", "message"), MISREAD)
 def test_words_that_yaml_reads_as_something_else_are_to_be_quoted(write, labels: str, more: str, message: str) -> None:
     assert message in fault(write(own_data(labels, more)))
+
+
+def test_a_label_is_named_once(write) -> None:
+    for labels in ("[a, b, a]", "[a, ' a']"):
+        assert "data.labels has 'a' twice: name each label once" in fault(write(own_data(labels)))
 
 
 def test_quoted_words_are_words(write) -> None:

@@ -197,7 +197,8 @@ def test_a_nul_far_down_is_named_by_its_line(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("reader", READERS)
 def test_archives_and_empty_members(tmp_path: Path, reader: Reader) -> None:
-    assert reader(write(tmp_path / "a.jsonl.zip", zipped(any=lines("a", "b")))) == ["a", "b"]
+    for more in ({}, {"__MACOSX/._any": b"\0\5\x16\7"}):
+        assert reader(write(tmp_path / "a.jsonl.zip", zipped(any=lines("a", "b"), **more))) == ["a", "b"]
     for name, data, message in [
         ("a.jsonl.zip", zipped(a=lines("a"), b=lines("b")), " is an archive of 2 files: unpack it, and give its files"),
         ("a.jsonl.zip", zipped(), " is an archive of 0 files: unpack it"),
@@ -354,6 +355,12 @@ def test_a_line_of_plain_text_is_a_passage(tmp_path: Path, name: str) -> None:
     assert passages(path) == ["one two", " a three \u2028 four", "last"]
     pieces = list(iter_pieces([str(path)], text_column="text", by_line=True))
     assert all(piece.starts and piece.ends for piece in pieces)
+
+
+def test_passages_that_end_by_cr_are_no_passage(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", b"one two\nthree four\rfive six\r")
+    refused(passages, path, ", line 2: a carriage return within the line, so that its end may be one: end lines by LF")
+    assert corpus(path) == ["one two\nthree four\rfive six\r"]
 
 
 def test_passages_are_rows_of_other_files(tmp_path: Path) -> None:

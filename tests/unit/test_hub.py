@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -13,10 +14,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 
 from ted_ds.config.schema import HubDataset
 from ted_ds.config.tasks import TASKS
+from ted_ds.data.files import POINTER
+from ted_ds.data.records import hub_records
 from ted_ds.data.sources import iter_pieces
 from ted_ds.data.squad import iter_questions
 from ted_ds.data.tables import iter_examples
 from ted_ds.errors import DataError
+from tests.unit.test_sources import by_arrow
 
 OWN = TASKS["classification"].with_columns(("text",), "label", ("bad", "good"))
 
@@ -109,11 +113,13 @@ def test_a_broken_saved_folder_is_told(tmp_path: Path) -> None:
         texts(tmp_path / "saved")
 
 
-def test_a_clone_without_its_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "a.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
-    with pytest.raises(DataError, match=r"row 1 is of a pointer of git LFS: run `git lfs pull`"):
-        texts(tmp_path / "hub")
+@pytest.mark.parametrize("name", ["train.txt", "train.csv", "train.jsonl", "train.parquet"])
+def test_a_clone_without_its_files_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(f"{POINTER}spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(
+        DataError, match=rf"^{tmp_path / name} is a pointer of git LFS, not the file itself: run `git l"
+    ):
+        texts(tmp_path)
 
 
 def test_columns_that_are_not_known_before_are_looked_for_in_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,3 +134,36 @@ def test_columns_that_are_not_known_before_are_looked_for_in_each_row(monkeypatc
         list(iter_examples([entry], OWN))
     with pytest.raises(DataError, match=r"X, row 2 has no column 'label', only text, other: set data\.text_column$"):
         list(iter_pieces([entry], text_column="label"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_of_a_folder_that_are_not_whole_are_refused(tmp_path: Path, streaming: bool) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    lines = "".join(f"{number} {hash(str(number))}\n" for number in range(20000)).encode()
+    packed = by_arrow("zstd")(lines)
+    (folder / "train.txt.zst").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(DataError, match=rf"^{folder}/train\.txt\.zst cannot be read: Compressed file ended before"):
+        texts(folder, streaming=streaming)
+    (folder / "train.txt.zst").write_bytes(packed)
+    (folder / "notes.bin").write_text(POINTER)  # no file of the data set
+    assert len(texts(folder, streaming=streaming)) == 20000
+
+
+def test_a_csv_column_there_twice_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "train.csv").write_text("text,n,n,m.1\na,b,1,2\n")
+    assert [texts(folder, streaming=streaming) for streaming in (False, True)] == [["a"], ["a"]]
+    (folder / "train.csv").write_text("text,text,n\na,b,1\n")
+    with pytest.raises(DataError, match=rf"^data set {folder} .*has 2 columns 'text': rename or drop all but one"):
+        texts(folder)
+
+
+def test_a_csv_column_that_a_stream_has_twice_is_refused() -> None:
+    class Stream(list[dict[str, str]]):
+        column_names = None
+        info = SimpleNamespace(builder_name="csv")
+
+    with pytest.raises(DataError, match=r"^s, row 1 has 2 columns 'text': rename or drop all but one"):
+        list(hub_records("s", Stream([{"text": "a", "text.1": "b"}]), ("text",), "data.text_column"))

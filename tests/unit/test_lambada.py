@@ -121,6 +121,8 @@ def test_split_last_word(text: str, parts: tuple[str, str]) -> None:
 def test_one_word_is_refused(text: str) -> None:
     with pytest.raises(DataError, match="needs a context and a last word"):
         split_last_word(text)
+    with pytest.raises(DataError, match=r"^passage 2: LAMBADA needs .*: complete or drop it$"):
+        lambada(tiny_model("gpt2"), Letters(), ["a b", text], batch_size=2, device=torch.device("cpu"))
 
 
 def test_perplexity() -> None:

@@ -93,6 +93,14 @@ def test_evaluate_names_the_model(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     )
 
 
+@pytest.mark.parametrize("option", ["--batch-size", "--sequence-length", "--doc-stride"])
+@pytest.mark.parametrize("value", ["0", "-1", "x"])
+def test_numbers_of_evaluate_are_from_1_on(capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["m", "--data", "a.txt", option, value])
+    assert f"error: argument {option}: {value!r} is not a whole number from 1 on" in capsys.readouterr().err
+
+
 def test_nothing_that_is_no_json_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         printed(lambda: {"loss": math.nan})

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -256,7 +257,7 @@ def test_answers_of_no_known_form(tmp_path: Path, answers: Any, problem: str) ->
 @pytest.mark.parametrize(
     ("value", "impossible"),
     [
-        *((value, False) for value in (False, "false", "False", "0", 0, 0.0, "", None)),
+        *((value, False) for value in (False, "false", "0", 0, 0.0, "", None, "null", math.nan)),
         *((value, True) for value in (True, "true", "TRUE ", "1", 1, 1.0)),
     ],
 )
@@ -298,3 +299,13 @@ def test_all_bad_questions_are_counted(tmp_path: Path) -> None:
         f"{path}: no 'question', only id: expected id, question, context and answers {{text, answer_start}}; and 6 "
         "more: fix or drop such rows,"
     )
+
+
+@pytest.mark.parametrize("name", ["paragraphs", "context", "qas", "question", "answers", "text", "answer_start"])
+def test_what_stands_twice_is_refused(tmp_path: Path, name: str) -> None:
+    path = squad(tmp_path / "set.json", qa("a", ("1890", YEAR)))
+    whole = path.read_text()
+    assert whole.count(f'"{name}": ') == 1
+    path.write_text(whole.replace(f'"{name}": ', f'"{name}": null, "{name}": '))
+    with pytest.raises(DataError, match=rf" in {path}: '{name}' stands there 2 times: fix or drop the row$"):
+        questions(path)

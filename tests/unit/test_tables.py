@@ -200,7 +200,7 @@ def test_values_are_numbers_and_minus_one_is_none_in_stsb_alone(tmp_path: Path) 
     path = tsv(tmp_path, "a|b|label", "x|y|-1", "x|y|1e-1", "x|y|", "x|y|nan")
     assert [row[2] for row in read(path, VALUES)] == [-1.0, 0.1, None, None]
     assert read(tsv(tmp_path, "sentence1|sentence2|label", "x|y|-1.0"), TASKS["stsb"]) == [("x", "y", None)]
-    for wrong in ("high", "inf", "1,5", "1_0"):
+    for wrong in ("high", "inf", "1,5", "1_0", "1e39"):
         with pytest.raises(
             DataError, match=rf"set\.tsv, line 2: the label is '{wrong}', expected a number: fix or drop"
         ):
@@ -219,6 +219,33 @@ ERRORS: list[tuple[str, bytes, str]] = [
     ("e.csv", b"text,class\na,b,good\n", "e.csv, line 2: 3 cells, the header has 2: fix or drop the row"),
     ("e.csv", b'text,class\n"a\n,good\n', "e.csv, line 2: not valid CSV (unexpected end of data): fix or drop"),
     ("e.jsonl", b"[1]\n", "e.jsonl, line 1: not an object with columns: fix or drop the row"),
+    (
+        "e.json",
+        b'[{"text": "a"}]\n',
+        "e.json, line 1: not an object with columns: fix or drop the row, or write each obj",
+    ),
+    ("e.jsonl", b'{"a": ' + b"[" * 10**5, "e.jsonl, line 1: not valid JSON (maximum recursion depth exceeded"),
+    (
+        "e.jsonl",
+        b"{}\r{}\r",
+        "e.jsonl, line 1: not valid JSON (Extra data: line 1 column 4 (char 3)): fix or drop the row, "
+        "or end lines by LF, not by CR alone",
+    ),
+    (
+        "e.csv",
+        b"text;class\na;good\n",
+        "e.csv has no column 'text', only text;class: set data.text_columns and data.label"
+        "_column, or separate cells of a .csv by commas",
+    ),
+    (
+        "e.tsv",
+        b"text,class\na,good\n",
+        "e.tsv has no column 'text', only text,class: set data.text_columns and data.label"
+        "_column, or separate cells of a .csv by commas, of a .tsv by tabs",
+    ),
+    ("e.csv", b"text,class\ra,good\r", "e.csv, line 1: a carriage return within the line, so that its end may be one"),
+    ("e.csv", b"text,class\na,good\rb,bad\n", "e.csv, line 2: a carriage return within the line"),
+    ("e.tsv", b"text\tclass\ra\tgood\r", "e.tsv, line 1: a carriage return within the line"),
     ("e.jsonl", b"\n{\n", "e.jsonl, line 2: not valid JSON (Expecting"),
     ("e.jsonl", b'{"text": null, "class": 1}', "e.jsonl, line 1: 'text' is None, not a string: fix or drop the row"),
     ("e.tsv", b"text\tclass\n\xff\tgood\n", "e.tsv, line 2: not UTF-8 (invalid start byte): convert the file"),

@@ -18,7 +18,7 @@ from ted_ds.data.prepare import prepare
 from ted_ds.data.sentencepiece_models import PROBES
 from ted_ds.data.tokenizer_training import train_sentencepiece, train_wordpiece
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
-from ted_ds.errors import DataError
+from ted_ds.errors import DataError, load_failure
 from tests.project import make_project
 
 NAMES = ("collector", "config", "deepspeed_config", "eager_grad", "imports", "lambada", "launcher", "layer_loss")
@@ -286,7 +286,21 @@ def test_the_fingerprint_follows_the_vocabulary_and_stays_after_saving(trained: 
     assert load_tokenizer(str(trained / "tokenizer.model")).fingerprint == tokenizers[4].fingerprint
 
 
-def test_errors_name_the_tokenizer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "x.model"])
+def test_a_pointer_of_git_lfs_is_no_tokenizer(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(DataError, match=rf"^{path} is a pointer of git LFS, not the file itself: run `git lfs pull`"):
+        load_tokenizer(str(path if name == "x.model" else tmp_path))
+
+
+def test_what_is_raised_without_a_word_is_named() -> None:
+    assert load_failure(NotImplementedError()) == "NotImplementedError"
+    assert load_failure(ValueError("\none\ntwo")) == "one"
+
+
+def test_errors_name_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     with pytest.raises(DataError, match="tokenizer named has no end-of-document token: set eos_token"):
         _ = Tokenizer(word_level(eos=None), "named").eos_id
     with pytest.raises(DataError, match=rf"{tmp_path} holds no tokenizer \(tokenizer\.json, "):
@@ -295,6 +309,11 @@ def test_errors_name_the_tokenizer(tmp_path: Path) -> None:
         (tmp_path / "x.model").write_bytes(data)
         with pytest.raises(DataError, match=r"x\.model is no SentencePiece model: ."):
             load_tokenizer(str(tmp_path / "x.model"))
+    (own_code(tmp_path / "own") / "own.py").write_text(
+        f"{CODE}\n    def __init__(self, **_): raise NotImplementedError"
+    )
+    with pytest.raises(DataError, match=r"own' cannot be loaded: NotImplementedError$"):
+        load_tokenizer(str(tmp_path / "own"), trust_remote_code=True)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match=rf"tokenizer '{tmp_path}' cannot be loaded: ."):
         load_tokenizer(str(tmp_path))
