@@ -152,7 +152,10 @@ def parquet(path: Path, **columns: object) -> Path:
 
 
 NOT_TEXT: list[tuple[bytes, str]] = [
-    (gzip.compress(lines("a")), " holds gzip data, and its name does not say so: add the suffix, or unpack it"),
+    (
+        gzip.compress(lines("a"), mtime=0),
+        " holds gzip data, and its name does not say so: add the suffix, or unpack it",
+    ),
     (lzma.compress(lines("a")), " holds xz data, "),
     (bz2.compress(lines("a")), " holds bzip2 data, "),
     (by_arrow("zstd")(lines("a")), " holds zstd data, "),
@@ -206,9 +209,9 @@ def test_archives_and_empty_members(tmp_path: Path, reader: Reader) -> None:
         ("a.zip", zipped(**{"a.jsonl": lines("a")}), " has a suffix that says no format: it looks like JSON"),
         ("a.jsonl.zip", zipped(a=lines("a"))[:60], " cannot be read: "),
         ("a.tar", tar("a.jsonl", lines("a")), " holds a tar archive, not text"),
-        ("a.tar.gz", gzip.compress(tar("a.jsonl", lines("a"))), " holds a tar archive, not text"),
-        ("a.tgz", gzip.compress(tar("a.jsonl", lines("a"))), " holds gzip data, "),
-        ("a.jsonl.gz", gzip.compress(gzip.compress(lines("a"))), " holds gzip data, "),
+        ("a.tar.gz", gzip.compress(tar("a.jsonl", lines("a")), mtime=0), " holds a tar archive, not text"),
+        ("a.tgz", gzip.compress(tar("a.jsonl", lines("a")), mtime=0), " holds gzip data, "),
+        ("a.jsonl.gz", gzip.compress(gzip.compress(lines("a"), mtime=0), mtime=0), " holds gzip data, "),
         *((f"a.jsonl{s}", pack(b""), " has no (text|rows|questions): remove it") for s, pack in PACKED.items()),
         *((f"a.jsonl{s}", b"", " (has no (text|rows|questions)|cannot be read): ") for s in PACKED),
     ]:
