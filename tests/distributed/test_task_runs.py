@@ -15,7 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from ted_ds.telemetry.recorder import read_metrics
 from tests.jobs import pretrain_error, pretrain_recipe
-from tests.task_project import make_task_project, model_folder, write_task_recipe
+from tests.task_project import KL_ROUNDING, make_task_project, model_folder, write_task_recipe
 from tests.workers import Workers
 
 Group = Callable[[int], Workers]
@@ -73,8 +73,7 @@ def scores_of(folder: Path) -> list[dict[str, Any]]:
 def assert_same(ours: Path, expected: Path) -> None:
     assert len(terms_of(ours)) == len(terms_of(expected)) >= SHORT["train__steps"]
     for a, b in zip(terms_of(ours), terms_of(expected), strict=True):
-        # float32's half step of log-probabilities around 2, times T^2 = 4, is 5e-7: a regression's KL is below 1e-3
-        assert a == pytest.approx(b, rel=2e-5, abs=5e-7), (ours, a, b)
+        assert a == pytest.approx(b, rel=2e-5, abs=KL_ROUNDING), (ours, a, b)
     for a, b in zip(scores_of(ours), scores_of(expected), strict=True):
         assert a == pytest.approx(b, rel=1e-4), (ours, a, b)
 
