@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ted_ds.cli.report import main as report
 from tests.project import make_project, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -66,7 +67,7 @@ def test_a_wrong_recipe_is_one_line_and_exit_code_2(project: Path) -> None:
     assert "trian: unknown key" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_stages_one_at_a_time(project: Path) -> None:
+def test_stages_one_at_a_time(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_recipe(project, "stages")
     run(*TED_DS, "init-student", "--config", path)
     assert (project / "stages/initial_student/model.safetensors").exists()
@@ -75,7 +76,8 @@ def test_stages_one_at_a_time(project: Path) -> None:
     assert not (project / "stages/metrics.jsonl").exists()
     summary = json.loads(run(*TED_DS, "distill", "--config", path).stdout)
     assert summary["steps"] == 10
-    assert run(*TED_DS, "report", project / "stages").stdout.splitlines()[2].split()[:3] == ["stages", "ted", "10"]
+    assert report([str(project / "stages")]) == 0
+    assert capsys.readouterr().out.splitlines()[2].split()[:3] == ["stages", "ted", "10"]
 
 
 def test_prepare_trains_a_tokenizer_and_packs(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
 
+from ted_ds.cli.report import main as report
 from tests.integration.test_commands import BIN, TED_DS, run
 from tests.task_project import make_task_project, write_task_recipe
 
@@ -23,7 +24,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_task_project(tmp_path_factory.mktemp("tasks"), "sst2")
 
 
-def test_the_launcher_fine_tunes_and_does_not_start_over(project: Path) -> None:
+def test_the_launcher_fine_tunes_and_does_not_start_over(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_task_recipe(project, "sst2", "ted")
     run(*FINETUNE, "--config", path)
     summary = json.loads((project / "ted/summary.json").read_text())
@@ -47,7 +48,8 @@ def test_the_launcher_fine_tunes_and_does_not_start_over(project: Path) -> None:
     assert found == {"model": str(student), "accuracy": pytest.approx(sum(hits) / 21)}
     assert found["accuracy"] == pytest.approx(summary["validation_accuracy"])
 
-    spread = [line.split() for line in run(*TED_DS, "report", project / "ted", "--spread").stdout.splitlines()]
+    assert report([str(project / "ted"), "--spread"]) == 0
+    spread = [line.split() for line in capsys.readouterr().out.splitlines()]
     number = f"{sum(hits) / 21:.4f}"
     assert spread[1] == ["sst2", "ted", "1", "accuracy", number, "-", number, number]
 
