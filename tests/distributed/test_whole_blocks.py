@@ -64,6 +64,7 @@ def furthest_gradient(world: World, family: str, checkpoint: bool) -> tuple[floa
     wanted = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in plain.named_parameters()}
     if checkpoint:
         checkpoint_activations(module.student)
+    handle_whole_blocks(module.structure, trained=True)  # as on a GPU
     engine: Any = build_trained_engine(module, deepspeed_config=ZERO3, schedule=lambda step: 1.0)
     engine.train()
     for i, batch in enumerate(batches):
