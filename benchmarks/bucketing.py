@@ -31,12 +31,12 @@ from ted_ds.data.encoded import EncodedRows
 from ted_ds.data.encoding import ensure_encoded
 from ted_ds.data.loader import row_order
 from ted_ds.data.tokenizers import load_tokenizer
-from ted_ds.distill.frozen import FrozenModel, FrozenModule
-from ted_ds.distill.objective import DistillationModel
+from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import resolve_layer_map
 from ted_ds.tasks.base import LossWeights
 from ted_ds.tasks.classification import Classification
+from ted_ds.teacher.frozen import FrozenModel, FrozenModule
 
 SHAPES = {"base": (768, 12, 3072), "xsmall": (384, 6, 1536)}
 """Width, heads and FFN units of DeBERTa-v3's; both have 12 blocks."""

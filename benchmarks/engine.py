@@ -42,12 +42,12 @@ from benchmarks.report import bars, parser_of, publish, table
 from benchmarks.scaling import TED, Setting, build_engines, write_models
 from benchmarks.shapes import SHAPES, Shape, parameters_of, random_batch
 from benchmarks.timing import environment
-from ted_ds.distributed import World, init_world, shut_down
+from ted_ds.job.world import World, init_world, shut_down
+from ted_ds.pipeline.step import train_step
 from ted_ds.tasks.base import LossWeights
 from ted_ds.telemetry.flops import peak_flops
 from ted_ds.telemetry.memory import peak_memory_gib, reset_peak
 from ted_ds.telemetry.timeline import PHASES, Timeline, recording
-from ted_ds.train.step import train_step
 
 MODES: dict[str, dict[str, Any]] = {
     "zero3": {"deepspeed": "ds_configs/zero3.json", "teacher": {"deepspeed": "ds_configs/teacher_zero3.json"}},

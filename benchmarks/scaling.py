@@ -37,18 +37,18 @@ from benchmarks.shapes import Shape, Side, parameters_of, random_batch, random_m
 from benchmarks.timing import environment
 from ted_ds.config.deepspeed import frozen_engine_config
 from ted_ds.config.schema import RunConfig
-from ted_ds.distill.frozen import FrozenModel, FrozenModule
-from ted_ds.distill.objective import DistillationModel
-from ted_ds.distributed import World, init_world, seed_everything, shut_down
-from ted_ds.engine.frozen import host_frozen
-from ted_ds.engine.loading import checkpoint_activations, load_model
-from ted_ds.engine.trained import build_trained_engine
+from ted_ds.distill.distillation_model import DistillationModel
+from ted_ds.distill.engine import build_trained_engine
+from ted_ds.job.world import World, init_world, seed_everything, shut_down
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import resolve_layer_map
-from ted_ds.stages.models import new_filters, trained_config
+from ted_ds.models.loading import checkpoint_activations, load_model
+from ted_ds.pipeline.models import new_filters, trained_config
+from ted_ds.pipeline.step import train_step
 from ted_ds.tasks.base import LossWeights
 from ted_ds.tasks.causal_lm import CausalLM
-from ted_ds.train.step import train_step
+from ted_ds.teacher.frozen import FrozenModel, FrozenModule
+from ted_ds.teacher.hosting import host_frozen
 
 ZERO3 = {
     "stage": 3,

@@ -32,13 +32,13 @@ from benchmarks.report import bars, parser_of, publish, table
 from benchmarks.shapes import SHAPES, Shape, parameters_of, random_batch, random_model
 from benchmarks.timing import Step, environment, interleaved_seconds, medians, step_peak_mib
 from ted_ds.batch import Batch, BatchCounts
-from ted_ds.distill.frozen import FrozenModel, FrozenModule
-from ted_ds.distill.objective import DistillationModel
-from ted_ds.engine.loading import checkpoint_activations
+from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import LayerMap, resolve_layer_map
+from ted_ds.models.loading import checkpoint_activations
 from ted_ds.tasks.base import LossWeights
 from ted_ds.tasks.causal_lm import CausalLM
+from ted_ds.teacher.frozen import FrozenModel, FrozenModule
 from ted_ds.telemetry.flops import peak_flops
 
 METHODS = {

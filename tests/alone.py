@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 
-from ted_ds.stop import StopRequest
+from ted_ds.job.stop import StopRequest
 
 T = TypeVar("T")
 

@@ -9,38 +9,38 @@ from typing import Any
 
 import pytest
 
-import ted_ds.cache.layout
-import ted_ds.cache.recording
-import ted_ds.stages.models
-import ted_ds.stages.teacher
+import ted_ds.pipeline.models
+import ted_ds.pipeline.recorded_teacher
+import ted_ds.teacher.cache_layout
+import ted_ds.teacher.recording
 from ted_ds.config.load import load_config
-from ted_ds.distributed import World
+from ted_ds.job.world import World
 from tests.jobs import pretrain_error, pretrain_recipe
 
 
 def in_small_shards(world: World, path: Path, shard_bytes: int, overrides: tuple[str, ...] = ()) -> None:
     """Runs a recipe whose cache is cut into shards of `shard_bytes`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ted_ds.cache.layout, "SHARD_BYTES", shard_bytes)
+        patch.setattr(ted_ds.teacher.cache_layout, "SHARD_BYTES", shard_bytes)
         pretrain_recipe(world, path, overrides)
 
 
 def without_a_teacher(world: World, path: Path, overrides: tuple[str, ...] = ()) -> None:
     """Runs a recipe on a machine that cannot load its teacher."""
-    load, run = ted_ds.stages.models.load_model, load_config(path, list(overrides))
+    load, run = ted_ds.pipeline.models.load_model, load_config(path, list(overrides))
 
     def refuse(name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         assert run.teacher is not None and name_or_path != run.teacher.model, "the teacher was loaded"
         return load(name_or_path, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ted_ds.stages.models, "load_model", refuse)
+        patch.setattr(ted_ds.pipeline.models, "load_model", refuse)
         pretrain_recipe(world, path, overrides)
 
 
 def full_while_recording(world: World, path: Path, shard_bytes: int, written: int) -> str:
     """The error of a recipe whose disk is full after `written` shards of rank 0."""
-    save, count = ted_ds.cache.recording.save_file, 0
+    save, count = ted_ds.teacher.recording.save_file, 0
 
     def limited(tensors: Any, target: Path) -> None:
         nonlocal count
@@ -50,8 +50,8 @@ def full_while_recording(world: World, path: Path, shard_bytes: int, written: in
         save(tensors, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ted_ds.cache.layout, "SHARD_BYTES", shard_bytes)
-        patch.setattr(ted_ds.cache.recording, "save_file", limited)
+        patch.setattr(ted_ds.teacher.cache_layout, "SHARD_BYTES", shard_bytes)
+        patch.setattr(ted_ds.teacher.recording, "save_file", limited)
         return pretrain_error(world, path)
 
 
@@ -65,7 +65,7 @@ def on_a_small_disk(world: World, path: Path, free: int) -> str:
 
 def recordings(world: World, path: Path) -> int:
     """Runs a recipe whose recording takes its time; how often it recorded."""
-    record, count = ted_ds.stages.teacher.record_shards, 0
+    record, count = ted_ds.pipeline.recorded_teacher.record_shards, 0
 
     def slowly(*args: Any, **options: Any) -> None:
         nonlocal count
@@ -74,6 +74,6 @@ def recordings(world: World, path: Path) -> int:
         record(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ted_ds.stages.teacher, "record_shards", slowly)
+        patch.setattr(ted_ds.pipeline.recorded_teacher, "record_shards", slowly)
         pretrain_recipe(world, path)
     return count

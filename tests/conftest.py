@@ -35,7 +35,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     built = f"py{sys.version_info[0]}{sys.version_info[1]}*/deepspeed_shm_comm/deepspeed_shm_comm.so"
     needed = any(item.path.parent.name in WITH_RANKS for item in session.items)
     if needed and not session.config.option.collectonly and not any(Path(get_default_build_root()).glob(built)):
-        code = "from ted_ds.distributed import init_world, shut_down; shut_down(init_world())"
+        code = "from ted_ds.job.world import init_world, shut_down; shut_down(init_world())"
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 

@@ -107,7 +107,7 @@ class Scenarios:
         return "doctor has no FAIL"
 
     def cpu_operator(self, check: Check) -> str:
-        code = "from ted_ds.distributed import init_world, shut_down; shut_down(init_world())"
+        code = "from ted_ds.job.world import init_world, shut_down; shut_down(init_world())"
         check.run(PYTHON, "-c", code, cpu=True)
         return "DeepSpeed's operator for CPU ranks is built"
 

@@ -14,19 +14,19 @@ from deepspeed.utils import groups, safe_get_full_grad
 from ted_ds.batch import Batch
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
+from ted_ds.distill.engine import build_trained_engine
 from ted_ds.distill.filter_learner import FilterLearner
-from ted_ds.distributed import World
-from ted_ds.engine.loading import gathered
-from ted_ds.engine.trained import build_trained_engine
 from ted_ds.errors import TedError
-from ted_ds.stages.data import RunData, open_data, open_tokenizer
-from ted_ds.stages.distill import Plan, build_distillation_engine
-from ted_ds.stages.filters import learn_filters, plan_pairs
-from ted_ds.stages.models import ensure_models, load_frozen, trained_config
-from ted_ds.stages.run import Goal, run_recipe
+from ted_ds.job.world import World
+from ted_ds.models.loading import gathered
+from ted_ds.pipeline.data import RunData, open_data, open_tokenizer
+from ted_ds.pipeline.models import ensure_models, load_frozen, trained_config
+from ted_ds.pipeline.run import Goal, run_recipe
+from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
+from ted_ds.pipeline.stage2 import Plan, build_distillation_engine
+from ted_ds.pipeline.step import global_counts, train_step
 from ted_ds.tasks.base import Task
 from ted_ds.tasks.classification import Regression
-from ted_ds.train.step import global_counts, train_step
 from tests.golden.check import Case
 
 

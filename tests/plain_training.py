@@ -20,10 +20,10 @@ from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.structure import find_structure
 from ted_ds.ops import Head
 from ted_ds.ops.reference import kl_sum, top_k_kl_sum
-from ted_ds.stages.filters import PairPlan, plan_pairs
-from ted_ds.stages.models import Models
+from ted_ds.pipeline.models import Models
+from ted_ds.pipeline.schedule import learning_rate_schedule
+from ted_ds.pipeline.stage1 import PairPlan, plan_pairs
 from ted_ds.tasks.causal_lm import LMHead
-from ted_ds.train.schedule import learning_rate_schedule
 
 
 def rows_of(run: RunConfig) -> TrainingRows:

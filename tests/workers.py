@@ -33,7 +33,7 @@ def _serve(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
     )
-    from ted_ds.distributed import init_world
+    from ted_ds.job.world import init_world
 
     torch.set_num_threads(1)
     world = init_world(timedelta(seconds=TIMEOUT_S))

@@ -14,11 +14,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ted_ds.cluster import slurm_environment
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.errors import ConfigError, RankLost, TedError
-from ted_ds.versions import commit, versions
+from ted_ds.job.slurm import slurm_environment
+from ted_ds.job.versions import commit, versions
 
 
 def main(argv: Sequence[str]) -> int:
@@ -70,10 +70,10 @@ def _among_ranks(environment: Mapping[str, str], wait: timedelta, own: list[Any]
 
     Raises TedError on the ranks that do not speak where not all ranks come; rank 0 has it among its findings.
     """
-    from ted_ds.distributed import init_world, lost_ranks_named, shut_down
     from ted_ds.doctor.finding import Finding
     from ted_ds.doctor.ranks import examine_ranks, whole_job
     from ted_ds.doctor.recipe import fit, share_of
+    from ted_ds.job.world import init_world, lost_ranks_named, shut_down
 
     started = time.monotonic()
     try:

@@ -62,10 +62,10 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from ted_ds.data.bad_rows import BadRows
     from ted_ds.data.sources import iter_pieces
     from ted_ds.data.tokenizers import load_tokenizer
-    from ted_ds.distributed import init_world
-    from ted_ds.engine.loading import load_model
     from ted_ds.evaluation.lambada import lambada
-    from ted_ds.stages.models import check_fit
+    from ted_ds.job.world import init_world
+    from ted_ds.models.loading import load_model
+    from ted_ds.pipeline.models import check_fit
 
     world, kind, trusted = init_world(), TASKS[arguments.task].kind, arguments.trust_remote_code
     with _plain_model(arguments.model) as path:
@@ -90,7 +90,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
 @contextmanager
 def _plain_model(name_or_path: str) -> Iterator[str]:
     """A model as transformers loads it; one in the layout of the paper's authors is taken apart for the while."""
-    from ted_ds.checkpoint.published import is_published, unpack_published
+    from ted_ds.models.published import is_published, unpack_published
 
     if not is_published(name_or_path):
         yield name_or_path
@@ -102,8 +102,8 @@ def _plain_model(name_or_path: str) -> Iterator[str]:
 
 def _perplexity(arguments: argparse.Namespace, model: Any, tokenizer: Any, world: Any) -> dict[str, Any]:
     from ted_ds.data.documents import iter_documents
-    from ted_ds.distributed import logger
     from ted_ds.evaluation.perplexity import document_perplexity
+    from ted_ds.job.world import logger
 
     logger.info("each document is scored by itself (a run's validation_perplexity: in rows, after other documents)")
     return document_perplexity(
@@ -120,8 +120,8 @@ def _task_scores(arguments: argparse.Namespace, model: Any, tokenizer: Any, worl
     from ted_ds.data.buckets import ScoringRows
     from ted_ds.data.encoding import ensure_encoded
     from ted_ds.evaluation.outputs import collect_outputs
-    from ted_ds.stages.example_data import make_task, score_outputs
-    from ted_ds.stages.models import check_ids, vocabulary_rows
+    from ted_ds.pipeline.example_data import make_task, score_outputs
+    from ted_ds.pipeline.models import check_ids, vocabulary_rows
 
     spec, length = TASKS[arguments.task], arguments.sequence_length
     model.config.pad_token_id = tokenizer.pad_id
@@ -138,7 +138,7 @@ def _task_scores(arguments: argparse.Namespace, model: Any, tokenizer: Any, worl
 def _scorer(model: Any, task: Any) -> Any:
     from torch import nn
 
-    from ted_ds.distill.objective import DistillationModel
+    from ted_ds.distill.distillation_model import DistillationModel
     from ted_ds.tasks.base import LossWeights
 
     return DistillationModel(model, nn.ModuleList(), LossWeights(0.0, 0.0), task=task)

@@ -39,13 +39,13 @@ def main(argv: Sequence[str]) -> int:
         folder = data.prepared
 
     if arguments.config and run.task != "causal-lm":
-        from ted_ds.stages.example_data import ensure_task_tokenizer, prepare_examples
+        from ted_ds.pipeline.example_data import ensure_task_tokenizer, prepare_examples
 
         for split, rows in prepare_examples(run, ensure_task_tokenizer(run)).items():
             print(f"{folder / split}: {len(rows)} rows, {rows.lengths.sum()} tokens")
         return 0
 
-    from ted_ds.stages.text_data import ensure_text_tokenizer, prepare_text
+    from ted_ds.pipeline.text_data import ensure_text_tokenizer, prepare_text
 
     for split, blocks in prepare_text(data, ensure_text_tokenizer(data), folder).items():
         print(f"{folder / split}: {len(blocks)} blocks of {data.sequence_length} tokens")

@@ -17,7 +17,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run_command(argv: Sequence[str], program: str, goal: Any) -> int:
-    """Runs a recipe as far as `goal`, see `ted_ds.stages.run`; returns the exit code.
+    """Runs a recipe as far as `goal`, see `ted_ds.pipeline.run`; returns the exit code.
 
     Raises ConfigError where a launcher is given the other one's recipe.
     """
@@ -35,7 +35,7 @@ def run_to(run: RunConfig, goal: Any) -> None:
     Raises a TedError: Stopped where a signal or `train.max_minutes` ended it. Where another rank is lost the process
     ends with RankLost's exit code.
     """
-    from ted_ds.stop import StopRequest
+    from ted_ds.job.stop import StopRequest
 
     stop = StopRequest(run.train.max_minutes)
     stop.listen()
@@ -43,8 +43,8 @@ def run_to(run: RunConfig, goal: Any) -> None:
 
 
 def _run(run: RunConfig, goal: Any, stop: Any) -> dict[str, Any] | None:
-    from ted_ds.distributed import init_world, lost_ranks_named, shut_down
-    from ted_ds.stages.run import run_recipe
+    from ted_ds.job.world import init_world, lost_ranks_named, shut_down
+    from ted_ds.pipeline.run import run_recipe
 
     world = init_world(timedelta(minutes=run.train.timeout_minutes), stop)
     with lost_ranks_named(world):

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
             chosen.append(f"--teacher.model={folder}/teacher/student")
         _pretrain(arguments.ranks, shipped_folder() / f"launchers/recipes/{recipe}.yaml", [*chosen, *overrides])
 
-    from ted_ds.telemetry.report import plot_curves, summary_table
+    from ted_ds.runs.report import plot_curves, summary_table
 
     plot_curves(runs, folder / "report.png")
     table = summary_table(runs)

@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from ted_ds.sweep import read_sweep, unfinished
-from ted_ds.telemetry.report import (
+from ted_ds.runs.report import (
     plot_curves,
     plot_sweep,
     spread_table,
@@ -16,6 +15,7 @@ from ted_ds.telemetry.report import (
     sweep_table,
     write_sweep_csv,
 )
+from ted_ds.runs.sweep import read_sweep, unfinished
 
 
 def main(argv: Sequence[str]) -> int:

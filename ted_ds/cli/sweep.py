@@ -9,8 +9,8 @@ from pathlib import Path
 
 from ted_ds.cli.pretrain import run_to
 from ted_ds.errors import ConfigError
-from ted_ds.sweep import SweepRun, read_sweep, state, unfinished
-from ted_ds.telemetry.report import aligned
+from ted_ds.runs.report import aligned
+from ted_ds.runs.sweep import SweepRun, read_sweep, state, unfinished
 
 
 def main(argv: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -14,6 +15,18 @@ from ted_ds.data.packed import PackedBlocks
 def row_order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation of [0, num_rows) in which an epoch reads the rows."""
     return np.random.default_rng([seed, epoch]).permutation(num_rows)
+
+
+class Rows(Protocol):
+    """The training rows of every optimizer step, a function of (seed, step), dealt to ranks and micro-batches."""
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of the 0-based `step`."""
+        ...
+
+    def tokens(self, step: int) -> int:
+        """Real tokens of a step over all ranks."""
+        ...
 
 
 class EndlessRows:

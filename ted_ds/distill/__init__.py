@@ -1,1 +1,1 @@
-"""Stage I and Stage II: the collector and the modules whose forward is one micro-batch of a stage."""
+"""What is trained: the modules whose forward is one micro-batch of Stage I and Stage II, and their engine."""

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from ted_ds.batch import Batch, BatchCounts
-from ted_ds.distill.frozen import FrozenModel
 from ted_ds.models.filters import Filter
 from ted_ds.ops import eager_gradients
 from ted_ds.tasks.base import DisposableHead
+from ted_ds.teacher.frozen import FrozenModel
 from ted_ds.telemetry.timeline import phase
 
 HeadLoss = Callable[[torch.Tensor, dict[str, torch.Tensor]], torch.Tensor]

@@ -20,8 +20,8 @@ from packaging.utils import canonicalize_name
 from torch.utils.cpp_extension import get_cxx_compiler
 
 from ted_ds.doctor.finding import GIB, Finding, Status, gib
+from ted_ds.job.versions import commit
 from ted_ds.telemetry.nvml import GpuCounters
-from ted_ds.versions import commit
 
 SHOWN = ("torch", "deepspeed", "transformers")
 """The packages that have lines of their own."""

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.tasks import Kind
-from ted_ds.engine.loading import DTYPES
+from ted_ds.models.loading import DTYPES
 from ted_ds.models.structure import find_blocks
 from ted_ds.models.task_head import AUTO_CLASSES
 from ted_ds.ops.logit_loss import default_chunk_tokens

@@ -14,9 +14,9 @@ from statistics import median
 
 import torch
 
-from ted_ds.distributed import World
 from ted_ds.doctor.finding import Finding
 from ted_ds.doctor.machine import existing, host_limit
+from ted_ds.job.world import World
 
 LARGE_BYTES = {"cuda": 64 << 20, "cpu": 16 << 20}
 SLOW_GB_S = {"cuda": 1.0, "cpu": 0.05}

@@ -23,15 +23,15 @@ from ted_ds.doctor.finding import GIB, Finding, Status, gib
 from ted_ds.doctor.machine import existing, writable
 from ted_ds.doctor.memory import Estimate, FilterShape, ModelShape, estimate, model_shape
 from ted_ds.doctor.ranks import Facts
-from ted_ds.engine.loading import meta_model
 from ted_ds.errors import TedError
 from ted_ds.models.filters import FilterPlan
+from ted_ds.models.loading import meta_model
 from ted_ds.models.pooler import set_head_dropout
 from ted_ds.models.pruning import plan_cut
 from ted_ds.models.structure import set_dropout
 from ted_ds.models.task_head import label_fields
-from ted_ds.stages.filters import plan_pairs
-from ted_ds.stages.models import Models
+from ted_ds.pipeline.models import Models
+from ted_ds.pipeline.stage1 import plan_pairs
 
 OFFLOAD = Path("ds_configs/zero3_offload.json")
 

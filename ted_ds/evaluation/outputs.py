@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ted_ds.batch import Batch, on_device
-from ted_ds.distributed import World
+from ted_ds.job.world import World
 
 
 def collect_outputs(engine: Any, batches: Iterable[Batch], num_rows: int, world: World) -> np.ndarray:

@@ -12,9 +12,9 @@ import torch
 from ted_ds.batch import IGNORED, Batch
 from ted_ds.data.documents import Document, beginning, window_batches
 from ted_ds.data.tokenizers import Tokenizer
-from ted_ds.distributed import World
 from ted_ds.errors import DataError
 from ted_ds.evaluation.scores import perplexity
+from ted_ds.job.world import World
 from ted_ds.models.structure import find_structure
 from ted_ds.ops import Head, token_scores
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ted_ds.batch import Batch
-from ted_ds.distributed import World
+from ted_ds.job.world import World
 from ted_ds.telemetry.flops import BatchFlops, peak_flops
 from ted_ds.telemetry.memory import peak_memory_gib, peak_reserved_gib, reset_peak
 from ted_ds.telemetry.nvml import FIELDS, GpuCounters, gpu_fields

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ted_ds.cache.layout import Manifest
+from ted_ds.teacher.cache_layout import Manifest
 from ted_ds.telemetry.recorder import read_metrics
 from tests.cache_jobs import full_while_recording, in_small_shards, on_a_small_disk, recordings, without_a_teacher
 from tests.jobs import pretrain_error, pretrain_recipe

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from ted_ds.checkpoint.published import read_published
+from ted_ds.models.published import read_published
 from ted_ds.telemetry.recorder import read_metrics
 from tests.golden.test_golden import CASES
 from tests.jobs import golden_losses, pretrain_error, pretrain_recipe

@@ -13,11 +13,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
-from ted_ds.distill.objective import DistillationModel
-from ted_ds.distributed import World
-from ted_ds.engine.blocks import handle_whole_blocks
-from ted_ds.engine.loading import checkpoint_activations
-from ted_ds.engine.trained import build_trained_engine
+from ted_ds.distill.distillation_model import DistillationModel
+from ted_ds.distill.engine import build_trained_engine
+from ted_ds.job.world import World
+from ted_ds.models.leaf_blocks import handle_whole_blocks
+from ted_ds.models.loading import checkpoint_activations
 from ted_ds.models.structure import find_blocks
 from ted_ds.tasks.base import LossWeights
 from ted_ds.tasks.causal_lm import CausalLM

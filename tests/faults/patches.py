@@ -23,14 +23,14 @@ def _slowed(call: Any, what: str, *args: Any, **kwargs: Any) -> Any:
 
 def slow_evaluation(rank: int) -> None:
     """Says `evaluating` and takes its time."""
-    from ted_ds.stages import text_data
+    from ted_ds.pipeline import text_data
 
     text_data.held_out_perplexity = partial(_slowed, text_data.held_out_perplexity, "evaluating")  # type: ignore[assignment]
 
 
 def slow_saving(rank: int) -> None:
     """Says `saving` as each file is brought to the disk, and takes its time."""
-    from ted_ds.checkpoint import store
+    from ted_ds.pipeline import checkpoints as store
 
     store._to_disk = partial(_slowed, store._to_disk, "saving")  # type: ignore[assignment]
 
@@ -76,7 +76,7 @@ def has_a_bug(rank: int) -> None:
 
 def dies_after_a_best(rank: int) -> None:
     """Every rank is killed once a best student is kept at a step that no checkpoint follows at once."""
-    from ted_ds.checkpoint.best import BestStudent
+    from ted_ds.pipeline.best import BestStudent
 
     keep = BestStudent.keep
 
@@ -92,7 +92,7 @@ def bad_rows(rank: int) -> None:
     """Losses of steps 3 and 5 (0-based) are nan on rank 1."""
     import torch
 
-    from ted_ds.distill.objective import DistillationModel
+    from ted_ds.distill.distillation_model import DistillationModel
 
     steps = iter(range(1 << 20))
     forward = DistillationModel.forward

@@ -30,7 +30,7 @@ TIMINGS = re.compile(r"_ms$|_per_second$|^peak_|^model_tflops$|^mfu$|^gpu_|^joul
 TORTURE = int(os.environ.get("TED_DS_TORTURE", "1"))
 """How much of what repeats is done: `make torture` sets it."""
 
-PRELOADED = ["deepspeed", "transformers", "datasets", "ted_ds.stages.run", "ted_ds.cli.pretrain", "tests.jobs"]
+PRELOADED = ["deepspeed", "transformers", "datasets", "ted_ds.pipeline.run", "ted_ds.cli.pretrain", "tests.jobs"]
 
 
 def _serve(rank: int, size: int, port: int, argv: list[str], log: str, patch: Callable[[int], None] | None) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ted_ds.checkpoint.store import Identity, load_checkpoint
+from ted_ds.pipeline.checkpoints import Identity, load_checkpoint
 from tests.alone import Alone
 from tests.faults.ranks import TORTURE, latest_is_whole, recorded, run
 
@@ -121,7 +121,7 @@ def test_100_places_of_a_real_checkpoint(fault_project: Path, undisturbed: Any, 
 
 def restage(checkpoint: Path) -> None:
     """Writes the card of a checkpoint anew, as of ZeRO-0."""
-    from ted_ds.checkpoint.store import _card_text, _read_card
+    from ted_ds.pipeline.checkpoints import _card_text, _read_card
 
     card = _read_card(checkpoint)
     assert card is not None

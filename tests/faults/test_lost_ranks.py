@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from ted_ds.watch import RankWatch
+from ted_ds.job.lost_ranks import RankWatch
 from tests.faults.patches import bad_rows, errs, hangs, has_a_bug, waits_for
 from tests.faults.ranks import Ranks, latest_is_whole, recorded, run
 

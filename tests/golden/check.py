@@ -28,17 +28,17 @@ from transformers.models.deberta_v2 import modeling_deberta_v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ted_ds.batch import Batch, BatchCounts
-from ted_ds.checkpoint.published import read_published
+from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.filter_learner import FilterLearner
-from ted_ds.distill.frozen import FrozenModel, FrozenModule
-from ted_ds.distill.objective import DistillationModel
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.padding import zero_padding_context
 from ted_ds.models.pooler import find_pooler
+from ted_ds.models.published import read_published
 from ted_ds.models.task_head import AUTO_CLASSES
 from ted_ds.tasks.base import DisposableHead, LossWeights, Task
 from ted_ds.tasks.classification import Classification, PoolerHead, Regression
 from ted_ds.tasks.question_answering import QuestionAnswering, SpanHead
+from ted_ds.teacher.frozen import FrozenModel, FrozenModule
 
 TOLERANCES = {
     "float32": {"loss": 1e-5, "state": 2e-5, "gradient": 1e-4, "trajectory": 1e-4},

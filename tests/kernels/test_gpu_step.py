@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
+from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.filter_learner import FilterLearner
-from ted_ds.distill.frozen import FrozenModel, FrozenModule
-from ted_ds.distill.objective import DistillationModel
-from ted_ds.engine.loading import checkpoint_activations, resident_readout
 from ted_ds.models.filters import FilterPlan
+from ted_ds.models.loading import checkpoint_activations, resident_readout
 from ted_ds.tasks.base import LossWeights
 from ted_ds.tasks.causal_lm import CausalLM, LMHead
+from ted_ds.teacher.frozen import FrozenModel, FrozenModule
 from tests.tiny_models import FAMILIES, READS_BACK, tiny_model
 
 pytestmark = pytest.mark.requires_gpu

@@ -156,7 +156,7 @@ def test_scaling_moves_the_bytes_of_the_theory(tmp_path: Path) -> None:
         assert row["collectives"][name]["bytes"] == pytest.approx(size, rel=0.02), name
     assert row["surplus"] == []
     assert row["other_bytes"] < 1000
-    assert {part["caller"] for part in row["other"]} >= {"ted_ds.distributed.sum"}
+    assert {part["caller"] for part in row["other"]} >= {"ted_ds.job.world.sum"}
 
 
 def test_theory_counts_a_shared_parameter_once() -> None:

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from ted_ds.checkpoint.best import BestStudent
-from ted_ds.checkpoint.export import recover_folder, replace_folder
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import CheckpointError
+from ted_ds.job.files import recover_folder, replace_folder
+from ted_ds.pipeline.best import BestStudent
 from tests.alone import Alone
 from tests.task_project import write_tokenizer
 from tests.tiny_encoders import tiny_encoder

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.utils import cpp_extension
 
-from ted_ds.build_lock import BuildLock, build_under_a_lock
+from ted_ds.job.build_lock import BuildLock, build_under_a_lock
 
 
 def hold(path: str, held: Any) -> None:

@@ -17,13 +17,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ted_ds.batch import Batch
-from ted_ds.cache import layout
-from ted_ds.cache.fingerprints import model_fingerprint
-from ted_ds.cache.layout import Field, Manifest, Places, fits, plan_shards, refuse_difference, shard_path
-from ted_ds.cache.outputs import RowLogits, SpanLogits, TopLogits
-from ted_ds.cache.recording import write_head
-from ted_ds.cache.rows import teacher_rows
-from ted_ds.cache.teacher import AnnouncedRows, CachedTeacher, ShardReader, load_head
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.data.encoded import EncodedRows
@@ -31,8 +24,15 @@ from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import load_tokenizer
 from ted_ds.errors import CheckpointError, ConfigError
 from ted_ds.ops import Head
-from ted_ds.stages.example_data import prepare_examples
-from ted_ds.stages.text_data import prepare_text
+from ted_ds.pipeline.example_data import prepare_examples
+from ted_ds.pipeline.text_data import prepare_text
+from ted_ds.teacher import cache_layout as layout
+from ted_ds.teacher.cache_layout import Field, Manifest, Places, fits, plan_shards, refuse_difference, shard_path
+from ted_ds.teacher.fingerprints import model_fingerprint
+from ted_ds.teacher.outputs import RowLogits, SpanLogits, TopLogits
+from ted_ds.teacher.recorded import AnnouncedRows, CachedTeacher, ShardReader, load_head
+from ted_ds.teacher.recording import write_head
+from ted_ds.teacher.rows import teacher_rows
 from tests.project import make_project, recipe
 from tests.task_project import make_task_project, write_task_recipe
 from tests.tiny_models import tiny_model
@@ -115,7 +115,7 @@ def test_a_shard_is_mapped_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         opened.append(path)
         return safe_open(path, framework=framework)
 
-    monkeypatch.setattr("ted_ds.cache.teacher.safe_open", counting)
+    monkeypatch.setattr("ted_ds.teacher.recorded.safe_open", counting)
     reader(tmp_path).read(["states.1", "logits"], torch.tensor([3, 0, 4, 3]), 6)
     assert len(opened) == len(set(opened)) > 1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ted_ds.cluster import slurm_environment
+from ted_ds.job.slurm import slurm_environment
 
 TASK = {
     "SLURM_JOB_ID": "12005",

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ted_ds.distill.collector import HiddenStateCollector
-from ted_ds.engine.loading import checkpoint_activations
 from ted_ds.errors import ModelError
+from ted_ds.models.loading import checkpoint_activations
 from ted_ds.models.structure import find_structure
+from ted_ds.teacher.collector import HiddenStateCollector
 from tests.tiny_models import tiny_model
 
 

@@ -16,8 +16,8 @@ from ted_ds.config.load import _alternatives, dump_config, load_config
 from ted_ds.config.schema import FiltersConfig, HubDataset, RunConfig
 from ted_ds.data.manifests import entry_names, reread_names
 from ted_ds.errors import CheckpointError, ConfigError
-from ted_ds.stages.filters import ORIGIN, _learning, _refuse_other_origin
-from ted_ds.stages.run import _claim
+from ted_ds.pipeline.run import _claim
+from ted_ds.pipeline.stage1 import ORIGIN, _learning, _refuse_other_origin
 
 EARLIER = """
 task: causal-lm

@@ -517,8 +517,8 @@ def diagnose(world: Any, project: Path, config: Path) -> tuple[int, list[str], f
     printed: list[str] = []
     strange = [Finding("warn", "limits", "5 open files", "x")] if world.rank else []
     with (
-        patch("ted_ds.distributed.init_world", lambda wait: world),
-        patch("ted_ds.distributed.shut_down", lambda world: None),
+        patch("ted_ds.job.world.init_world", lambda wait: world),
+        patch("ted_ds.job.world.shut_down", lambda world: None),
         patch.object(machine, "machine", lambda: strange),
         patch.object(doctor, "_print", lambda findings: printed.extend(map(str, findings))),
     ):
@@ -529,8 +529,8 @@ def diagnose(world: Any, project: Path, config: Path) -> tuple[int, list[str], f
 def engine_bytes(world: Any, project: Path) -> tuple[float, float]:
     """(live bytes of an engine after a step, the estimate of its weights, copies, moments, gradients and bucket)."""
     from ted_ds.config.deepspeed import trained_engine_config
-    from ted_ds.engine.loading import sharded_init
-    from ted_ds.engine.trained import build_trained_engine
+    from ted_ds.distill.engine import build_trained_engine
+    from ted_ds.models.loading import sharded_init
 
     zero = {"stage": 3, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": 0}
     run = a_run(project, zero, train__micro_batch_size=1, train__global_batch_size=2)

@@ -23,7 +23,7 @@ from ted_ds.data.documents import Document, iter_documents, window_batches
 from ted_ds.data.loader import EvaluationRows
 from ted_ds.data.prepare import prepare
 from ted_ds.data.tokenizers import Tokenizer
-from ted_ds.distill.objective import DistillationModel
+from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.errors import DataError
 from ted_ds.evaluation.perplexity import document_perplexity, held_out_perplexity
 from ted_ds.tasks.base import LossWeights

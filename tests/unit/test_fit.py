@@ -21,8 +21,8 @@ from ted_ds.data.prepare import prepare
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError, ModelError
 from ted_ds.evaluation.lambada import lambada
-from ted_ds.stages.models import Models, check_fit, check_ids, check_models
-from ted_ds.stages.text_data import TextData
+from ted_ds.pipeline.models import Models, check_fit, check_ids, check_models
+from ted_ds.pipeline.text_data import TextData
 from tests.project import VOCAB, make_project, recipe
 from tests.tiny_models import tiny_model
 

@@ -11,14 +11,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ted_ds.batch import Batch
-from ted_ds.distill.frozen import FrozenModule
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.pooler import PoolerPlan
 from ted_ds.models.structure import find_blocks
-from ted_ds.stages.flops import stage1_flops, stage2_flops
-from ted_ds.stages.models import Models
+from ted_ds.pipeline.flops import stage1_flops, stage2_flops
+from ted_ds.pipeline.models import Models
 from ted_ds.tasks.causal_lm import CausalLM, LMHead
 from ted_ds.tasks.classification import Classification, PoolerHead
+from ted_ds.teacher.frozen import FrozenModule
 from ted_ds.telemetry.flops import count_flops, count_lengths, peak_flops, polynomial
 from tests.tiny_encoders import CLASSIFIERS, tiny_encoder
 from tests.tiny_models import FAMILIES, tiny_config, tiny_model

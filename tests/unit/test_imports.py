@@ -51,7 +51,11 @@ def test_config_imports_errors_alone():
 
 
 def test_deepspeed_is_imported_where_it_is_hosted():
-    strangers = [f for f in importers("deepspeed") if not within(f, "distributed.py", "engine/", "checkpoint/")]
+    strangers = [
+        f
+        for f in importers("deepspeed")
+        if not within(f, "job/world.py", "models/", "teacher/hosting.py", "distill/engine.py")
+    ]
     assert not strangers
 
 
@@ -62,16 +66,17 @@ def test_the_environment_is_read_at_the_edges():
         attributes = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
         if attributes & {"environ", "getenv"} or {"os.environ", "os.getenv"} & set(imported(path)):
             readers.append(path)
-    assert not [f for f in readers if not within(f, "distributed.py", "cli/")]
+    assert not [f for f in readers if not within(f, "job/world.py", "cli/")]
 
 
-def test_modules_do_not_import_each_other_in_a_circle():
-    names = {module_name(f) for f in FILES}
-    graph = {
-        module_name(f): {m for m in imported(f, top_level=True) if m in names and m != module_name(f)}
-        for f in FILES
-        if f.name != "__init__.py"
-    }
+def test_folders_do_not_import_each_other_in_a_circle():
+    """A folder of ted_ds, and a file beside them, is one node: imports inside functions count too."""
+    graph: dict[str, set[str]] = {}
+    for path in FILES:
+        own = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if own != "__init__":
+            others = {name.split(".")[1] for name in imported(path) if name.startswith("ted_ds.")}
+            graph.setdefault(own, set()).update(others - {own})
     graphlib.TopologicalSorter(graph).prepare()
 
 

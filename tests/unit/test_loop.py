@@ -13,11 +13,11 @@ import torch
 
 from ted_ds.batch import Batch
 from ted_ds.errors import Stopped, TrainingError
-from ted_ds.stop import SIGNALS, StopRequest
+from ted_ds.job.stop import SIGNALS, StopRequest
+from ted_ds.pipeline.loop import run_steps
 from ted_ds.telemetry.flops import BatchFlops
 from ted_ds.telemetry.meters import Meters
 from ted_ds.telemetry.nvml import GpuCounters
-from ted_ds.train.loop import run_steps
 from tests.alone import Alone
 
 T = TypeVar("T")

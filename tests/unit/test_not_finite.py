@@ -16,9 +16,9 @@ from ted_ds.cli.common import guarded, printed
 from ted_ds.config.tasks import TASKS
 from ted_ds.errors import DataError, NotFiniteError, TrainingError
 from ted_ds.evaluation.perplexity import held_out_perplexity
-from ted_ds.stages import example_data
-from ted_ds.stages.distill import scorable
-from ted_ds.stages.example_data import ExampleData
+from ted_ds.pipeline import example_data
+from ted_ds.pipeline.example_data import ExampleData
+from ted_ds.pipeline.stage2 import scorable
 
 
 class World:

@@ -9,16 +9,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
+from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.filter_learner import FilterLearner
-from ted_ds.distill.frozen import FrozenModel, FrozenModule, filtered_square_sums
-from ted_ds.distill.objective import DistillationModel
-from ted_ds.engine.loading import resident_readout
 from ted_ds.errors import ModelError
 from ted_ds.models.filters import FilterPlan
+from ted_ds.models.loading import resident_readout
 from ted_ds.models.structure import find_structure
 from ted_ds.ops import logit_loss
 from ted_ds.tasks.base import LossWeights
 from ted_ds.tasks.causal_lm import CausalLM, LMHead
+from ted_ds.teacher.frozen import FrozenModel, FrozenModule, filtered_square_sums
 from tests.project import relative
 from tests.tiny_models import FAMILIES, READS_BACK, tiny_model
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from ted_ds import versions
 from ted_ds.config import shipped
 from ted_ds.config.load import load_config
 from ted_ds.errors import ConfigError
+from ted_ds.job import versions
 
 ROOT = Path(__file__).resolve().parents[2]
 

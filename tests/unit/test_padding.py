@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.models.deberta_v2.modeling_deberta_v2 import DisentangledSelfAttention
 
-from ted_ds.engine.loading import checkpoint_activations
+from ted_ds.models.loading import checkpoint_activations
 from ted_ds.models.padding import zero_padding_context
 from tests.tiny_encoders import tiny_encoder
 

@@ -24,7 +24,7 @@ from ted_ds.data.prepare import check, ensure_prepared, prepare
 from ted_ds.data.sources import Piece
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError
-from ted_ds.stages.text_data import ensure_text_tokenizer
+from ted_ds.pipeline.text_data import ensure_text_tokenizer
 
 LONG = "".join(f"w{i % 40} w{i % 7}{' ' * (i % 3)}\n" for i in range(90))
 TORN = "holds no whole prepared data"

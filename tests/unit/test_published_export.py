@@ -10,19 +10,19 @@ import pytest
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from ted_ds.checkpoint.published import (
+from ted_ds.config.load import load_config
+from ted_ds.errors import ModelError
+from ted_ds.models.filters import FilterPlan
+from ted_ds.models.loading import load_model, whole_tensors
+from ted_ds.models.published import (
     published_model,
     published_options,
     read_published,
     unpack_published,
     write_published,
 )
-from ted_ds.config.load import load_config
-from ted_ds.engine.loading import load_model, whole_tensors
-from ted_ds.errors import ModelError
-from ted_ds.models.filters import FilterPlan
-from ted_ds.stages.filters import PairPlan, plan_pairs
-from ted_ds.stages.models import Models
+from ted_ds.pipeline.models import Models
+from ted_ds.pipeline.stage1 import PairPlan, plan_pairs
 from tests.task_project import make_task_project, write_task_recipe
 from tests.tiny_encoders import encoder_config, tiny_encoder
 

@@ -12,9 +12,9 @@ import yaml
 
 from ted_ds.cli.report import main
 from ted_ds.errors import DataError
-from ted_ds.sweep import read_sweep
+from ted_ds.runs.report import plot_curves, spread_table, summary_table, sweep_groups
+from ted_ds.runs.sweep import read_sweep
 from ted_ds.telemetry.recorder import Recorder
-from ted_ds.telemetry.report import plot_curves, spread_table, summary_table, sweep_groups
 
 RUNS = {"teacher": ("ce", 4000.0, 80.0), "ce": ("ce", 300.0, 120.5), "ted": ("ted", 300.0, 110.25)}
 

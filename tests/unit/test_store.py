@@ -13,7 +13,10 @@ from typing import Any, TypeVar
 import pytest
 import torch
 
-from ted_ds.checkpoint.store import (
+from ted_ds.config.continuation import deciding
+from ted_ds.config.schema import RunConfig
+from ted_ds.errors import CheckpointError, ConfigError
+from ted_ds.pipeline.checkpoints import (
     CARD,
     Card,
     Identity,
@@ -26,9 +29,6 @@ from ted_ds.checkpoint.store import (
     save_checkpoint,
     write_atomically,
 )
-from ted_ds.config.continuation import deciding
-from ted_ds.config.schema import RunConfig
-from ted_ds.errors import CheckpointError, ConfigError
 from tests.alone import Alone
 
 T = TypeVar("T")

@@ -11,12 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, DebertaV2ForSequenceC
 
 from ted_ds.batch import Batch, BatchCounts
 from ted_ds.distill.filter_learner import FilterLearner
-from ted_ds.distill.frozen import FrozenModel, FrozenModule
 from ted_ds.errors import ModelError
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.pooler import find_pooler
 from ted_ds.models.structure import block_output, find_blocks, find_structure, set_dropout
 from ted_ds.tasks.classification import Classification, PoolerHead
+from ted_ds.teacher.frozen import FrozenModel, FrozenModule
 from tests.tiny_encoders import CLASSIFIERS, encoder_config, tiny_encoder
 from tests.tiny_models import FAMILIES, tiny_config, tiny_model
 

@@ -16,7 +16,7 @@ from ted_ds.cli.common import guarded
 from ted_ds.cli.sweep import main
 from ted_ds.config.schema import RunConfig
 from ted_ds.errors import CheckpointError, ConfigError
-from ted_ds.sweep import read_sweep, state
+from ted_ds.runs.sweep import read_sweep, state
 
 ROOT = Path(__file__).parents[2]
 RECIPE = {

@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ted_ds.config.tasks import TASKS
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
-from ted_ds.engine.loading import load_model
 from ted_ds.errors import ModelError
 from ted_ds.models.labels import label_order
+from ted_ds.models.loading import load_model
 from ted_ds.models.pooler import PoolerPlan, find_pooler, set_head_dropout
 from ted_ds.models.task_head import label_fields, start_from_pretrained
 from tests.task_project import write_tokenizer

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
+from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.filter_learner import FilterLearner
-from ted_ds.distill.frozen import FrozenModel, FrozenModule
-from ted_ds.distill.objective import DistillationModel
 from ted_ds.errors import ModelError
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.pooler import find_pooler
@@ -20,6 +19,7 @@ from ted_ds.models.structure import block_output, find_blocks
 from ted_ds.tasks.base import LossWeights, Reading, Task
 from ted_ds.tasks.classification import Classification, PoolerHead, Regression
 from ted_ds.tasks.question_answering import QuestionAnswering, SpanHead
+from ted_ds.teacher.frozen import FrozenModel, FrozenModule
 from tests.project import relative
 from tests.tiny_encoders import CLASSIFIERS, ENCODERS, tiny_encoder
 

@@ -1,0 +1,43 @@
+"""The engine of whatever is trained: the student with its filters, or Stage I's filters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from ted_ds.distill.distillation_model import DistillationModel
+from ted_ds.models.leaf_blocks import handle_whole_blocks
+from ted_ds.models.loading import is_sharded
+
+
+def build_trained_engine(
+    module: nn.Module, *, deepspeed_config: dict[str, Any], schedule: Callable[[int], float]
+) -> deepspeed.DeepSpeedEngine:
+    """`module` in a DeepSpeed engine with AdamW, its state sharded as `deepspeed_config` says.
+
+    schedule: step -> multiplier of the learning rate. Matrices decay, vectors (norms, biases) do not.
+    """
+    # On the CPU little is gained, and a run that an earlier version began would go on with other last digits: DeepSpeed
+    # adds up the norm of gradients, by which they are clipped, in another order.
+    on_gpu = get_accelerator().device_name() != "cpu"
+    if on_gpu and is_sharded(deepspeed_config) and isinstance(module, DistillationModel):
+        handle_whole_blocks(module.structure, trained=True)
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            (matrices if len(shape) > 1 else vectors).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=[group for group in groups if group["params"]],
+        config=deepspeed_config,
+        lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
+    )
+    return engine

@@ -1,1 +1,0 @@
-"""The engines: loading into shards, the frozen model's host, the trained module's engine."""

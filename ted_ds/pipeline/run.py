@@ -1,0 +1,111 @@
+"""The whole job, of any task: the stages in order, skipping what is complete."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from filelock import FileLock
+
+from ted_ds.config.continuation import first_change
+from ted_ds.config.deepspeed import frozen_engine_config
+from ted_ds.config.load import dump_config, read_yaml
+from ted_ds.config.schema import RunConfig
+from ted_ds.errors import CheckpointError, ConfigError
+from ted_ds.job.lock import alone
+from ted_ds.job.versions import commit, versions
+from ted_ds.job.world import World, logger
+from ted_ds.pipeline.checkpoints import latest_tag
+from ted_ds.pipeline.data import open_data, open_tokenizer
+from ted_ds.pipeline.models import check_ids, check_models, ensure_models, trained_config
+from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
+from ted_ds.pipeline.stage2 import Plan, distill, export_checkpoint, export_published
+from ted_ds.runs.progress import finished
+
+LOCK = "run.lock"
+"""In an output folder: held by the run that writes there."""
+
+Goal = Literal["student", "filters", "distilled", "export", "export-published"]
+"""Stage 0 done; Stage I done; all done; the last checkpoint exported, whether or not all is done."""
+
+EXPORTS = {"export": export_checkpoint, "export-published": export_published}
+
+
+def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[str, Any] | None:
+    """Runs a recipe on its output folder as far as `goal`, continuing what is there; a collective.
+
+    Returns summary.json where all is done, None after Stage 0 and I, the steps and folder of an export.
+
+    Raises a TedError, on every rank, where recipe, data or models are wrong.
+    """
+    _check_engines(run, world)
+    if goal in EXPORTS:
+        return _run(run, world, goal)
+    with _alone(run.output_dir, world):
+        return _run(run, world, goal)
+
+
+def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
+    world.on_main(lambda: _claim(run, export=goal in EXPORTS))
+    _check_shared(run.output_dir / "config.yaml", world)
+    summary = world.on_main(lambda: finished(run))
+    if summary is not None and goal == "export":
+        raise ConfigError(f"{run.output_dir} is complete: its student is in {run.output_dir / 'student'}")
+    if summary is not None and goal not in EXPORTS:
+        logger.info("%s is complete (%d steps); nothing to do", run.output_dir, summary["steps"])
+        return summary
+    tokenizer = open_tokenizer(run, world)
+    models = ensure_models(run, tokenizer, world)
+    if goal == "student":
+        return None
+    pairs = plan_pairs(run, models)
+    rows = check_models(run, models, tokenizer)
+    data = open_data(run, world, tokenizer, rows)
+    world.on_main(lambda: check_ids(tokenizer, rows, data.splits))
+    run = run.resolved(data.num_rows)
+    filters = learn_filters(run, world, data, pairs, models) if pairs else {}
+    if goal == "filters":
+        return None
+    return EXPORTS.get(goal, distill)(run, world, data, Plan(models, pairs, filters))
+
+
+def _alone(folder: Path, world: World) -> AbstractContextManager[None]:
+    """The only run that writes into `folder`; a collective. Raises ConfigError where there is another."""
+
+    def refuse(lock: FileLock) -> None:
+        raise ConfigError(
+            f"{folder} has a run going on (it holds {LOCK}): wait until its processes have ended, or give another "
+            "output_dir"
+        )
+
+    return alone(folder / LOCK, world, refuse)
+
+
+def _check_engines(run: RunConfig, world: World) -> None:
+    """Raises ConfigError for DeepSpeed files and batch sizes that cannot be, before hours are spent on data."""
+    own = run.filters.global_batch_size if run.method == "ted" else None
+    for size in (None, *(() if own is None else (own.teacher, own.student))):
+        rate, decay = run.optimizer.learning_rate, run.optimizer.weight_decay
+        trained_config(run, world, learning_rate=rate, weight_decay=decay, global_batch_size=size)
+    if run.teacher is not None and run.teacher.sharding == "zero3":
+        frozen_engine_config(run, world_size=world.size)
+
+
+def _check_shared(path: Path, world: World) -> None:
+    """Raises ConfigError, on every rank, where a node does not see what rank 0 has just written; a collective."""
+    if not world.min(torch.tensor(int(path.exists()))):
+        raise ConfigError(f"{path.parent} is not the same folder on all nodes: give an output_dir that they share")
+
+
+def _claim(run: RunConfig, *, export: bool) -> None:
+    """Writes config.yaml, or checks it where the folder has one: one folder, one run."""
+    path = run.output_dir / "config.yaml"
+    if export and latest_tag(run.output_dir / "checkpoints") is None:
+        raise CheckpointError(f"{run.output_dir} has no checkpoint to export: run it past train.save_every steps")
+    run.output_dir.mkdir(parents=True, exist_ok=True)
+    if path.exists() and (change := first_change(read_yaml(path), run, str(path))) is not None:
+        raise ConfigError(f"{run.output_dir} holds a run with {change}: give another output_dir, or delete that folder")
+    if not export:
+        dump_config(run, path, {**versions(), "commit": commit()})
