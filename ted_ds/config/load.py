@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ted_ds.config.schema import Method, RunConfig
+from ted_ds.config.choices import Method
+from ted_ds.config.schema import RunConfig
 from ted_ds.config.shipped import find_file
 from ted_ds.config.written import is_misread, misread, scalar_text
 from ted_ds.errors import ConfigError

@@ -9,12 +9,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ted_ds.batch import Batch, BatchCounts
+from ted_ds.config.sections import LossConfig
 from ted_ds.errors import ModelError
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.readout import Readout
 from ted_ds.models.structure import find_blocks
 from ted_ds.ops import Head
-from ted_ds.tasks.base import LossWeights, Reading, Task, TaskLosses
+from ted_ds.tasks.base import Reading, Task, TaskLosses
 from ted_ds.teacher.collector import HiddenStateCollector
 from ted_ds.teacher.frozen import Teacher
 from ted_ds.telemetry.timeline import phase
@@ -30,11 +31,11 @@ class DistillationModel(nn.Module):
     filters: K student filters, in the order of the layer map; empty without a layer loss.
     """
 
-    def __init__(self, student: PreTrainedModel, filters: nn.ModuleList, weights: LossWeights, *, task: Task) -> None:
+    def __init__(self, student: PreTrainedModel, filters: nn.ModuleList, loss: LossConfig, *, task: Task) -> None:
         super().__init__()
         self.student: PreTrainedModel = student
         self.filters = filters
-        self.weights = weights
+        self.loss = loss
         self.task = task
         self.structure = find_blocks(student)
         self.readout: Readout = task.readout(student)
@@ -82,20 +83,20 @@ class DistillationModel(nn.Module):
             return self.readout(output, use=lambda o, head: self.task.predict(Reading(o, head), batch))
         with self._collector.student_pass():
             output = self.readout.read(batch)
-        mask = batch.attention_mask if self.weights.mask_padding else None
+        mask = batch.attention_mask if self.loss.mask_padding else None
 
         def squared_error(pair: int, hidden_s: torch.Tensor, hidden_t: torch.Tensor) -> torch.Tensor:
             assert self._teacher is not None
             with phase("loss"):
                 target = self._teacher.target(pair, hidden_t)
-                return self.filters[pair](hidden_s, target, mask, residual_dtype=self.weights.residual_dtype)
+                return self.filters[pair](hidden_s, target, mask)
 
         with self._collector.teacher_pass(squared_error) as sums:
             losses = self._task_losses(batch, output, counts)
         with phase("loss"):
             layer_losses = self._layer_losses(sums, counts)
             layer_loss = layer_losses.mean() if sums else losses.pred_loss.new_zeros(())
-            loss = losses.total + self.weights.mse_alpha * layer_loss
+            loss = losses.total + self.loss.mse_alpha * layer_loss
             terms = torch.stack([loss, losses.pred_loss, losses.kl_loss, layer_loss])
             return loss, torch.cat([terms, layer_losses.to(terms)]).detach()
 
@@ -107,13 +108,13 @@ class DistillationModel(nn.Module):
             teacher = None if output_t is None else Reading(output_t, head_t)
 
             def losses(output_s: torch.Tensor, head_s: Head | None) -> TaskLosses:
-                return self.task.losses(Reading(output_s, head_s), teacher, batch, counts, self.weights)
+                return self.task.losses(Reading(output_s, head_s), teacher, batch, counts, self.loss)
 
             # by the list, not returned: ZeRO-3 would tie what the teacher returns to the teacher's backward hooks
             with phase("loss"):
                 result.append(self.readout(output, use=losses))
 
-        if self._teacher is not None and self.weights.kl_alpha > 0:
+        if self._teacher is not None and self.loss.kl_alpha > 0:
             with phase("teacher_forward"):
                 self._teacher.stream(batch, use)
         else:
@@ -129,5 +130,5 @@ class DistillationModel(nn.Module):
             return torch.zeros(0, device=counts.values.device)
         stacked = torch.stack([sums[k] for k in range(len(sums))])
         first: Any = self.filters[0]
-        tokens = counts.tokens if self.weights.mask_padding else counts.positions
+        tokens = counts.tokens if self.loss.mask_padding else counts.positions
         return stacked / (tokens.clamp_min(1) * first.output_dim) * self._layer_scale

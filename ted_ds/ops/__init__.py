@@ -4,15 +4,15 @@
 never its signature.
 """
 
-from ted_ds.ops.divergence import Divergence, TopK
+from ted_ds.config.choices import Divergence
+from ted_ds.ops.divergence import TopK
 from ted_ds.ops.eager_grad import eager_gradients
-from ted_ds.ops.layer_loss import ResidualDtype, linear_squared_error
+from ted_ds.ops.layer_loss import linear_squared_error
 from ted_ds.ops.logit_loss import Head, linear_cross_entropy_kl, teacher_top_k, token_scores
 
 __all__ = [
     "Divergence",
     "Head",
-    "ResidualDtype",
     "TopK",
     "eager_gradients",
     "linear_cross_entropy_kl",

@@ -7,12 +7,8 @@ respect to y_s. Buffers belong to the caller, since fresh pages would cost more 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-
-Divergence = Literal["forward", "reverse", "jensen-shannon"]
-"""forward: KL(p || q); reverse: KL(q || p); jensen-shannon: (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2."""
 
 
 @dataclass(frozen=True)

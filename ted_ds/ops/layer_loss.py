@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ted_ds.ops.dispatch import has_kernel
-
-ResidualDtype = Literal["same", "bfloat16", "float8"]
-"""How the residual waits for backward: as computed, or rounded."""
-
-_FLOAT8 = torch.float8_e4m3fn
-_FLOAT8_MAX = torch.finfo(_FLOAT8).max
 
 
 def linear_squared_error(
@@ -21,16 +15,11 @@ def linear_squared_error(
     bias: torch.Tensor,
     target: torch.Tensor,
     mask: torch.Tensor | None = None,
-    *,
-    residual_dtype: ResidualDtype = "same",
 ) -> torch.Tensor:
     """Sum over unmasked tokens of (hidden W^T + bias - target)^2, a scalar.
 
     hidden: [.., D]; weight: [F, D]; bias: [F]; target: [.., F], a constant without gradient; all of one
         floating dtype. mask: [..] bool or 0/1 of any dtype, or None where every token counts.
-    residual_dtype: float8 (e4m3) has a scale a token, and is made by way of a float32 [N, F] that lives for a moment.
-        The loss is the exact residual's; of normal ones (N 2048, D 256, F 192) bfloat16 turned d_hidden by 1.5e-3 of
-        its norm and d_weight by 0.9e-3, float8 by 2.3e-2 and 1.4e-2.
     Returns float32 (float64 for float64 inputs), summed in that dtype.
 
     One GEMM forward and two backward (as plain autograd), but a single [N, F] buffer: the residual is
@@ -38,7 +27,7 @@ def linear_squared_error(
     keep the filter's output and the target. `weight` is read anew in backward, so ZeRO-3 may release
     and gather it in between.
     """
-    loss: torch.Tensor = _LinearSquaredError.apply(hidden, weight, bias, target, mask, residual_dtype)
+    loss: torch.Tensor = _LinearSquaredError.apply(hidden, weight, bias, target, mask)
     return loss
 
 
@@ -51,18 +40,16 @@ class _LinearSquaredError(torch.autograd.Function):
         bias: torch.Tensor,
         target: torch.Tensor,
         mask: torch.Tensor | None,
-        residual_dtype: ResidualDtype,
     ) -> torch.Tensor:
         output = torch.addmm(bias, hidden.reshape(-1, hidden.shape[-1]), weight.t())
         counted = None if mask is None else mask.reshape(-1) != 0
         residual, loss = _residual(output, target.reshape(output.shape), counted)
-        ctx.save_for_backward(hidden, weight, *_rounded(residual, residual_dtype))
+        ctx.save_for_backward(hidden, weight, residual)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, *kept = ctx.saved_tensors
-        residual = _widened(kept, hidden.dtype)
+        hidden, weight, residual = ctx.saved_tensors
         # The factor 2 * upstream goes to the GEMMs' results: the residual stays as it is, so that backward
         # may run again, and no second [N, F] tensor appears.
         scale = 2.0 * upstream[0]
@@ -73,7 +60,7 @@ class _LinearSquaredError(torch.autograd.Function):
             d_weight = (residual.t() @ hidden.reshape(-1, hidden.shape[-1])).mul_(scale)
         if ctx.needs_input_grad[2]:
             d_bias = residual.sum(0, dtype=upstream[0].dtype).mul_(scale).to(residual.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None
+        return d_hidden, d_weight, d_bias, None, None
 
 
 def _residual(
@@ -89,21 +76,6 @@ def _residual(
         # masked_fill, not a product: a padded position may hold inf or nan, and 0 * inf is nan.
         residual.masked_fill_(~counted[:, None], 0.0)
     return residual, _sum_of_squares(residual)
-
-
-def _rounded(residual: torch.Tensor, dtype: ResidualDtype) -> list[torch.Tensor]:
-    """What is kept of a residual [N, F]: itself, or rounded; float8 with scales [N, 1] beside it."""
-    if dtype == "same":
-        return [residual]
-    if dtype == "bfloat16":
-        return [residual.to(torch.bfloat16)]
-    scale = residual.abs().amax(-1, keepdim=True).float().div_(_FLOAT8_MAX).clamp_min_(torch.finfo(torch.float32).tiny)
-    return [(residual / scale).to(_FLOAT8), scale]
-
-
-def _widened(kept: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    residual = kept[0].to(dtype)
-    return residual if len(kept) == 1 else residual.mul_(kept[1])
 
 
 def _sum_of_squares(residual: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ted_ds.ops.divergence import Divergence, TopK
+from ted_ds.config.choices import Divergence
+from ted_ds.ops.divergence import TopK
 from ted_ds.ops.logit_rows import Form, Mixture
 
 _BLOCK, _WARPS = 2048, 8

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from ted_ds.config.choices import Divergence
 from ted_ds.ops.dispatch import has_kernel
-from ted_ds.ops.divergence import Divergence, TopK, top_k_of
+from ted_ds.ops.divergence import TopK, top_k_of
 from ted_ds.ops.logit_rows import (
     Form,
     Mixture,

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ted_ds.batch import IGNORED
-from ted_ds.ops.divergence import Divergence, ForwardKL, JensenShannon, ReverseKL, TopK, TopKForwardKL, softmax_into
+from ted_ds.config.choices import Divergence
+from ted_ds.ops.divergence import ForwardKL, JensenShannon, ReverseKL, TopK, TopKForwardKL, softmax_into
 
 _CACHE_BYTES_PER_THREAD = 2 << 20
 """Level-2 cache that one thread may fill; server cores have 1 to 2 MiB, and misses cost little below that."""

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ted_ds.batch import IGNORED
-from ted_ds.ops.divergence import Divergence
+from ted_ds.config.choices import Divergence
 
 
 def soft_capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
