@@ -53,24 +53,16 @@ MAY_CHANGE = frozenset(
 """Keys that another start may change. What was computed so far stays as it is."""
 
 
-REMOVED = {"loss.residual_dtype": "same"}
-"""Keys of earlier versions, and the value under which they computed what is computed without the key."""
-
-
 def deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as JSON values, without the keys that may change and what is about the run: what a checkpoint keeps.
 
-    Two changes of the schema need an entry. A key that is removed: in `REMOVED`. A key whose default is not what
+    Two changes of the schema need an entry. A key that is removed: in `load.REMOVED`. A key whose default is not what
     earlier versions computed: add it here with the value that is.
     """
     kept = {name: value for name, value in recipe.items() if name not in MAY_CHANGE | {ENVIRONMENT}}
     for name, value in kept.items():
         if isinstance(value, dict):
-            kept[name] = {
-                key: inner
-                for key, inner in value.items()
-                if f"{name}.{key}" not in MAY_CHANGE and (f"{name}.{key}", inner) not in REMOVED.items()
-            }
+            kept[name] = {key: inner for key, inner in value.items() if f"{name}.{key}" not in MAY_CHANGE}
     return kept
 
 

@@ -73,8 +73,8 @@ class RunConfig(Section):
         """Weights of the loss that a recipe leaves out, or null, are those of its method."""
         if not isinstance(recipe, dict) or not isinstance(loss := recipe.get("loss") or {}, dict):
             return recipe
-        method = METHODS.get(recipe.get("method", "ted"))
-        defaults = {name: getattr(method, name, 0.0) for name in ("kl_alpha", "mse_alpha")}
+        spec = next((spec for name, spec in METHODS.items() if name == recipe.get("method", "ted")), METHODS["ce"])
+        defaults = {"kl_alpha": spec.kl_alpha, "mse_alpha": spec.mse_alpha}
         return {
             **recipe,
             "loss": defaults | {key: value for key, value in loss.items() if value is not None or key not in defaults},

@@ -81,7 +81,7 @@ class plain_loss:
     """The specification: both models whole, all states kept, logits whole."""
 
     def __init__(self, model: DistillationModel, frozen: FrozenModel, batch: Batch) -> None:
-        student, teacher, weights = model.student, frozen.module.model, model.weights
+        student, teacher, weights = model.student, frozen.module.model, model.loss
         states: dict[str, list[torch.Tensor]] = {"s": [], "t": []}
         handles = [
             part.blocks[block].register_forward_hook(

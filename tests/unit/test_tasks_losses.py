@@ -90,7 +90,7 @@ def kl(z_s: torch.Tensor, z_t: torch.Tensor, heat: float, rows: int) -> torch.Te
 
 def written_out(kind: str, model: DistillationModel, frozen: FrozenModel, batch: Batch) -> list[torch.Tensor]:
     """[total, pred, kl, layer, each pair's layer loss] from whole models, by the formulas alone."""
-    w = model.weights
+    w = model.loss
     states_s, out_s = states_of(model.student, batch)
     with torch.no_grad():
         states_t, out_t = states_of(frozen.module.model, batch)
@@ -327,6 +327,6 @@ def test_a_questions_kl_is_finite_at_any_temperature() -> None:
     assert model(batch=batch, counts=BatchCounts.of(batch))[1].isfinite().all()
     logits = torch.randn(5, 2, 11)  # float32, whose range is smaller
     losses = QuestionAnswering().losses(
-        Reading(logits, None), Reading(-logits, None), batch, BatchCounts.of(batch), model.weights
+        Reading(logits, None), Reading(-logits, None), batch, BatchCounts.of(batch), model.loss
     )
     assert losses.kl_loss.isfinite() and losses.kl_loss > 0
