@@ -22,7 +22,7 @@ from ted_ds.config.tasks import Kind
 from ted_ds.models.loading import DTYPES
 from ted_ds.models.structure import find_blocks
 from ted_ds.models.task_head import AUTO_CLASSES
-from ted_ds.ops.logit_loss import default_chunk_tokens
+from ted_ds.ops.logit_gemms import default_chunk_tokens
 
 FLOAT32 = 4
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ted_ds.ops import linear_squared_error
-from ted_ds.ops.reference import squared_error_sum
+from ted_ds.ops.layer_loss import squared_error_sum
 
 B, S, D, F = 3, 13, 19, 7
 

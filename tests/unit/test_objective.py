@@ -16,7 +16,7 @@ from ted_ds.errors import ModelError
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.loading import resident_readout
 from ted_ds.models.structure import find_structure
-from ted_ds.ops import logit_loss
+from ted_ds.ops import logit_gemms
 from ted_ds.tasks.causal_lm import CausalLM, LMHead
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule, filtered_square_sums
 from tests.project import relative
@@ -191,7 +191,7 @@ class Allocations(TorchDispatchMode):
 
 def test_no_tensor_of_tokens_by_vocabulary_is_ever_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """V is chosen so large that [N, V] stands out, and the chunk budget so small that it must be cut."""
-    monkeypatch.setattr(logit_loss, "_CPU_CHUNK_BYTES", 32 * 4001 * 4 * 2)
+    monkeypatch.setattr(logit_gemms, "_CPU_CHUNK_BYTES", 32 * 4001 * 4 * 2)
     vocab, batch = 4001, a_batch(rows=4, length=64, vocab=4001)
     teacher, student = (tiny_model("llama", blocks=n, width=8, vocab=vocab) for n in (2, 1))
     frozen = FrozenModel(FrozenModule(teacher, CausalLM(vocab), FilterPlan((1,), 8, 8).build()))
