@@ -77,6 +77,10 @@ class EncodedRows:
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
+    def described(self) -> str:
+        """Its size in words."""
+        return f"{len(self)} rows, {self.lengths.sum()} tokens"
+
     def batch(self, rows: np.ndarray, pad_to: int) -> Batch:
         """The rows [B], padded on the right to `pad_to` tokens; `Batch.rows` is left out."""
         shape = (len(rows), pad_to)

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 
 from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
 from ted_ds.config.schema import RunConfig
-from ted_ds.config.tasks import Kind
+from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.models.loading import DTYPES
 from ted_ds.models.structure import find_blocks
 from ted_ds.models.task_head import AUTO_CLASSES
@@ -207,7 +207,7 @@ def _teacher_lines(run: RunConfig, teacher: ModelShape | None, filters: FilterSh
     elements = teacher.parameters + filters.pairs * filters.teacher
     named = f"{elements / 1e6:.1f} M"
     if run.teacher.cache is not None:
-        if run.loss.kl_alpha and run.loss.kl_top_k is None and run.task == "causal-lm":
+        if run.loss.kl_alpha and run.loss.kl_top_k is None and KINDS[run.spec.kind].lm_head:
             yield Line("the cached teacher's LM head", item * teacher.vocab * teacher.width)
     elif run.teacher.sharding == "replicated":
         yield Line(f"the teacher's copy, {named}", item * elements)
@@ -252,7 +252,7 @@ def _passing_lines(
         yield Line("a teacher's block and its state", rows * (teacher.saved_in_block + state), passing=True)
     recomputed = 2 if run.student.activation_checkpointing else 1
     yield Line("a block's backward", recomputed * rows * student.saved_in_block, passing=True)
-    if run.task == "causal-lm":
+    if KINDS[run.spec.kind].lm_head:
         compared = bool(run.loss.kl_alpha) and (live or run.loss.kl_top_k is None)
         yield Line(
             "chunks of logits, d_hidden and d_weight of the LM head",
@@ -282,7 +282,7 @@ def model_shape(config: PreTrainedConfig, kind: Kind, dtype: str, length: int, *
         structure = find_blocks(model)
         ids = torch.zeros(1, length, dtype=torch.int64)
         with _saved_bytes(model, structure.blocks) as saved:
-            if kind == "causal-lm":
+            if KINDS[kind].lm_head:
                 structure.backbone(input_ids=ids, use_cache=False)
             else:
                 model(input_ids=ids)  # a mask would be looked at, and adds next to nothing

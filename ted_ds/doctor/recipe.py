@@ -276,7 +276,7 @@ def _student_config(run: RunConfig) -> PreTrainedConfig:
         assert name is not None
         return meta_model(name, kind, trust_remote_code=student.trust_remote_code).config
     if student.init.config is not None:
-        fields = {"vocab_size": _vocabulary(run)} | ({} if run.task == "causal-lm" else label_fields(run.spec))
+        fields = {"vocab_size": _vocabulary(run)} | label_fields(run.spec)
         return AutoConfig.for_model(**{**fields, **student.init.config})
     assert run.teacher is not None
     return plan_cut(run.teacher.model, student.init, kind, run.teacher.trust_remote_code).config

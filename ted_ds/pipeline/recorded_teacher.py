@@ -13,15 +13,12 @@ import torch
 from ted_ds.config.schema import RunConfig
 from ted_ds.errors import CheckpointError
 from ted_ds.job.world import World, logger
-from ted_ds.models.loading import meta_model, resident_readout
-from ted_ds.models.structure import find_structure
-from ted_ds.pipeline.data import RunData
+from ted_ds.models.loading import resident_readout
 from ted_ds.pipeline.stage1 import PairPlan
-from ted_ds.tasks.causal_lm import CausalLM
+from ted_ds.tasks.base import CachedOutput, Field, RunData
 from ted_ds.teacher.cache_layout import (
     MANIFEST,
     UNFINISHED,
-    Field,
     Manifest,
     check_whole,
     fits,
@@ -32,7 +29,6 @@ from ted_ds.teacher.cache_layout import (
 from ted_ds.teacher.cache_lock import alone_in
 from ted_ds.teacher.fingerprints import file_fingerprint, model_fingerprint
 from ted_ds.teacher.frozen import FrozenModel
-from ted_ds.teacher.outputs import CachedOutput, LastHiddenStates, RowLogits, SpanLogits, TopLogits
 from ted_ds.teacher.recorded import CachedTeacher, ShardReader, load_head
 from ted_ds.teacher.recording import TeacherRecorder, record_shards, write_head
 from ted_ds.teacher.rows import TeacherRows, teacher_rows
@@ -74,7 +70,9 @@ def open_cached_teacher(run: RunConfig, world: World, data: RunData, live: LiveT
     """
     assert run.teacher is not None and run.teacher.cache is not None
     folder, rows = run.teacher.cache, teacher_rows(data.train)
-    outputs = _outputs(run, data, live) if run.loss.kl_alpha else [None]
+    outputs: list[CachedOutput | None] = [None]
+    if run.loss.kl_alpha:
+        outputs = [*data.task.cached_outputs(run, live.model)]
     wanted = world.on_main(lambda: _manifests(run, rows, live, outputs))
     found = world.on_main(lambda: _find(folder, wanted, rows))
     if found is None:
@@ -90,22 +88,6 @@ def open_cached_teacher(run: RunConfig, world: World, data: RunData, live: LiveT
         output=output,
         head=load_head(folder, found, world.device) if output is not None and output.head is not None else None,
     )
-
-
-def _outputs(run: RunConfig, data: RunData, live: LiveTeacher) -> list[CachedOutput | None]:
-    """The ways of keeping the teacher's output that serve the run; the first is what is recorded."""
-    assert run.teacher is not None
-    dtype, spec = run.teacher.dtype, run.spec
-    if spec.kind == "question-answering":
-        return [SpanLogits(dtype)]
-    if spec.kind != "causal-lm":
-        return [RowLogits(len(spec.labels) if spec.kind == "classification" else 1, dtype)]
-    structure = find_structure(meta_model(live.model, spec.kind, trust_remote_code=run.teacher.trust_remote_code))
-    exact = LastHiddenStates(structure, dtype)
-    if run.loss.kl_top_k is None:
-        return [exact]
-    assert isinstance(data.task, CausalLM)
-    return [TopLogits(run.loss.kl_top_k, run.loss.temperature, data.task.vocab_size), exact]
 
 
 def _manifests(

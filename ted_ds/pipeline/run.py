@@ -19,11 +19,12 @@ from ted_ds.job.lock import alone
 from ted_ds.job.versions import commit, versions
 from ted_ds.job.world import World, logger
 from ted_ds.pipeline.checkpoints import latest_tag
-from ted_ds.pipeline.data import open_data, open_tokenizer
-from ted_ds.pipeline.models import check_ids, check_models, ensure_models, trained_config
+from ted_ds.pipeline.models import check_models, ensure_models, trained_config
 from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
 from ted_ds.pipeline.stage2 import Plan, distill, export_checkpoint, export_published
 from ted_ds.runs.progress import finished
+from ted_ds.tasks.model_fit import check_ids
+from ted_ds.tasks.registry import open_data, open_tokenizer
 
 LOCK = "run.lock"
 """In an output folder: held by the run that writes there."""

@@ -25,17 +25,18 @@ from ted_ds.job.world import World, logger, seed_everything
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.loading import checkpoint_activations, load_model, whole_tensors
 from ted_ds.models.published import published_model, published_options, write_published
+from ted_ds.pipeline.batch_flops import stage2_flops
 from ted_ds.pipeline.best import BestStudent
-from ted_ds.pipeline.data import RunData
 from ted_ds.pipeline.export import export_student
-from ted_ds.pipeline.flops import stage2_flops
 from ted_ds.pipeline.loop import run_steps
-from ted_ds.pipeline.models import Models, fit_to_run, load_filters, load_frozen, new_filters, trained_config
+from ted_ds.pipeline.models import Models, load_filters, load_frozen, new_filters, trained_config
 from ted_ds.pipeline.recorded_teacher import LiveTeacher, open_cached_teacher
 from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
 from ted_ds.pipeline.stage1 import PairPlan
 from ted_ds.pipeline.step import global_counts
+from ted_ds.tasks.base import RunData
+from ted_ds.tasks.model_fit import fit_to_run
 from ted_ds.teacher.frozen import FrozenModel, Teacher, filtered_square_sums
 from ted_ds.teacher.recorded import AnnouncedRows, CachedTeacher
 from ted_ds.telemetry.flops import BatchFlops

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ted_ds.errors import CheckpointError
 from ted_ds.job.files import write_atomically
+from ted_ds.tasks.base import Field
 
 MANIFEST, UNFINISHED, HEAD = "manifest.json", "manifest.unfinished.json", "head.safetensors"
 
@@ -26,27 +26,6 @@ SHARD_BYTES = 256 << 20
 
 HEADER_BYTES = 96
 """Of a safetensors file's header, a tensor: its name, dtype, shape and place."""
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int32": torch.int32,
-}
-
-
-@dataclass(frozen=True)
-class Field:
-    """One recorded quantity: `width` numbers of `dtype` for each real token or, with `per_row`, for each row."""
-
-    dtype: str
-    width: int
-    per_row: bool = False
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes a token or row."""
-        return DTYPES[self.dtype].itemsize * self.width
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from ted_ds.batch import Batch, on_device
 from ted_ds.data.loader import Rows
 from ted_ds.errors import CheckpointError
 from ted_ds.ops import Head
-from ted_ds.teacher.cache_layout import DTYPES, HEAD, Manifest, Places, shard_path, state_field
+from ted_ds.tasks.base import FIELD_DTYPES, CachedOutput
+from ted_ds.teacher.cache_layout import HEAD, Manifest, Places, shard_path, state_field
 from ted_ds.teacher.frozen import UseOutput
-from ted_ds.teacher.outputs import CachedOutput
 
 Values = dict[str, torch.Tensor]
 
@@ -44,7 +44,7 @@ class ShardReader:
     def _read(self, name: str, rows: list[int], width: int) -> torch.Tensor:
         field = self._fields[name]
         shape = (len(rows), 1 if field.per_row else width, field.width)
-        out = torch.empty(shape, dtype=DTYPES[field.dtype], pin_memory=self._pinned)
+        out = torch.empty(shape, dtype=FIELD_DTYPES[field.dtype], pin_memory=self._pinned)
         for items, row in zip(out, rows, strict=True):
             shard = self._places.shard_of(row)
             place = self._places.within(shard, row, field)

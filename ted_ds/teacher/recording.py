@@ -15,8 +15,8 @@ from ted_ds.batch import Batch
 from ted_ds.errors import CheckpointError
 from ted_ds.job.world import World
 from ted_ds.ops import Head
+from ted_ds.tasks.base import FIELD_DTYPES, CachedOutput
 from ted_ds.teacher.cache_layout import (
-    DTYPES,
     HEAD,
     MANIFEST,
     UNFINISHED,
@@ -27,7 +27,6 @@ from ted_ds.teacher.cache_layout import (
     state_field,
 )
 from ted_ds.teacher.frozen import Teacher, stream_states
-from ted_ds.teacher.outputs import CachedOutput
 from ted_ds.teacher.rows import TeacherRows
 
 Fields = Mapping[str, Field]
@@ -101,7 +100,7 @@ class _Shard:
         self._places, self._number, self._fields = places, number, fields
         sizes = {True: len(places.rows(number)), False: places.tokens(number)}
         self._tensors = {
-            name: torch.empty(sizes[field.per_row], field.width, dtype=DTYPES[field.dtype])
+            name: torch.empty(sizes[field.per_row], field.width, dtype=FIELD_DTYPES[field.dtype])
             for name, field in fields.items()
         }
 
