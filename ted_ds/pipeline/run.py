@@ -10,19 +10,21 @@ import torch
 from filelock import FileLock
 
 from ted_ds.config.continuation import first_change
-from ted_ds.config.deepspeed import frozen_engine_config
+from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.load import dump_config, read_yaml
 from ted_ds.config.schema import RunConfig
 from ted_ds.errors import CheckpointError, ConfigError
 from ted_ds.job.lock import alone
 from ted_ds.job.versions import commit, versions
 from ted_ds.job.world import World, logger
+from ted_ds.models.fit import check_ids
 from ted_ds.pipeline.checkpoints import latest_tag
 from ted_ds.pipeline.data import open_data, open_tokenizer
-from ted_ds.pipeline.models import check_ids, check_models, ensure_models, trained_config
+from ted_ds.pipeline.stage0 import check_models, ensure_models
 from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
 from ted_ds.pipeline.stage2 import Plan, distill, export_checkpoint, export_published
 from ted_ds.runs.progress import finished
+from ted_ds.teacher.hosting import HOSTS
 
 LOCK = "run.lock"
 """In an output folder: held by the run that writes there."""
@@ -87,10 +89,16 @@ def _check_engines(run: RunConfig, world: World) -> None:
     """Raises ConfigError for DeepSpeed files and batch sizes that cannot be, before hours are spent on data."""
     own = run.filters.global_batch_size if run.method == "ted" else None
     for size in (None, *(() if own is None else (own.teacher, own.student))):
-        rate, decay = run.optimizer.learning_rate, run.optimizer.weight_decay
-        trained_config(run, world, learning_rate=rate, weight_decay=decay, global_batch_size=size)
-    if run.teacher is not None and run.teacher.sharding == "zero3":
-        frozen_engine_config(run, world_size=world.size)
+        trained_engine_config(
+            run,
+            world_size=world.size,
+            learning_rate=run.optimizer.learning_rate,
+            weight_decay=run.optimizer.weight_decay,
+            cpu=world.device.type == "cpu",
+            global_batch_size=size,
+        )
+    if run.teacher is not None:
+        HOSTS[run.teacher.sharding].engine_config(run, world.size)
 
 
 def _check_shared(path: Path, world: World) -> None:

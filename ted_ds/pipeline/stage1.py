@@ -14,12 +14,14 @@ from typing import Any
 
 from safetensors.torch import save_file
 
+from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.schema import FiltersConfig, RunConfig, StudentConfig, TeacherConfig
 from ted_ds.distill.engine import build_trained_engine
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.errors import CheckpointError, ModelError
 from ted_ds.job.files import write_atomically
 from ted_ds.job.world import World, logger, seed_everything
+from ted_ds.models.filter_files import copy_filters, new_filters, read_plan
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import LayerMap, resolve_layer_map
 from ted_ds.models.loading import meta_model, whole_tensors
@@ -27,12 +29,13 @@ from ted_ds.models.structure import ModelStructure, find_blocks
 from ted_ds.pipeline.data import RunData
 from ted_ds.pipeline.flops import stage1_flops
 from ted_ds.pipeline.loop import run_steps
-from ted_ds.pipeline.models import Models, copy_filters, load_frozen, new_filters, read_plan, trained_config
 from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
+from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.teacher.cache_lock import alone_in
 from ted_ds.teacher.fingerprints import model_fingerprint
 from ted_ds.teacher.frozen import FrozenModel
+from ted_ds.teacher.hosting import load_frozen
 from ted_ds.teacher.rows import teacher_rows
 from ted_ds.telemetry.meters import Meters
 from ted_ds.telemetry.recorder import Recorder, read_metrics
@@ -53,7 +56,7 @@ class PairPlan:
     student: FilterPlan
 
 
-def plan_pairs(run: RunConfig, models: Models) -> PairPlan | None:
+def plan_pairs(run: RunConfig, models: ModelPaths) -> PairPlan | None:
     """The plan of a run's layer loss from both models' configs alone; None where mse_alpha is 0.
 
     Filters that came with a checkpoint are kept as they are. Raises ModelError where the layer map does not fit
@@ -111,7 +114,7 @@ def _check_ready(
             )
 
 
-def learn_filters(run: RunConfig, world: World, data: RunData, plan: PairPlan, models: Models) -> dict[str, Path]:
+def learn_filters(run: RunConfig, world: World, data: RunData, plan: PairPlan, models: ModelPaths) -> dict[str, Path]:
     """Stage I of both sides, as far as it is not done; returns their folders (lwd learns none); a collective.
 
     Raises CheckpointError where a folder holds filters of another plan.
@@ -224,7 +227,14 @@ def _learn(
     batch_size: int | None = getattr(settings.global_batch_size, side, None)
     rows = batch_size or run.train.global_batch_size
     steps = settings.steps if settings.epochs is None else math.ceil(settings.epochs * data.num_rows / rows)
-    config = trained_config(run, world, learning_rate=rate, weight_decay=0.0, global_batch_size=batch_size)
+    config = trained_engine_config(
+        run,
+        world_size=world.size,
+        learning_rate=rate,
+        weight_decay=0.0,
+        cpu=world.device.type == "cpu",
+        global_batch_size=batch_size,
+    )
     seed_everything(run.seed)
     head = data.disposable_head(frozen, run, world, side)
     path = str(frozen.module.model.name_or_path)

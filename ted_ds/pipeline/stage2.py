@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.data.loader import Rows
 from ted_ds.distill.distillation_model import TERMS, DistillationModel
@@ -22,6 +23,8 @@ from ted_ds.distill.engine import build_trained_engine
 from ted_ds.errors import NotFiniteError, TrainingError
 from ted_ds.job.files import replace_folder, write_atomically
 from ted_ds.job.world import World, logger, seed_everything
+from ted_ds.models.filter_files import load_filters, new_filters
+from ted_ds.models.fit import fit_to_run
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.loading import checkpoint_activations, load_model, whole_tensors
 from ted_ds.models.published import published_model, published_options, write_published
@@ -30,14 +33,15 @@ from ted_ds.pipeline.data import RunData
 from ted_ds.pipeline.export import export_student
 from ted_ds.pipeline.flops import stage2_flops
 from ted_ds.pipeline.loop import run_steps
-from ted_ds.pipeline.models import Models, fit_to_run, load_filters, load_frozen, new_filters, trained_config
 from ted_ds.pipeline.recorded_teacher import LiveTeacher, open_cached_teacher
 from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
+from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.pipeline.stage1 import PairPlan
 from ted_ds.pipeline.step import global_counts
 from ted_ds.tasks.base import LossWeights
 from ted_ds.teacher.frozen import FrozenModel, Teacher, filtered_square_sums
+from ted_ds.teacher.hosting import load_frozen
 from ted_ds.teacher.recorded import AnnouncedRows, CachedTeacher
 from ted_ds.telemetry.flops import BatchFlops
 from ted_ds.telemetry.meters import Meters
@@ -48,7 +52,7 @@ from ted_ds.telemetry.recorder import Recorder, read_metrics
 class Plan:
     """What Stage II is built of: the models, the layer loss's pairs (None without one), Stage I's folders by side."""
 
-    models: Models
+    models: ModelPaths
     pairs: PairPlan | None
     filters: dict[str, Path]
 
@@ -149,7 +153,13 @@ def _cached_teacher(run: RunConfig, world: World, data: RunData, plan: Plan) -> 
 
 def _build_student(run: RunConfig, world: World, data: RunData, plan: Plan) -> tuple[DistillationModel, Any]:
     rate = run.optimizer
-    config = trained_config(run, world, learning_rate=rate.learning_rate, weight_decay=rate.weight_decay)
+    config = trained_engine_config(
+        run,
+        world_size=world.size,
+        learning_rate=rate.learning_rate,
+        weight_decay=rate.weight_decay,
+        cpu=world.device.type == "cpu",
+    )
     student = load_model(
         plan.models.student,
         run.spec.kind,
@@ -164,7 +174,7 @@ def _build_student(run: RunConfig, world: World, data: RunData, plan: Plan) -> t
         checkpoint_activations(student)
     seed_everything(run.seed)
     if (learnt := plan.filters.get("student")) is not None:
-        filters = load_filters(learnt, config, run.student.dtype, world)
+        filters = load_filters(learnt, config, run.student.dtype, is_main=world.is_main)
     else:
         filters = new_filters(plan.pairs.student, config, run.student.dtype) if plan.pairs else nn.ModuleList()
     loss = run.loss

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, DebertaV2Config
 
 from ted_ds.errors import CheckpointError
+from ted_ds.models.filter_files import read_plan
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.published import is_published, read_published, unpack_published, write_published
-from ted_ds.pipeline.models import read_plan
 
 WIDTH, OUTPUT, LABELS = 8, 6, 3
 LAYER = "deberta.encoder.layer"

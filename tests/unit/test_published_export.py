@@ -21,7 +21,7 @@ from ted_ds.models.published import (
     unpack_published,
     write_published,
 )
-from ted_ds.pipeline.models import Models
+from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.pipeline.stage1 import PairPlan, plan_pairs
 from tests.task_project import make_task_project, write_task_recipe
 from tests.tiny_encoders import encoder_config, tiny_encoder
@@ -120,7 +120,7 @@ def pairs_with(project: Path, *, recipe: dict[str, Any], **came: FilterPlan) -> 
         fields = {"blocks": plan.blocks, "width": plan.width, "output_dim": plan.output_dim}
         (published[side] / "filters.json").write_text(json.dumps({"plan": fields}))
     run = load_config(write_task_recipe(project, "sst2", "run", **recipe))
-    return plan_pairs(run, Models(str(project / "student"), str(project / "teacher"), published))
+    return plan_pairs(run, ModelPaths(str(project / "student"), str(project / "teacher"), published))
 
 
 ANY_WIDTH: dict[str, Any] = {"filters__output_dim": None}
@@ -195,6 +195,6 @@ def test_nonlinear_filters_have_their_models_activation(project: Path, tmp_path:
     content = json.loads((project / "teacher/config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**content, "hidden_act": "silu"}))
     run = load_config(write_task_recipe(project, "sst2", "activations", filters__nonlinear=True))
-    plan = plan_pairs(run, Models(str(project / "student"), str(tmp_path)))
+    plan = plan_pairs(run, ModelPaths(str(project / "student"), str(tmp_path)))
     assert plan is not None and plan.teacher is not None
     assert (plan.teacher.activation, plan.student.activation) == ("silu", "gelu")
