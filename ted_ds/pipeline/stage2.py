@@ -40,7 +40,8 @@ from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.pipeline.stage1 import PairPlan
 from ted_ds.pipeline.step import global_counts
 from ted_ds.tasks.base import LossWeights
-from ted_ds.teacher.frozen import FrozenModel, Teacher, filtered_square_sums
+from ted_ds.teacher.contract import Teacher
+from ted_ds.teacher.frozen import FrozenModel, filtered_square_sums
 from ted_ds.teacher.hosting import load_frozen
 from ted_ds.teacher.recorded import AnnouncedRows, CachedTeacher
 from ted_ds.telemetry.flops import BatchFlops

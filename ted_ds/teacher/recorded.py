@@ -19,7 +19,7 @@ from ted_ds.data.loader import Rows
 from ted_ds.errors import CheckpointError
 from ted_ds.ops import Head
 from ted_ds.teacher.cache_layout import DTYPES, HEAD, Manifest, Places, shard_path, state_field
-from ted_ds.teacher.frozen import UseOutput
+from ted_ds.teacher.contract import Teacher, UseOutput
 from ted_ds.teacher.outputs import CachedOutput
 
 Values = dict[str, torch.Tensor]
@@ -65,7 +65,7 @@ class ShardReader:
         return self._slices[shard, name]
 
 
-class CachedTeacher:
+class CachedTeacher(Teacher):
     """A `Teacher` made of records. `sources` hand on what the pairs' blocks gave, already filtered.
 
     blocks: the teacher's blocks of the layer map, in order. width: F. output: how the teacher's output was kept; None

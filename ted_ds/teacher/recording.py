@@ -26,7 +26,7 @@ from ted_ds.teacher.cache_layout import (
     shard_path,
     state_field,
 )
-from ted_ds.teacher.frozen import Teacher, stream_states
+from ted_ds.teacher.contract import Teacher, stream_states
 from ted_ds.teacher.outputs import CachedOutput
 from ted_ds.teacher.rows import TeacherRows
 
