@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 
 from ted_ds.config.continuation import first_change
 from ted_ds.config.deepspeed import trained_engine_config
@@ -45,7 +43,11 @@ def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[s
     _check_engines(run, world)
     if goal in EXPORTS:
         return _run(run, world, goal)
-    with _alone(run.output_dir, world):
+    busy = (
+        f"{run.output_dir} has a run going on (it holds {LOCK}): wait until its processes have ended, or give another "
+        "output_dir"
+    )
+    with alone(run.output_dir / LOCK, world, busy=ConfigError(busy)):
         return _run(run, world, goal)
 
 
@@ -71,18 +73,6 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
     if goal == "filters":
         return None
     return EXPORTS.get(goal, distill)(run, world, data, Plan(models, pairs, filters))
-
-
-def _alone(folder: Path, world: World) -> AbstractContextManager[None]:
-    """The only run that writes into `folder`; a collective. Raises ConfigError where there is another."""
-
-    def refuse(lock: FileLock) -> None:
-        raise ConfigError(
-            f"{folder} has a run going on (it holds {LOCK}): wait until its processes have ended, or give another "
-            "output_dir"
-        )
-
-    return alone(folder / LOCK, world, refuse)
 
 
 def _check_engines(run: RunConfig, world: World) -> None:

@@ -32,11 +32,10 @@ from ted_ds.pipeline.loop import run_steps
 from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
 from ted_ds.pipeline.stage0 import ModelPaths
-from ted_ds.teacher.cache_lock import alone_in
 from ted_ds.teacher.fingerprints import model_fingerprint
 from ted_ds.teacher.frozen import FrozenModel
 from ted_ds.teacher.hosting import load_frozen
-from ted_ds.teacher.rows import teacher_rows
+from ted_ds.teacher.recording import alone_in_cache
 from ted_ds.telemetry.meters import Meters
 from ted_ds.telemetry.recorder import Recorder, read_metrics
 
@@ -165,7 +164,7 @@ def _share(run: RunConfig, world: World, data: RunData, teacher: str, folder: Pa
         assert run.teacher is not None
         return {
             "the teacher's weights": model_fingerprint(teacher)[:12],
-            "the training data": teacher_rows(data.train).fingerprint()[:12],
+            "the training data": data.train.fingerprint()[:12],
             "teacher.dtype": run.teacher.dtype,
             **_learning(run.filters),
         }
@@ -187,7 +186,7 @@ def _share(run: RunConfig, world: World, data: RunData, teacher: str, folder: Pa
 
     if world.on_main(lambda: shared.exists() and take()):
         return  # a finished cache is only read, by users who must not write to it too
-    with alone_in(cache, world):
+    with alone_in_cache(cache, world):
         if not world.on_main(take):
             learn()
         world.on_main(give)

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,6 @@ from ted_ds.pipeline.data import RunData
 from ted_ds.pipeline.export import export_student
 from ted_ds.pipeline.flops import stage2_flops
 from ted_ds.pipeline.loop import run_steps
-from ted_ds.pipeline.recorded_teacher import LiveTeacher, open_cached_teacher
 from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
 from ted_ds.pipeline.stage0 import ModelPaths
@@ -41,9 +39,9 @@ from ted_ds.pipeline.stage1 import PairPlan
 from ted_ds.pipeline.step import global_counts
 from ted_ds.tasks.base import LossWeights
 from ted_ds.teacher.contract import Teacher
-from ted_ds.teacher.frozen import FrozenModel, filtered_square_sums
-from ted_ds.teacher.hosting import load_frozen
-from ted_ds.teacher.recorded import AnnouncedRows, CachedTeacher
+from ted_ds.teacher.frozen import filtered_square_sums
+from ted_ds.teacher.opening import TeacherPlan, open_teacher
+from ted_ds.teacher.recorded import AnnouncedRows
 from ted_ds.telemetry.flops import BatchFlops
 from ted_ds.telemetry.meters import Meters
 from ted_ds.telemetry.recorder import Recorder, read_metrics
@@ -119,10 +117,9 @@ def build_distillation_engine(run: RunConfig, world: World, data: RunData, plan:
     """A DeepSpeed engine on a `DistillationModel` that is joined with its teacher, hosted or out of `teacher.cache`."""
     taught = bool(run.loss.kl_alpha) or plan.pairs is not None
     # before the student: where a cache has to be recorded, the teacher has the memory to itself
-    cached = _cached_teacher(run, world, data, plan) if taught else None
+    teacher = _open_teacher(run, world, data, plan) if taught else None
     module, engine = _build_student(run, world, data, plan)
-    if taught:
-        teacher: Teacher = cached or _live_teacher(run, world, data, plan)
+    if teacher is not None:
         layer_map = plan.pairs.layer_map if plan.pairs else ()
         normalized = plan.pairs is not None and run.loss.layer_loss == "normalized_mse"
         squares = _mean_squares(run, world, data, teacher, layer_map) if normalized else None
@@ -130,26 +127,17 @@ def build_distillation_engine(run: RunConfig, world: World, data: RunData, plan:
     return engine
 
 
-def _live_teacher(run: RunConfig, world: World, data: RunData, plan: Plan) -> FrozenModel:
-    assert run.teacher is not None and plan.models.teacher is not None
-    return load_frozen(
-        run,
-        world,
+def _open_teacher(run: RunConfig, world: World, data: RunData, plan: Plan) -> Teacher:
+    assert plan.models.teacher is not None
+    pairs = plan.pairs
+    teacher = TeacherPlan(
         plan.models.teacher,
-        task=data.task,
-        tokenizer=data.tokenizer,
-        trust_remote_code=run.teacher.trust_remote_code,
-        filters=plan.filters.get("teacher"),
+        plan.filters.get("teacher"),
+        blocks=tuple(t for _, t in pairs.layer_map) if pairs else (),
+        # unfiltered states have the teacher's width, which the student's filters then have too
+        width=(pairs.teacher or pairs.student).output_dim if pairs else 0,
     )
-
-
-def _cached_teacher(run: RunConfig, world: World, data: RunData, plan: Plan) -> CachedTeacher | None:
-    assert run.teacher is not None and plan.models.teacher is not None
-    if run.teacher.cache is None:
-        return None
-    load = partial(_live_teacher, run, world, data, plan)
-    live = LiveTeacher(plan.models.teacher, plan.pairs, plan.filters.get("teacher"), load)
-    return open_cached_teacher(run, world, data, live)
+    return open_teacher(run, world, teacher, task=data.task, tokenizer=data.tokenizer, rows=data.train)
 
 
 def _build_student(run: RunConfig, world: World, data: RunData, plan: Plan) -> tuple[DistillationModel, Any]:
@@ -233,7 +221,7 @@ def _train(run: RunConfig, world: World, data: RunData, plan: Plan, engine: Any,
         checkpoints.save(step, recorder, card, score[1] if score[0] == step else None)
 
     rows: Rows = data.training_rows(run, world)
-    if isinstance(teacher := engine.module.teacher, CachedTeacher):
+    if (teacher := engine.module.teacher) is not None:
         rows = AnnouncedRows(rows, teacher)
     logger.info("Stage II: %s, steps %d to %d", run.method, start, run.train.steps)
     recorder = Recorder(

@@ -146,9 +146,9 @@ class CachedTeacher(Teacher):
 
 
 class AnnouncedRows:
-    """Training rows that name a step's micro-batches to a cached teacher before they are worked on."""
+    """Training rows that name a step's micro-batches to the teacher before they are worked on."""
 
-    def __init__(self, rows: Rows, teacher: CachedTeacher) -> None:
+    def __init__(self, rows: Rows, teacher: Teacher) -> None:
         self._rows, self._teacher = rows, teacher
 
     def micro_batches(self, step: int) -> list[Batch]:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,7 +16,8 @@ from tqdm import tqdm
 
 from ted_ds.batch import Batch
 from ted_ds.errors import CheckpointError
-from ted_ds.job.world import World
+from ted_ds.job.lock import alone
+from ted_ds.job.world import World, logger
 from ted_ds.ops import Head
 from ted_ds.teacher.cache_layout import (
     DTYPES,
@@ -23,52 +27,105 @@ from ted_ds.teacher.cache_layout import (
     Field,
     Manifest,
     Places,
+    refuse_difference,
     shard_path,
     state_field,
 )
 from ted_ds.teacher.contract import Teacher, stream_states
 from ted_ds.teacher.outputs import CachedOutput
-from ted_ds.teacher.rows import TeacherRows
 
-Fields = Mapping[str, Field]
+Record = Callable[[Batch], dict[str, torch.Tensor]]
 
 
-class TeacherRecorder:
-    """Takes from a teacher's forward what a cache keeps.
+class TeacherRows(Protocol):
+    """What recording asks of training rows."""
 
-    blocks: of the pairs, in order; output: None where there is no KL, and the forward ends after the last pair.
+    @property
+    def lengths(self) -> np.ndarray:
+        """[rows] real tokens of each."""
+        ...
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """These rows [B], padded to their longest."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of all that a teacher's output depends on."""
+        ...
+
+
+def alone_in_cache(folder: Path, world: World) -> AbstractContextManager[None]:
+    """Alone in writing into a cache, as soon as no other job does; a collective."""
+    return alone(
+        folder / "recording.lock",
+        world,
+        busy=f"teacher cache {folder} is being written by another job: waiting for it",
+    )
+
+
+def begin_recording(folder: Path, manifest: Manifest) -> None:
+    """Checks what an interrupted recording left, and the room on the disk; says what will be written; on one rank.
+
+    Raises CheckpointError for parts of another cache, or too small a disk.
     """
+    before, shards = Manifest.read(folder / UNFINISHED), sorted(folder.glob("shard-*.safetensors"))
+    if before is not None:
+        refuse_difference(folder, before, manifest)
+    same = before is not None and (before.fields, before.firsts) == (manifest.fields, manifest.firsts)
+    if not same and (shards or before is not None):
+        raise CheckpointError(
+            f"{folder} holds parts of another cache: give another teacher.cache, or delete that folder"
+        )
+    size, there = manifest.bytes(), sum(path.stat().st_size for path in shards)
+    free = shutil.disk_usage(folder).free
+    what = f"{_said(size)} for {manifest.rows} rows, {manifest.tokens} tokens ({size / manifest.tokens:.0f} bytes each)"
+    if size - there > free:
+        raise CheckpointError(
+            f"teacher.cache {folder} would take {what}, {_said(there)} of it there, but {_said(free)} are free: "
+            "make room, give a folder on another disk, or remove teacher.cache"
+        )
+    logger.info("teacher cache %s: %s, %d of %d shards there", folder, what, len(shards), len(manifest.firsts))
+    manifest.write(folder / UNFINISHED)
 
-    def __init__(self, teacher: Teacher, blocks: tuple[int, ...], output: CachedOutput | None) -> None:
-        self._teacher, self._blocks, self._output = teacher, blocks, output
-        self._sources = [teacher.sources[block] for block in blocks]
 
-    def record(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The fields of a batch on the CPU, [B, S, width] or [B, width]; one state is on the device at a time."""
-        found: dict[str, torch.Tensor] = {}
+def _said(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
-        def keep_state(pair: int, hidden: torch.Tensor) -> None:
-            found[state_field(self._blocks[pair])] = self._teacher.target(pair, hidden).cpu()
 
-        def keep_output(output: torch.Tensor, head: Head | None) -> None:
-            assert self._output is not None
-            with torch.no_grad():
-                found.update({name: t.cpu() for name, t in self._output.record(output, head).items()})
+def record_batch(
+    teacher: Teacher, blocks: Sequence[int], output: CachedOutput | None, batch: Batch
+) -> dict[str, torch.Tensor]:
+    """The fields of a batch on the CPU, [B, S, width] or [B, width]; one state is on the device at a time.
 
-        stream_states(self._teacher, batch, self._sources, keep_state, keep_output if self._output else None)
-        return found
+    blocks: of the pairs, in order. output: None without a KL: the forward then ends after the last pair.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def keep_state(pair: int, hidden: torch.Tensor) -> None:
+        found[state_field(blocks[pair])] = teacher.target(pair, hidden).cpu()
+
+    def keep_output(values: torch.Tensor, head: Head | None) -> None:
+        assert output is not None
+        with torch.no_grad():
+            found.update({name: t.cpu() for name, t in output.record(values, head).items()})
+
+    sources = [teacher.sources[block] for block in blocks]
+    stream_states(teacher, batch, sources, keep_state, keep_output if output else None)
+    return found
 
 
 def record_shards(
-    folder: Path, manifest: Manifest, rows: TeacherRows, recorder: TeacherRecorder, world: World, *, batch_size: int
+    folder: Path, manifest: Manifest, rows: TeacherRows, record: Record, world: World, *, batch_size: int
 ) -> None:
-    """Records the shards that `folder` lacks, dealt to the ranks, then makes it whole; a collective.
+    """Records the shards that `folder` lacks, dealt to the ranks, then seals it; a collective.
 
+    record: a batch -> its fields, see `record_batch`.
     A shard's rows run through the teacher in order of length, `batch_size` at a time, whatever rank has it: what is
     written does not depend on the number of ranks. Every rank makes as many forwards, some of them for nothing.
-    Raises CheckpointError, on every rank, where any rank could not write; what is finished stays for the next start.
+    Raises CheckpointError, on every rank, if any rank could not write; what is finished stays for the next start.
     """
-    places = Places(rows.lengths, manifest.firsts)
+    lengths = rows.lengths
+    places = Places(lengths, manifest.firsts)
     missing = world.on_main(lambda: [i for i in range(places.num_shards) if not shard_path(folder, i).exists()])
     turns = [missing[i : i + world.size] for i in range(0, len(missing), world.size)]
     total = sum(len(places.rows(shard)) for shard in missing)
@@ -76,11 +133,11 @@ def record_shards(
         for turn in turns:
             mine = turn[world.rank] if world.rank < len(turn) else None
             shard = None if mine is None else _Shard(places, mine, manifest.fields)
-            batches = [_batches(places.rows(number), rows.lengths, batch_size) for number in turn]
+            batches = [_batches(places.rows(number), lengths, batch_size) for number in turn]
             own = [] if mine is None else batches[world.rank]
             for i in range(max(map(len, batches))):
                 filler = i >= len(own)
-                found = recorder.record(rows.batch(np.arange(1) if filler else own[i]).to(world.device))
+                found = record(rows.batch(np.arange(1) if filler else own[i]).to(world.device))
                 if shard is not None and not filler:
                     shard.add(own[i], found)
             _all_wrote(folder, world, None if shard is None else shard.write(folder))
@@ -97,7 +154,7 @@ def write_head(folder: Path, head: Head) -> None:
 class _Shard:
     """The records of a range of rows, filled in any order."""
 
-    def __init__(self, places: Places, number: int, fields: Fields) -> None:
+    def __init__(self, places: Places, number: int, fields: Mapping[str, Field]) -> None:
         self._places, self._number, self._fields = places, number, fields
         sizes = {True: len(places.rows(number)), False: places.tokens(number)}
         self._tensors = {
