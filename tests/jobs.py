@@ -110,6 +110,7 @@ class TaskOnly:
 
     task: Task
     tokenizer: Any
+    train: Any = None
 
 
 def golden_losses(world: World, path: Path, case: Path) -> dict[str, list[float]]:
