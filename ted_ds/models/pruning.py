@@ -15,18 +15,17 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ted_ds.config.schema import InitConfig
 from ted_ds.config.tasks import Kind
-from ted_ds.errors import ModelError, load_failure
-from ted_ds.models.channels import Part, Sizes, WeightScores, axes_of, cut
+from ted_ds.errors import ModelError
+from ted_ds.models.channels import Sizes, WeightScores, cut
+from ted_ds.models.families import IN_FILES, Part, axes_of, has_free_head_width, set_sizes, sizes_of
 from ted_ds.models.layer_map import keep_blocks
+from ted_ds.models.loading import load_config, on_meta
 from ted_ds.models.structure import find_blocks, find_structure
 from ted_ds.models.task_head import AUTO_CLASSES
 from ted_ds.models.weight_files import WeightReader, WeightWriter, copy_companions
 
 Kept = Mapping[int | None, Mapping[Part, torch.Tensor]]
 """Teacher block (None: outside the blocks) -> the parts that stay there."""
-
-_FFN_FIELDS = ("intermediate_size", "n_inner", "ffn_dim")
-_OTHER_SPELLINGS = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX, in files
 
 
 def init_student(
@@ -96,16 +95,13 @@ class CutPlan:
 
 def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool) -> CutPlan:
     """What a student cut out of `teacher` will be, by configs alone; ModelError where it cannot be."""
-    try:
-        config = AutoConfig.from_pretrained(teacher, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"teacher {teacher!r} was not found: {load_failure(error)}") from error
+    config = load_config(teacher, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"teacher {teacher} is quantized: Stage 0 cuts plain weights, give the original")
-    whole = _on_meta(config, kind, trust_remote_code)
+    whole = on_meta(config, kind, trust_remote_code=trust_remote_code)
     structure = find_blocks(whole)
     blocks = keep_blocks(init.blocks, init.num_blocks, structure.num_blocks)
-    teacher_sizes = _sizes_of(config)
+    teacher_sizes = sizes_of(config)
     sizes = _requested(init, config, teacher_sizes)
     student_config = _student_config(config, blocks, structure.num_blocks, sizes, teacher_sizes)
     try:
@@ -115,7 +111,7 @@ def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool
         raise ModelError(
             f"a {config.model_type} of the sizes in student.init cannot be: {_in_a_line(error)}"
         ) from error
-    student = _on_meta(student_config, kind, trust_remote_code)
+    student = on_meta(student_config, kind, trust_remote_code=trust_remote_code)
     student_config.architectures = [type(student).__name__]
     tensors = student.state_dict(keep_vars=True)
     first = {id(tensor): name for name, tensor in reversed(tensors.items())}
@@ -131,32 +127,12 @@ def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool
     )
 
 
-def _on_meta(config: PreTrainedConfig, kind: Kind, trust_remote_code: bool) -> Any:
-    with torch.device("meta"):
-        return AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
-
-
 def _in_teacher(name: str, path: str, blocks: tuple[int, ...]) -> tuple[int | None, str]:
     """The teacher's block and name of a tensor of the student."""
     if not name.startswith(f"{path}."):
         return None, name
     number, _, rest = name.removeprefix(f"{path}.").partition(".")
     return blocks[int(number)], f"{path}.{blocks[int(number)]}.{rest}"
-
-
-def _sizes_of(config: PreTrainedConfig) -> Sizes:
-    """The sizes that the config names; families differ in what they have."""
-    heads = getattr(config, "num_attention_heads", None)
-    units = next((getattr(config, field) for field in _FFN_FIELDS if hasattr(config, field)), None)
-    if units is None and hasattr(config, "n_inner"):
-        units = 4 * config.hidden_size  # GPT-2's default
-    sizes = {
-        Part.CHANNEL: getattr(config, "hidden_size", None),
-        Part.HEAD: heads,
-        Part.KV_HEAD: getattr(config, "num_key_value_heads", None) or heads,
-        Part.UNIT: units,
-    }
-    return {part: size for part, size in sizes.items() if isinstance(size, int)}
 
 
 def _requested(init: InitConfig, config: PreTrainedConfig, teacher: Sizes) -> Sizes:
@@ -175,15 +151,10 @@ def _requested(init: InitConfig, config: PreTrainedConfig, teacher: Sizes) -> Si
             raise ModelError(f"student.init.{part} is {size}, the teacher has {teacher[part]}: it can only shrink")
     if missing := [part for part in Part if part not in teacher]:
         raise ModelError(f"the width of a {config.model_type} cannot be cut: its config names no {missing[0]}")
-    if not _free_head_width(config):
+    if not has_free_head_width(config):
         given = _with_fitting_heads(given, teacher)
     sizes = {**teacher, **given}
     return {**sizes, Part.KV_HEAD: _kv_heads(sizes[Part.HEAD], teacher)}
-
-
-def _free_head_width(config: PreTrainedConfig) -> bool:
-    """True for Llama-like families, where heads * head width need not be the model's width."""
-    return hasattr(config, "num_key_value_heads")
 
 
 def _with_fitting_heads(given: dict[Part, int], teacher: Sizes) -> dict[Part, int]:
@@ -229,20 +200,8 @@ def _student_config(
     if isinstance(window := getattr(config, "max_window_layers", None), int):
         config.max_window_layers = sum(b < window for b in blocks)
     if sizes != teacher:
-        _set_width(config, sizes, teacher)
+        set_sizes(config, sizes)
     return config
-
-
-def _set_width(config: PreTrainedConfig, sizes: Sizes, teacher: Sizes) -> None:
-    if _free_head_width(config):
-        own = getattr(config, "head_dim", None)
-        config.head_dim = own or teacher[Part.CHANNEL] // teacher[Part.HEAD]
-        config.num_key_value_heads = sizes[Part.KV_HEAD]
-    if hasattr(config, "word_embed_proj_dim"):
-        config.word_embed_proj_dim = sizes[Part.CHANNEL]
-    config.hidden_size = sizes[Part.CHANNEL]
-    config.num_attention_heads = sizes[Part.HEAD]
-    setattr(config, next(f for f in _FFN_FIELDS if hasattr(config, f)), sizes[Part.UNIT])
 
 
 def _write_cut(plan: CutPlan, teacher: str, folder: Path) -> None:
@@ -280,7 +239,7 @@ def _spelled(plan: CutPlan, reader: WeightReader, teacher: str) -> Iterator[tupl
 
 
 def _spellings(name: str, prefix: str) -> tuple[str, str, str, str]:
-    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", _OTHER_SPELLINGS.get(name, name)
+    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", IN_FILES.get(name, name)
 
 
 def _kept(plan: CutPlan, reader: WeightReader, spelled: Mapping[str, tuple[str, str]]) -> Kept:
