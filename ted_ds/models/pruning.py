@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ted_ds.models.layer_map import keep_blocks
 from ted_ds.models.loading import load_config, on_meta
 from ted_ds.models.structure import find_blocks, find_structure
 from ted_ds.models.task_head import AUTO_CLASSES
-from ted_ds.models.weight_files import WeightReader, WeightWriter, copy_companions
+from ted_ds.models.weight_files import WeightReader, copy_companions, write_weights
 
 Kept = Mapping[int | None, Mapping[Part, torch.Tensor]]
 """Teacher block (None: outside the blocks) -> the parts that stay there."""
@@ -81,14 +81,17 @@ def _in_a_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class CutPlan:
-    """Teacher and student without weights: `names` maps the student's tensors to the teacher's."""
+    """Teacher and student without weights.
+
+    names: the student's tensors (tied ones once) -> the teacher's block (None: no block) and tensor. prefix: of the
+    backbone's tensors.
+    """
 
     config: PreTrainedConfig
     shapes: Mapping[str, torch.Size]
     names: Mapping[str, tuple[int | None, str]]
     blocks: tuple[int, ...]
     prefix: str
-    tied: frozenset[str]
     teacher_sizes: Sizes
     sizes: Sizes
 
@@ -114,14 +117,15 @@ def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool
     student = on_meta(student_config, kind, trust_remote_code=trust_remote_code)
     student_config.architectures = [type(student).__name__]
     tensors = student.state_dict(keep_vars=True)
-    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    first: dict[int, str] = {}  # a tied tensor has several names
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
     return CutPlan(
         config=student_config,
         shapes={name: tensor.shape for name, tensor in tensors.items()},
-        names={name: _in_teacher(name, structure.blocks_path, blocks) for name in tensors},
+        names={name: _in_teacher(name, structure.blocks_path, blocks) for name in first.values()},
         blocks=blocks,
         prefix=whole.base_model_prefix,
-        tied=frozenset(name for name, tensor in tensors.items() if first[id(tensor)] != name),
         teacher_sizes=teacher_sizes,
         sizes=sizes,
     )
@@ -205,50 +209,56 @@ def _student_config(
 
 
 def _write_cut(plan: CutPlan, teacher: str, folder: Path) -> None:
-    reader, writer = WeightReader(teacher), WeightWriter(folder)
-    spelled = dict(_spelled(plan, reader, teacher))
-    kept = _kept(plan, reader, spelled)
-    for name, (ours, theirs) in spelled.items():
-        block, _ = plan.names[name]
-        tensor = cut(reader.read(theirs), axes_of(name), kept.get(block, {}), plan.teacher_sizes)
+    reader = WeightReader(teacher)
+    sources = _sources(plan, reader, teacher)
+    kept = _kept(plan, reader, sources)
+
+    def make(ours: str) -> torch.Tensor:
+        name, theirs = sources[ours]
+        tensor = cut(reader.read(theirs), axes_of(name), kept.get(plan.names[name][0], {}), plan.teacher_sizes)
         if tensor.shape != plan.shapes[name]:
             raise ModelError(
                 f"parameter {theirs} of teacher {teacher} cannot be cut: it would be {tuple(tensor.shape)}, the "
                 f"student's config wants {tuple(plan.shapes[name])}; cut blocks alone, or give student.init.config"
             )
-        writer.add(ours, tensor)
-    writer.close()
+        return tensor
+
+    itemsizes = {ours: reader.read(theirs).element_size() for ours, (_, theirs) in sources.items()}  # memory-mapped
+    write_weights(
+        folder, {ours: size * plan.shapes[sources[ours][0]].numel() for ours, size in itemsizes.items()}, make
+    )
     plan.config.save_pretrained(folder)
     copy_companions(teacher, folder)
 
 
-def _spelled(plan: CutPlan, reader: WeightReader, teacher: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(student's tensor, (its name in the student's file, its source's name in the teacher's file)).
+def _sources(plan: CutPlan, reader: WeightReader, teacher: str) -> dict[str, tuple[str, str]]:
+    """A tensor's name in the student's file -> (its name in the student, its source's name in the teacher's file).
 
     Files spell names with or without the backbone's prefix; the student's file follows the teacher's.
     """
+
+    def spellings(name: str) -> tuple[str, ...]:
+        return name, name.removeprefix(f"{plan.prefix}."), f"{plan.prefix}.{name}", IN_FILES.get(name, name)
+
+    sources: dict[str, tuple[str, str]] = {}
     for name, (_, source) in plan.names.items():
-        spellings = zip(_spellings(name, plan.prefix), _spellings(source, plan.prefix), strict=True)
-        found = next(((ours, theirs) for ours, theirs in spellings if theirs in reader), None)
-        if found is not None and name not in plan.tied:
-            yield name, found
-        elif found is None and name not in plan.tied:
+        pairs = zip(spellings(name), spellings(source), strict=True)
+        found = next(((ours, theirs) for ours, theirs in pairs if theirs in reader), None)
+        if found is None:
             raise ModelError(
                 f"the weights of teacher {teacher} lack {source}: save it anew by transformers' save_pretrained"
             )
+        sources[found[0]] = name, found[1]
+    return sources
 
 
-def _spellings(name: str, prefix: str) -> tuple[str, str, str, str]:
-    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", IN_FILES.get(name, name)
-
-
-def _kept(plan: CutPlan, reader: WeightReader, spelled: Mapping[str, tuple[str, str]]) -> Kept:
-    """The parts that stay, by block; empty where the width is not cut."""
+def _kept(plan: CutPlan, reader: WeightReader, sources: Mapping[str, tuple[str, str]]) -> Kept:
+    """The parts that stay, by block; empty if the width is not cut."""
     sizes, teacher = plan.sizes, plan.teacher_sizes
     if sizes == teacher:
         return {}
     scores = WeightScores(teacher)
-    for name, (_, theirs) in spelled.items():
+    for name, theirs in sources.values():
         if len(axes := axes_of(name)) == 2:
             scores.add(plan.names[name][0], axes, reader.read(theirs))
     channels = {Part.CHANNEL: scores.channels(sizes[Part.CHANNEL])}
