@@ -88,11 +88,7 @@ def find_structure(model: Any) -> LMStructure:
     if getattr(parts.stack, "project_out", None) is not None:
         raise ModelError(f"{name} projects its last hidden state before the LM head (project_out): not supported")
     return LMStructure(
-        model=model,
-        backbone=parts.backbone,
-        blocks=parts.blocks,
-        blocks_path=parts.blocks_path,
-        width=head.in_features,
+        **{**vars(parts), "width": head.in_features},
         final_norm=norm,
         lm_head=head,
         vocab_rows=head.out_features,
@@ -109,9 +105,8 @@ def block_output(output: Any) -> torch.Tensor:
 def set_dropout(config: PreTrainedConfig, probability: float) -> None:
     """Sets every dropout of a config, whatever the family calls it (`attn_pdrop`, `hidden_dropout`, ...)."""
     for key, value in vars(config).items():
-        if isinstance(value, float | int) and (
-            key.endswith(("_pdrop", "dropout", "dropout_prob")) or key == "layerdrop"
-        ):
+        named = key.endswith(("_pdrop", "dropout", "dropout_prob")) or key == "layerdrop"
+        if named and isinstance(value, float | int):
             setattr(config, key, probability)
 
 

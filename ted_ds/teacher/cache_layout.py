@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from ted_ds.errors import CheckpointError
 from ted_ds.job.files import write_atomically
+from ted_ds.models.loading import DTYPES
 
 MANIFEST, UNFINISHED, HEAD = "manifest.json", "manifest.unfinished.json", "head.safetensors"
 
@@ -26,13 +26,6 @@ SHARD_BYTES = 256 << 20
 
 HEADER_BYTES = 96
 """About what a tensor takes in the header of a safetensors file: its name, dtype, shape and place."""
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int32": torch.int32,
-}
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from ted_ds.batch import Batch
 from ted_ds.errors import CheckpointError
 from ted_ds.job.lock import alone
 from ted_ds.job.world import World, logger
+from ted_ds.models.loading import DTYPES
 from ted_ds.ops import Head
 from ted_ds.teacher.cache_layout import (
-    DTYPES,
     HEAD,
     MANIFEST,
     UNFINISHED,
@@ -131,17 +131,15 @@ def record_shards(
     total = sum(len(places.rows(shard)) for shard in missing)
     with tqdm(total=total, unit="row", desc=f"record {folder.name}", disable=not world.is_main) as bar:
         for turn in turns:
-            mine = turn[world.rank] if world.rank < len(turn) else None
-            shard = None if mine is None else _Shard(places, mine, manifest.fields)
             batches = [_batches(places.rows(number), lengths, batch_size) for number in turn]
-            own = [] if mine is None else batches[world.rank]
+            shard = _Shard(places, turn[world.rank], manifest.fields) if world.rank < len(turn) else None
+            own = batches[world.rank] if shard else []
             for i in range(max(map(len, batches))):
-                filler = i >= len(own)
-                found = record(rows.batch(np.arange(1) if filler else own[i]).to(world.device))
-                if shard is not None and not filler:
+                found = record(rows.batch(own[i] if i < len(own) else np.arange(1)).to(world.device))
+                if shard is not None and i < len(own):
                     shard.add(own[i], found)
-            _all_wrote(folder, world, None if shard is None else shard.write(folder))
-            bar.update(sum(len(places.rows(other)) for other in turn))
+            _write_together(folder, shard, world)
+            bar.update(sum(len(places.rows(number)) for number in turn))
     world.on_main(lambda: _seal(folder))
 
 
@@ -155,9 +153,9 @@ class _Shard:
     """The records of a range of rows, filled in any order."""
 
     def __init__(self, places: Places, number: int, fields: Mapping[str, Field]) -> None:
-        self._places, self._number, self._fields = places, number, fields
+        self.number, self._places, self._fields = number, places, fields
         sizes = {True: len(places.rows(number)), False: places.tokens(number)}
-        self._tensors = {
+        self.tensors = {
             name: torch.empty(sizes[field.per_row], field.width, dtype=DTYPES[field.dtype])
             for name, field in fields.items()
         }
@@ -165,17 +163,9 @@ class _Shard:
     def add(self, rows: np.ndarray, found: dict[str, torch.Tensor]) -> None:
         for name, field in self._fields.items():
             for values, row in zip(found[name], rows.tolist(), strict=True):
-                place = self._places.within(self._number, row, field)
+                place = self._places.within(self.number, row, field)
                 items = values[None] if field.per_row else values[: place.stop - place.start]
-                self._tensors[name][place].copy_(items)
-
-    def write(self, folder: Path) -> OSError | None:
-        """Writes it; what went wrong is returned, for ranks that leave would keep the others waiting."""
-        try:
-            _write(shard_path(folder, self._number), self._tensors)
-        except OSError as error:
-            return error
-        return None
+                self.tensors[name][place].copy_(items)
 
 
 def _batches(rows: range, lengths: np.ndarray, size: int) -> list[np.ndarray]:
@@ -185,7 +175,14 @@ def _batches(rows: range, lengths: np.ndarray, size: int) -> list[np.ndarray]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def _all_wrote(folder: Path, world: World, error: OSError | None) -> None:
+def _write_together(folder: Path, shard: _Shard | None, world: World) -> None:
+    """Writes every rank's shard. An error is raised on all ranks: one that left would keep the others waiting."""
+    error: OSError | None = None
+    if shard is not None:
+        try:
+            _write(shard_path(folder, shard.number), shard.tensors)
+        except OSError as caught:
+            error = caught
     if not world.min(torch.tensor(0 if error else 1)):
         raise CheckpointError(
             f"teacher.cache {folder} could not be written ({error or 'on another rank'}): make room and start again; "
