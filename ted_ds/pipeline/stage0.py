@@ -36,72 +36,62 @@ def ensure_models(run: RunConfig, tokenizer: Tokenizer, world: World) -> ModelPa
     Checkpoints in the layout of the paper's authors are taken apart in the run's folder.
     """
     published: dict[str, Path] = {}
-    teacher = run.teacher if run.uses_teacher else None
-    path = None if teacher is None else _unpacked(run, "teacher", teacher.model, published, world)
-    return ModelPaths(_ensure_student(run, tokenizer, path, published, world), path, published)
 
+    def plain(side: str, name_or_path: str) -> str:
+        if run.task == "causal-lm" or not world.on_main(lambda: is_published(name_or_path)):
+            return name_or_path
+        folder = run.output_dir / f"published_{side}"
 
-def _ensure_student(
-    run: RunConfig, tokenizer: Tokenizer, teacher: str | None, published: dict[str, Path], world: World
-) -> str:
-    student = run.student
-    if student.init is None and not student.init_from_pretrained:
-        assert student.model is not None
-        return _unpacked(run, "student", student.model, published, world)
+        def unpack() -> bool:
+            if not folder.exists():
+                logger.info("%s %s has the layout of the paper's authors -> %s", side, name_or_path, folder)
+                unpack_published(name_or_path, folder)
+            return (folder / "filters").exists()
+
+        if world.on_main(unpack):
+            published[side] = folder / "filters"
+        return str(folder / "model")
+
+    teacher = plain("teacher", run.teacher.model) if run.teacher is not None and run.uses_teacher else None
+    if run.student.model is not None and not run.student.init_from_pretrained:
+        return ModelPaths(plain("student", run.student.model), teacher, published)
     folder = run.output_dir / "initial_student"
+    world.on_main(lambda: None if folder.exists() else _make_student(run, tokenizer, teacher, folder))
+    return ModelPaths(str(folder), teacher, published)
 
-    def make() -> None:
-        if folder.exists():
-            return
-        logger.info("Stage 0: initial student -> %s", folder)
-        if student.init is None:
-            assert student.pretrained is not None
-            start_from_pretrained(
-                student.pretrained,
-                run.spec,
-                folder,
-                tokenizer=tokenizer,
-                seed=run.seed,
-                trust_remote_code=student.trust_remote_code,
-            )
-            return
-        init_student(
-            teacher,
-            student.init,
+
+def _make_student(run: RunConfig, tokenizer: Tokenizer, teacher: str | None, folder: Path) -> None:
+    """A pre-trained model with a fresh head, a random start, or a cut of the teacher; on one rank."""
+    logger.info("Stage 0: initial student -> %s", folder)
+    student = run.student
+    if student.init is None:
+        assert student.pretrained is not None
+        start_from_pretrained(
+            student.pretrained,
+            run.spec,
             folder,
-            kind=run.spec.kind,
+            tokenizer=tokenizer,
             seed=run.seed,
-            defaults=_defaults(run, tokenizer),
-            trust_remote_code=run.teacher.trust_remote_code if run.teacher else False,
+            trust_remote_code=student.trust_remote_code,
         )
-        if student.init.config is not None:
-            tokenizer.save(folder)
-
-    world.on_main(make)
-    return str(folder)
+        return
+    init_student(
+        teacher,
+        student.init,
+        folder,
+        kind=run.spec.kind,
+        seed=run.seed,
+        defaults=_defaults(run, tokenizer),
+        trust_remote_code=run.teacher.trust_remote_code if run.teacher else False,
+    )
+    if student.init.config is not None:
+        tokenizer.save(folder)
 
 
 def _defaults(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the config of a random start need not say."""
     fields = {"vocab_size": tokenizer.vocab_size}
     return fields if run.task == "causal-lm" else {**fields, "pad_token_id": tokenizer.pad_id, **label_fields(run.spec)}
-
-
-def _unpacked(run: RunConfig, side: str, name_or_path: str, published: dict[str, Path], world: World) -> str:
-    """A plain Hugging Face model; one in the authors' layout is taken apart in the run's folder."""
-    if run.task == "causal-lm" or not world.on_main(lambda: is_published(name_or_path)):
-        return name_or_path
-    folder = run.output_dir / f"published_{side}"
-
-    def unpack() -> bool:
-        if not folder.exists():
-            logger.info("%s %s has the layout of the paper's authors -> %s", side, name_or_path, folder)
-            unpack_published(name_or_path, folder)
-        return (folder / "filters").exists()
-
-    if world.on_main(unpack):
-        published[side] = folder / "filters"
-    return str(folder / "model")
 
 
 def check_models(run: RunConfig, models: ModelPaths, tokenizer: Tokenizer) -> int:
