@@ -15,7 +15,7 @@ from ted_ds.models.loading import DTYPES, is_sharded, load_tensors, sharded_init
 
 
 def new_filters(plan: FilterPlan, deepspeed_config: dict[str, Any] | None, dtype: str) -> nn.ModuleList:
-    """Fresh filters, born sharded where the configuration shards."""
+    """Fresh filters, sharded as they are made if the configuration shards."""
     with sharded_init(deepspeed_config):
         bank = plan.build()
     # a sharded tensor has its dtype by the configuration, and must not be cast from outside
@@ -23,7 +23,7 @@ def new_filters(plan: FilterPlan, deepspeed_config: dict[str, Any] | None, dtype
 
 
 def load_filters(folder: Path, deepspeed_config: dict[str, Any] | None, dtype: str, *, is_main: bool) -> nn.ModuleList:
-    """Stage I's filters from their folder, born sharded where the configuration shards; a collective."""
+    """Stage I's filters from their folder, sharded as they are made if the configuration shards; a collective."""
     plan = read_plan(folder)
     bank = new_filters(plan, deepspeed_config, dtype)
     load_tensors(bank, folder / "filters.safetensors", is_main=is_main)
@@ -31,7 +31,7 @@ def load_filters(folder: Path, deepspeed_config: dict[str, Any] | None, dtype: s
 
 
 def read_plan(folder: Path) -> FilterPlan:
-    """The shape of a Stage I folder's filters; CheckpointError where the folder is not whole."""
+    """The shape of a Stage I folder's filters; CheckpointError if the folder is not whole."""
     try:
         card = json.loads((folder / "filters.json").read_text(encoding="utf-8"))
         return FilterPlan(**{**card["plan"], "blocks": tuple(card["plan"]["blocks"])})

@@ -1,4 +1,4 @@
-"""Models and filters straight into the place where they will live: one device, or ZeRO-3's shards."""
+"""Models and filters, loaded directly to where they stay: one device, or ZeRO-3's shards."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DTYPES = {
 
 
 def is_sharded(deepspeed_config: dict[str, Any] | None) -> bool:
-    """True where this DeepSpeed configuration shards parameters (ZeRO-3)."""
+    """Whether this DeepSpeed configuration shards parameters (ZeRO-3)."""
     return deepspeed_config is not None and deepspeed_config.get("zero_optimization", {}).get("stage") == 3
 
 
@@ -52,7 +52,7 @@ def load_model(
     Only rank 0 reads the weights then (memory-mapped), and only its page cache ever sees a whole model.
     dropout: set on every dropout of the model; None keeps the checkpoint's. head_dropout: likewise, of the one
     before the task head.
-    Raises ModelError where the model cannot be loaded, or has no trained head for a task.
+    Raises ModelError if the model cannot be loaded, or has no trained head for a task.
     """
     # transformers shards in from_pretrained while this object lives
     sharding = HfDeepSpeedConfig(deepspeed_config) if is_sharded(deepspeed_config) else None
@@ -96,7 +96,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def meta_model(name_or_path: str, kind: Kind, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model from its config alone, without weights (on the meta device); ModelError where it has no such head."""
+    """A model from its config alone, without weights (on the meta device); ModelError if its family has no such head."""
     config = load_config(name_or_path, trust_remote_code)
     try:
         return on_meta(config, kind, trust_remote_code=trust_remote_code)
@@ -111,14 +111,14 @@ def on_meta(config: PreTrainedConfig, kind: Kind, *, trust_remote_code: bool = F
 
 
 def sharded_init(deepspeed_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
-    """A context in which new modules are born sharded where the configuration shards parameters."""
+    """A context in which new modules are sharded as they are made, if the configuration shards parameters."""
     if is_sharded(deepspeed_config):
         return deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
     return nullcontext()
 
 
 def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
-    """The parameters whole inside the context, on every rank; rank 0's changes are kept where `write`."""
+    """The parameters whole inside the context, on every rank; with `write`, rank 0's changes are kept."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None, enabled=bool(sharded))
 
@@ -137,7 +137,7 @@ def whole_tensors(module: nn.Module, *, keep: bool) -> Iterator[tuple[str, torch
 def load_tensors(module: nn.Module, path: Path, *, is_main: bool) -> None:
     """Fills `module`'s parameters from safetensors, one at a time; a collective.
 
-    Raises CheckpointError where names or shapes differ.
+    Raises CheckpointError if names or shapes differ.
     """
     with safe_open(path, framework="pt") as stored:
         own = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
@@ -160,7 +160,7 @@ def resident_readout(
     """The final norm and the LM head of a frozen model, whole on this rank; a collective.
 
     The norm is a module of its own, without ZeRO-3's hooks, made from the model's config. Weights are
-    copied only where they are sharded.
+    copied only if they are sharded.
     """
     structure = find_structure(model)
     norm = find_structure(on_meta(model.config, "causal-lm", trust_remote_code=trust_remote_code)).final_norm

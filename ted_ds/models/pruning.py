@@ -42,11 +42,11 @@ def init_student(
 
     With `init.config`: a random start under `seed`; `defaults` are fields that the config may leave out, such as
     the tokenizer's vocab_size. Else blocks and parts of `teacher` (folder or hub id), everything else copied,
-    dtype kept. The teacher is read one tensor at a time, twice where its width is cut (see `WeightScores` for what
+    dtype kept. The teacher is read one tensor at a time, twice if its width is cut (see `WeightScores` for what
     stays), and at most one output shard of 5 GB is held. The head width always stays the teacher's; so do
     Gemma's scales, whose embeddings thus enter a narrower student smaller by sqrt(D_s / D_t).
 
-    Raises ModelError where the request does not fit the teacher or its weights cannot be cut.
+    Raises ModelError if the request does not fit the teacher or its weights cannot be cut.
     """
     if output_dir.exists():
         raise ModelError(f"the student's folder {output_dir} exists already: delete it, or choose another")
@@ -97,7 +97,7 @@ class CutPlan:
 
 
 def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool) -> CutPlan:
-    """What a student cut out of `teacher` will be, by configs alone; ModelError where it cannot be."""
+    """What a student cut out of `teacher` will be, by configs alone; ModelError if it cannot be."""
     config = load_config(teacher, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"teacher {teacher} is quantized: Stage 0 cuts plain weights, give the original")

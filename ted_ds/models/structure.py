@@ -1,4 +1,4 @@
-"""Where a model keeps its blocks and, a causal LM, its final norm and LM head: found by structure, once, here."""
+"""Finds a model's blocks and, of a causal LM, its final norm and LM head, by structure and not by name."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def block_output(output: Any) -> torch.Tensor:
 
 
 def set_dropout(config: PreTrainedConfig, probability: float) -> None:
-    """Sets every dropout of a config, whatever the family calls it (`attn_pdrop`, `hidden_dropout`, ...)."""
+    """Sets every dropout of a config; families give them different names (`attn_pdrop`, `hidden_dropout`, ...)."""
     for key, value in vars(config).items():
         named = key.endswith(("_pdrop", "dropout", "dropout_prob")) or key == "layerdrop"
         if named and isinstance(value, float | int):

@@ -92,7 +92,7 @@ class Manifest:
             ) from error
 
     def bytes(self) -> int:
-        """What the whole cache takes on disk, to a few bytes a shard."""
+        """What the whole cache takes on disk, except for a few bytes of each shard."""
         headers = len(self.firsts) * HEADER_BYTES * len(self.fields)
         return size_of(self.fields, rows=self.rows, tokens=self.tokens) + headers + self.head_bytes
 

@@ -4,7 +4,7 @@
     teacher_pass   the teacher's forward; as block j_k ends, reduce(k, H_s[k], H_t[j_k]) gives a scalar, and
                    H_t[j_k] is dropped before the next block starts
 
-So at most one teacher hidden state is alive, whatever the number of pairs.
+So at most one teacher hidden state is alive, however many pairs there are.
 
 Both models run on one CUDA stream. The pairs tie them together at every block, DeepSpeed gathers ahead on a stream of
 its own, and kernels of a size worth distilling fill a device by themselves; a second stream would hold a second pool

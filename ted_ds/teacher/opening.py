@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ted_ds.config.schema import RunConfig
+from ted_ds.config.schema import RunConfig, TeacherConfig
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.errors import CheckpointError
 from ted_ds.job.world import World
@@ -67,7 +67,8 @@ def open_teacher(
     Raises CheckpointError, on every rank, for a cache of another teacher, other filters or other data, one without
     what the run needs, and a disk without room for it.
     """
-    assert run.teacher is not None
+    section = run.teacher
+    assert section is not None
     load = partial(
         load_frozen,
         run,
@@ -75,77 +76,100 @@ def open_teacher(
         plan.model,
         task=task,
         tokenizer=tokenizer,
-        trust_remote_code=run.teacher.trust_remote_code,
+        trust_remote_code=section.trust_remote_code,
         filters=plan.filters,
     )
-    if run.teacher.cache is None:
+    if section.cache is None:
         return load()
-    return _open_cache(run.teacher.cache, run, world, plan, rows, _outputs(run, task, plan), load)
+    outputs = _outputs(run, task, plan) if run.loss.kl_alpha else [None]
+    return _Cache(section.cache, section, plan, rows, world).opened(outputs, load, run.train.micro_batch_size)
 
 
-def _open_cache(
-    folder: Path,
-    run: RunConfig,
-    world: World,
-    plan: TeacherPlan,
-    rows: TeacherRows,
-    outputs: Sequence[CachedOutput | None],
-    load: Callable[[], FrozenModel],
-) -> CachedTeacher:
-    assert run.teacher is not None
-    dtype = run.teacher.dtype
-    wanted = world.on_main(lambda: _manifests(dtype, rows, plan, outputs))
-    find = partial(find_cache, folder, wanted, rows.lengths)
-    found = world.on_main(find)
-    if found is None:
-        with alone_in_cache(folder, world):
-            found = world.on_main(find)  # another job may have recorded it meanwhile
-            if found is None:
-                found = wanted[0]
-                world.on_main(partial(begin_recording, folder, found))
-                _record(folder, found, run, world, plan, rows, outputs[0], load)
-    if not world.min(torch.tensor(int((folder / MANIFEST).exists()))):
-        raise CheckpointError(f"teacher.cache {folder} is not the same folder on all nodes: give one that they share")
-    output = next(output for output, manifest in zip(outputs, wanted, strict=True) if fits(found, manifest))
-    return CachedTeacher(
-        ShardReader(folder, found, rows.lengths, pinned=world.device.type == "cuda"),
-        world.device,
-        blocks=plan.blocks,
-        width=plan.width,
-        output=output,
-        head=load_head(folder, found, world.device) if output is not None and output.head is not None else None,
-    )
+@dataclass(frozen=True)
+class _Cache:
+    """The cache that a run's recipe names."""
 
+    folder: Path
+    section: TeacherConfig
+    plan: TeacherPlan
+    rows: TeacherRows
+    world: World
 
-def _record(
-    folder: Path,
-    manifest: Manifest,
-    run: RunConfig,
-    world: World,
-    plan: TeacherPlan,
-    rows: TeacherRows,
-    output: CachedOutput | None,
-    load: Callable[[], FrozenModel],
-) -> None:
-    """Loads the teacher, records it and lets it go; a collective."""
-    teacher = load()
-    if output is not None and output.head is not None:
-        assert run.teacher is not None
-        trusted = run.teacher.trust_remote_code
-        _, head = resident_readout(teacher.module.model, world.device, trust_remote_code=trusted)
-        world.on_main(lambda: write_head(folder, head))
-        del head
-    record = partial(record_batch, teacher, plan.blocks, output)
-    record_shards(folder, manifest, rows, record, world, batch_size=run.train.micro_batch_size)
-    teacher.close()
-    del teacher, record
-    gc.collect()  # hooks and modules refer to each other: the student must not find this model in memory
+    def opened(
+        self, outputs: Sequence[CachedOutput | None], load: Callable[[], FrozenModel], batch_size: int
+    ) -> CachedTeacher:
+        """The teacher in it, recorded first if need be; a collective.
+
+        outputs: the ways of keeping the teacher's output that serve the run; the first is what is recorded.
+        """
+        folder, world, lengths = self.folder, self.world, self.rows.lengths
+        wanted = world.on_main(lambda: self._manifests(outputs))
+        find = partial(find_cache, folder, wanted, lengths)
+        found = world.on_main(find)
+        if found is None:
+            with alone_in_cache(folder, world):
+                found = world.on_main(find)  # another job may have recorded it meanwhile
+                if found is None:
+                    found = wanted[0]
+                    world.on_main(partial(begin_recording, folder, found))
+                    self._record(found, outputs[0], load, batch_size)
+        if not world.min(torch.tensor(int((folder / MANIFEST).exists()))):
+            raise CheckpointError(
+                f"teacher.cache {folder} is not the same folder on all nodes: give one that they share"
+            )
+        output = next(output for output, manifest in zip(outputs, wanted, strict=True) if fits(found, manifest))
+        return CachedTeacher(
+            ShardReader(folder, found, lengths, pinned=world.device.type == "cuda"),
+            world.device,
+            blocks=self.plan.blocks,
+            width=self.plan.width,
+            output=output,
+            head=load_head(folder, found, world.device) if output is not None and output.head is not None else None,
+        )
+
+    def _record(
+        self, manifest: Manifest, output: CachedOutput | None, load: Callable[[], FrozenModel], batch_size: int
+    ) -> None:
+        """Loads the teacher, records it and lets it go; a collective."""
+        folder, world, teacher = self.folder, self.world, load()
+        if output is not None and output.head is not None:
+            trusted = self.section.trust_remote_code
+            _, head = resident_readout(teacher.module.model, world.device, trust_remote_code=trusted)
+            world.on_main(lambda: write_head(folder, head))
+            del head
+        record = partial(record_batch, teacher, self.plan.blocks, output)
+        record_shards(folder, manifest, self.rows, record, world, batch_size=batch_size)
+        teacher.close()
+        del teacher, record
+        gc.collect()  # hooks and modules refer to each other: the student must not find this model in memory
+
+    def _manifests(self, outputs: Sequence[CachedOutput | None]) -> list[Manifest]:
+        """What a cache that serves the run says of itself, for each way of keeping the output; on one rank."""
+        plan, dtype, lengths = self.plan, self.section.dtype, self.rows.lengths
+        states = {state_field(block): Field(dtype, plan.width) for block in plan.blocks}
+        data, weights = self.rows.fingerprint(), model_fingerprint(plan.model)
+        filters = file_fingerprint(plan.filters / "filters.safetensors") if plan.filters and states else ""
+        every_fields = [{**states, **(output.fields if output else {})} for output in outputs]
+        return [
+            Manifest(
+                data=data,
+                rows=len(lengths),
+                tokens=int(lengths.sum()),
+                teacher=plan.model,
+                weights=weights,
+                dtype=dtype,
+                filters=filters,
+                fields=fields,
+                settings=output.settings if output else {},
+                head=output.head if output else None,
+                firsts=plan_shards(lengths, fields),
+            )
+            for output, fields in zip(outputs, every_fields, strict=True)
+        ]
 
 
 def _outputs(run: RunConfig, task: Task, plan: TeacherPlan) -> list[CachedOutput | None]:
-    """The ways of keeping the teacher's output that serve the run, the first is recorded; None: without a KL, none."""
-    if not run.loss.kl_alpha:
-        return [None]
+    """The ways of keeping the teacher's output that serve the run's KL; the first is what is recorded."""
     assert run.teacher is not None
     dtype, spec = run.teacher.dtype, run.spec
     if spec.kind == "question-answering":
@@ -158,30 +182,3 @@ def _outputs(run: RunConfig, task: Task, plan: TeacherPlan) -> list[CachedOutput
         return [exact]
     assert isinstance(task, CausalLM)
     return [TopLogits(run.loss.kl_top_k, run.loss.temperature, task.vocab_size), exact]
-
-
-def _manifests(
-    dtype: str, rows: TeacherRows, plan: TeacherPlan, outputs: Sequence[CachedOutput | None]
-) -> list[Manifest]:
-    """What a cache that serves the run says of itself, for each way of keeping the output; on one rank."""
-    states = {state_field(block): Field(dtype, plan.width) for block in plan.blocks}
-    data, weights = rows.fingerprint(), model_fingerprint(plan.model)
-    filters = file_fingerprint(plan.filters / "filters.safetensors") if plan.filters and states else ""
-    manifests = []
-    for output in outputs:
-        fields = {**states, **(output.fields if output else {})}
-        manifest = Manifest(
-            data=data,
-            rows=len(rows.lengths),
-            tokens=int(rows.lengths.sum()),
-            teacher=plan.model,
-            weights=weights,
-            dtype=dtype,
-            filters=filters,
-            fields=fields,
-            settings=output.settings if output else {},
-            head=output.head if output else None,
-            firsts=plan_shards(rows.lengths, fields),
-        )
-        manifests.append(manifest)
-    return manifests

@@ -120,8 +120,9 @@ def record_shards(
     """Records the shards that `folder` lacks, dealt to the ranks, then seals it; a collective.
 
     record: a batch -> its fields, see `record_batch`.
-    A shard's rows run through the teacher in order of length, `batch_size` at a time, whatever rank has it: what is
-    written does not depend on the number of ranks. Every rank makes as many forwards, some of them for nothing.
+    A shard's rows run through the teacher in order of length, `batch_size` at a time, on every rank alike: what is
+    written does not depend on the number of ranks. All ranks make the same number of forwards, as ZeRO-3 requires;
+    a rank without rows left repeats row 0 and drops the result.
     Raises CheckpointError, on every rank, if any rank could not write; what is finished stays for the next start.
     """
     lengths = rows.lengths
@@ -204,7 +205,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Every shard is there: the manifest gets the name by which a cache is whole."""
+    """Gives the manifest the name that says: all shards are there."""
     with (folder / UNFINISHED).open("rb+") as file:
         os.fsync(file.fileno())
     (folder / UNFINISHED).replace(folder / MANIFEST)
