@@ -96,7 +96,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def meta_model(name_or_path: str, kind: Kind, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model from its config alone, without weights (on the meta device); ModelError if its family has no such head."""
+    """A model from its config alone, on the meta device; ModelError if its family has no such head."""
     config = load_config(name_or_path, trust_remote_code)
     try:
         return on_meta(config, kind, trust_remote_code=trust_remote_code)

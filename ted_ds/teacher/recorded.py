@@ -29,7 +29,8 @@ Values = dict[str, torch.Tensor]
 class ShardReader:
     """A cache's shards, memory-mapped when they are first read; rows that are not read cost no memory.
 
-    lengths: [rows] real tokens. pinned: whether batches are read into pinned memory, so that copies to the device do not block.
+    lengths: [rows] real tokens. pinned: whether batches are read into pinned memory, which a copy to the device needs
+    in order not to block.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, lengths: np.ndarray, *, pinned: bool) -> None:
