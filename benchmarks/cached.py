@@ -55,9 +55,6 @@ class OneBatch:
     def batch(self, rows: np.ndarray) -> Batch:
         return Batch(self.ids.input_ids[rows], self.ids.targets[rows])
 
-    def fingerprint(self) -> str:
-        return ""
-
 
 @dataclass(frozen=True)
 class Recorded:
@@ -75,7 +72,8 @@ def record(frozen: FrozenModel, batch: Batch, layer_map: LayerMap, dtype: str, t
     output: CachedOutput = LastHiddenStates(structure, dtype)
     if top_k is not None:
         output = TopLogits(top_k, 2.0, structure.vocab_rows)
-    rows, blocks = OneBatch(batch), tuple(t for _, t in layer_map)
+    rows: Any = OneBatch(batch)
+    blocks = tuple(t for _, t in layer_map)
     fields = {state_field(block): Field(dtype, frozen.target_width) for block in blocks} | output.fields
     manifest = Manifest(
         data="",

@@ -182,11 +182,6 @@ def logit_scale(config: PreTrainedConfig) -> float:
     return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
 
 
-def has_free_head_width(config: PreTrainedConfig) -> bool:
-    """Whether heads * head width need not be the model's width: true of Llama-like families."""
-    return hasattr(config, "num_key_value_heads")
-
-
 def sizes_of(config: PreTrainedConfig) -> dict[Part, int]:
     """The sizes that the config names, by part; families differ in what they have."""
     heads = getattr(config, "num_attention_heads", None)
@@ -204,7 +199,7 @@ def sizes_of(config: PreTrainedConfig) -> dict[Part, int]:
 
 def set_sizes(config: PreTrainedConfig, sizes: Mapping[Part, int]) -> None:
     """Gives a config other sizes; the head width stays."""
-    if has_free_head_width(config):
+    if hasattr(config, "num_key_value_heads"):  # Llama-like: heads * head width need not be the width
         own = getattr(config, "head_dim", None)
         config.head_dim = own or config.hidden_size // config.num_attention_heads
         config.num_key_value_heads = sizes[Part.KV_HEAD]

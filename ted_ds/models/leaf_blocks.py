@@ -27,8 +27,9 @@ def handle_whole_blocks(structure: ModelStructure, *, trained: bool) -> None:
 def _gradients_are_whole(structure: ModelStructure) -> bool:
     """Whether all gradients of a block's weights are there once its input has one: DeepSpeed reduces them then.
 
-    Autograd goes through the forward in reverse, so everything that a block did comes before its input. That fails for a weight that is used outside its block, a block that runs twice in a forward, and a hidden state
-    that is passed by keyword, which torch's hooks do not see (a `GradientCheckpointingLayer` must not be called so).
+    Autograd goes through the forward in reverse, so everything that a block did comes before its input. That fails
+    for a weight that is used outside its block, a block that runs twice in a forward, and a hidden state that is
+    passed by keyword, which torch's hooks do not see (a `GradientCheckpointingLayer` must not be called so).
     """
     inside = [{id(p) for p in block.parameters()} for block in structure.blocks]
     names = structure.model.named_parameters(remove_duplicate=False)

@@ -17,7 +17,7 @@ from ted_ds.config.schema import InitConfig
 from ted_ds.config.tasks import Kind
 from ted_ds.errors import ModelError
 from ted_ds.models.channels import Sizes, WeightScores, cut
-from ted_ds.models.families import IN_FILES, Part, axes_of, has_free_head_width, set_sizes, sizes_of
+from ted_ds.models.families import IN_FILES, Part, axes_of, set_sizes, sizes_of
 from ted_ds.models.layer_map import keep_blocks
 from ted_ds.models.loading import load_config, on_meta
 from ted_ds.models.structure import find_blocks, find_structure
@@ -155,7 +155,7 @@ def _requested(init: InitConfig, config: PreTrainedConfig, teacher: Sizes) -> Si
             raise ModelError(f"student.init.{part} is {size}, the teacher has {teacher[part]}: it can only shrink")
     if missing := [part for part in Part if part not in teacher]:
         raise ModelError(f"the width of a {config.model_type} cannot be cut: its config names no {missing[0]}")
-    if not has_free_head_width(config):
+    if not hasattr(config, "num_key_value_heads"):
         given = _with_fitting_heads(given, teacher)
     sizes = {**teacher, **given}
     return {**sizes, Part.KV_HEAD: _kv_heads(sizes[Part.HEAD], teacher)}

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 
 from ted_ds.config.schema import RunConfig, TeacherConfig
+from ted_ds.data.encoded import EncodedRows
+from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.errors import CheckpointError
 from ted_ds.job.world import World
@@ -34,7 +36,6 @@ from ted_ds.teacher.hosting import load_frozen
 from ted_ds.teacher.outputs import CachedOutput, LastHiddenStates, RowLogits, SpanLogits, TopLogits
 from ted_ds.teacher.recorded import CachedTeacher, ShardReader, load_head
 from ted_ds.teacher.recording import (
-    TeacherRows,
     alone_in_cache,
     begin_recording,
     record_batch,
@@ -58,7 +59,13 @@ class TeacherPlan:
 
 
 def open_teacher(
-    run: RunConfig, world: World, plan: TeacherPlan, *, task: Task, tokenizer: Tokenizer, rows: TeacherRows
+    run: RunConfig,
+    world: World,
+    plan: TeacherPlan,
+    *,
+    task: Task,
+    tokenizer: Tokenizer,
+    rows: PackedBlocks | EncodedRows,
 ) -> Teacher:
     """The teacher, read from `teacher.cache` or, without one, hosted as `teacher.sharding` says; a collective.
 
@@ -92,7 +99,7 @@ class _Cache:
     folder: Path
     section: TeacherConfig
     plan: TeacherPlan
-    rows: TeacherRows
+    rows: PackedBlocks | EncodedRows
     world: World
 
     def opened(

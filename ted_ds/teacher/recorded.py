@@ -67,7 +67,7 @@ class ShardReader:
         return self._slices[shard, name]
 
 
-class CachedTeacher(Teacher):
+class CachedTeacher:
     """A `Teacher` made of records. `sources` give the states of the pairs' blocks, filtered before they were recorded.
 
     blocks: the teacher's blocks of the layer map, in order. width: F. output: how the teacher's output was kept; None
@@ -86,23 +86,13 @@ class CachedTeacher(Teacher):
         head: Head | None,
     ) -> None:
         self._reader, self._device, self._output, self._head = reader, device, output, head
-        self._width = width
-        self._sources: dict[int, nn.Module] = {block: nn.Identity() for block in blocks}
+        self.target_width = width
+        self.sources: Mapping[int, nn.Module] = {block: nn.Identity() for block in blocks}
         self._state_names = [*map(state_field, blocks)]
         self._names = [*self._state_names, *(output.fields if output else ())]
         self._thread = ThreadPoolExecutor(1, "teacher-cache")
         self._coming: deque[Batch] = deque()
         self._next: tuple[torch.Tensor, Future[Values]] | None = None
-
-    @property
-    def sources(self) -> Mapping[int, nn.Module]:
-        """By block of the layer map, the module that gives its filtered state."""
-        return self._sources
-
-    @property
-    def target_width(self) -> int:
-        """F."""
-        return self._width
 
     def target(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` [B, S, F] itself: it was filtered before it was recorded."""
@@ -115,7 +105,7 @@ class CachedTeacher(Teacher):
         """
         values = self._take(batch, self._state_names if use_output is None else self._names)
         with torch.no_grad():
-            for block, source in self._sources.items():
+            for block, source in self.sources.items():
                 source(on_device(values.pop(state_field(block)), self._device))
         if use_output is None:
             return

@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +14,8 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ted_ds.batch import Batch
+from ted_ds.data.encoded import EncodedRows
+from ted_ds.data.packed import PackedBlocks
 from ted_ds.errors import CheckpointError
 from ted_ds.job.lock import alone
 from ted_ds.job.world import World, logger
@@ -35,23 +36,6 @@ from ted_ds.teacher.contract import Teacher, stream_states
 from ted_ds.teacher.outputs import CachedOutput
 
 Record = Callable[[Batch], dict[str, torch.Tensor]]
-
-
-class TeacherRows(Protocol):
-    """What recording asks of training rows."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """[rows] real tokens of each."""
-        ...
-
-    def batch(self, rows: np.ndarray) -> Batch:
-        """These rows [B], padded to their longest."""
-        ...
-
-    def fingerprint(self) -> str:
-        """A hash of all that a teacher's output depends on."""
-        ...
 
 
 def alone_in_cache(folder: Path, world: World) -> AbstractContextManager[None]:
@@ -115,7 +99,7 @@ def record_batch(
 
 
 def record_shards(
-    folder: Path, manifest: Manifest, rows: TeacherRows, record: Record, world: World, *, batch_size: int
+    folder: Path, manifest: Manifest, rows: PackedBlocks | EncodedRows, record: Record, world: World, *, batch_size: int
 ) -> None:
     """Records the shards that `folder` lacks, dealt to the ranks, then seals it; a collective.
 
