@@ -64,8 +64,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from ted_ds.data.tokenizers import load_tokenizer
     from ted_ds.evaluation.lambada import lambada
     from ted_ds.job.world import init_world
+    from ted_ds.models.fit import check_fit
     from ted_ds.models.loading import load_model
-    from ted_ds.pipeline.models import check_fit
 
     world, kind, trusted = init_world(), TASKS[arguments.task].kind, arguments.trust_remote_code
     with _plain_model(arguments.model) as path:
@@ -120,8 +120,8 @@ def _task_scores(arguments: argparse.Namespace, model: Any, tokenizer: Any, worl
     from ted_ds.data.buckets import ScoringRows
     from ted_ds.data.encoding import ensure_encoded
     from ted_ds.evaluation.outputs import collect_outputs
+    from ted_ds.models.fit import check_ids, vocabulary_rows
     from ted_ds.pipeline.example_data import make_task, score_outputs
-    from ted_ds.pipeline.models import check_ids, vocabulary_rows
 
     spec, length = TASKS[arguments.task], arguments.sequence_length
     model.config.pad_token_id = tokenizer.pad_id

@@ -21,7 +21,7 @@ COMMANDS = {
     "report": "table and curves of finished runs, or of a sweep",
     "quickstart": "the whole pipeline on an embedded corpus",
 }
-GOALS = {"init-student": "student", "learn-filters": "filters", "distill": "distilled"}
+GOALS = {"export": "export", "init-student": "student", "learn-filters": "filters", "distill": "distilled"}
 
 
 def main() -> None:

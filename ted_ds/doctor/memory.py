@@ -16,13 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedConfig
 
-from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
+from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.tasks import Kind
 from ted_ds.models.loading import DTYPES
 from ted_ds.models.structure import find_blocks
 from ted_ds.models.task_head import AUTO_CLASSES
 from ted_ds.ops.logit_gemms import default_chunk_tokens
+from ted_ds.teacher.hosting import HOSTS
 
 FLOAT32 = 4
 
@@ -209,10 +210,10 @@ def _teacher_lines(run: RunConfig, teacher: ModelShape | None, filters: FilterSh
     if run.teacher.cache is not None:
         if run.loss.kl_alpha and run.loss.kl_top_k is None and run.task == "causal-lm":
             yield Line("the cached teacher's LM head", item * teacher.vocab * teacher.width)
-    elif run.teacher.sharding == "replicated":
+    elif (host := HOSTS[run.teacher.sharding]).whole_copy:
         yield Line(f"the teacher's copy, {named}", item * elements)
     else:
-        zero = _Zero.of(frozen_engine_config(run, world_size=world_size), world_size, item)
+        zero = _Zero.of(host.engine_config(run, world_size) or {}, world_size, item)
         yield Line(f"the teacher's shard, {named}", item * elements / world_size, _place(zero))
         gathered = zero.gathered(elements, teacher.largest, backward=False)
         yield Line("the teacher's weights gathered at a time", item * gathered)

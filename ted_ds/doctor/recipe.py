@@ -31,8 +31,9 @@ from ted_ds.models.pooler import set_head_dropout
 from ted_ds.models.pruning import plan_cut
 from ted_ds.models.structure import set_dropout
 from ted_ds.models.task_head import label_fields
-from ted_ds.pipeline.models import Models
+from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.pipeline.stage1 import plan_pairs
+from ted_ds.teacher.hosting import HOSTS
 
 OFFLOAD = Path("ds_configs/zero3_offload.json")
 
@@ -209,7 +210,7 @@ def _ways(run: RunConfig, machine: Machine) -> list[list[Change]]:
     if not run.student.activation_checkpointing:
         recompute = {"student": {"activation_checkpointing": True}}
         ways.append([Change("student.activation_checkpointing: true", ranks, recompute)])
-    if run.teacher is not None and run.teacher.sharding == "replicated" and ranks > 1:
+    if run.teacher is not None and HOSTS[run.teacher.sharding].whole_copy and ranks > 1:
         ways.append([Change("teacher.sharding: zero3", ranks, {"teacher": {"sharding": "zero3"}})])
     if on_gpus:
         ways.append([Change(f"deepspeed: {OFFLOAD}", ranks, {"": {"deepspeed": OFFLOAD}})])
@@ -254,7 +255,7 @@ def _filters(run: RunConfig, student: PreTrainedConfig) -> FilterShape:
     assert run.teacher is not None
     with tempfile.TemporaryDirectory() as folder:
         student.save_pretrained(folder)
-        plan = plan_pairs(run, Models(folder, run.teacher.model))
+        plan = plan_pairs(run, ModelPaths(folder, run.teacher.model))
     if plan is None:
         return FilterShape(0, 0, 0, 0)
     sides = (_filter_parameters(plan.student), _filter_parameters(plan.teacher))

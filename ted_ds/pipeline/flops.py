@@ -13,9 +13,10 @@ from ted_ds.config.schema import RunConfig
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.job.world import logger
 from ted_ds.models.filters import FilterPlan
+from ted_ds.models.fit import fit_to_run
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.loading import DTYPES, meta_model
-from ted_ds.pipeline.models import Models, fit_to_run
+from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.tasks.base import DisposableHead, Task
 from ted_ds.tasks.causal_lm import CausalLM
 from ted_ds.teacher.frozen import FrozenModule
@@ -26,7 +27,7 @@ Count = Callable[[int], float]
 
 def stage2_flops(
     run: RunConfig,
-    models: Models,
+    models: ModelPaths,
     task: Task,
     tokenizer: Tokenizer,
     layer_map: LayerMap = (),

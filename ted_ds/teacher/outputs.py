@@ -6,9 +6,10 @@ from typing import Any, Protocol
 
 import torch
 
+from ted_ds.models.loading import DTYPES
 from ted_ds.models.structure import LMStructure
 from ted_ds.ops import Head, TopK, teacher_top_k
-from ted_ds.teacher.cache_layout import DTYPES, Field
+from ted_ds.teacher.cache_layout import Field
 
 
 class CachedOutput(Protocol):
