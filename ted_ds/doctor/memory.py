@@ -22,11 +22,10 @@ from ted_ds.config.tasks import Kind
 from ted_ds.models.loading import DTYPES
 from ted_ds.models.structure import find_blocks
 from ted_ds.models.task_head import AUTO_CLASSES
-from ted_ds.ops.logit_loss import default_chunk_tokens
+from ted_ds.ops.logit_gemms import default_chunk_tokens
 from ted_ds.teacher.hosting import HOSTS
 
 FLOAT32 = 4
-RESIDUAL_BYTES = {"bfloat16": 2, "float8": 1}
 
 
 @dataclass(frozen=True)
@@ -231,7 +230,7 @@ def _activation_lines(run: RunConfig, student: ModelShape, filters: FilterShape,
     checkpointed = run.student.activation_checkpointing
     name = "activations, a block's input each" if checkpointed else "activations"
     lines = [Line(f"{name}, {rows} rows", rows * (inputs if checkpointed else student.saved))]
-    residual = filters.output_dim * RESIDUAL_BYTES.get(run.loss.residual_dtype, item)
+    residual = filters.output_dim * item
     hidden = 2 * student.width * item if run.filters.nonlinear else 0
     waiting = filters.pairs * rows * length * (residual + hidden)
     return [*lines, Line(f"residuals of {filters.pairs} pairs", waiting)]

@@ -16,7 +16,8 @@ import psutil
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from ted_ds.config.schema import HubDataset, RunConfig
+from ted_ds.config.data_section import HubDataset
+from ted_ds.config.schema import RunConfig
 from ted_ds.data.files import matching_files
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.doctor.finding import GIB, Finding, Status, gib

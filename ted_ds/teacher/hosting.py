@@ -15,8 +15,9 @@ import deepspeed
 import torch
 from torch import nn
 
+from ted_ds.config.choices import Sharding
 from ted_ds.config.deepspeed import frozen_engine_config
-from ted_ds.config.schema import RunConfig, Sharding
+from ted_ds.config.schema import RunConfig
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.job.world import World
 from ted_ds.models.filter_files import load_filters

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from ted_ds.config.schema import RunConfig, TeacherConfig
+from ted_ds.config.schema import RunConfig
+from ted_ds.config.sections import TeacherConfig
 from ted_ds.data.encoded import EncodedRows
 from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import Tokenizer
