@@ -142,13 +142,7 @@ def estimate(
     idle: bytes that the process has before it loads anything. Raises ConfigError where the DeepSpeed files or the batch
     sizes do not fit the recipe or the ranks.
     """
-    config = trained_engine_config(
-        run,
-        world_size=world_size,
-        learning_rate=run.optimizer.learning_rate,
-        weight_decay=run.optimizer.weight_decay,
-        cpu=device.type == "cpu",
-    )
+    config = trained_engine_config(run, world_size=world_size, cpu=device.type == "cpu")
     item = DTYPES[run.student.dtype].itemsize
     zero = _Zero.of(config, world_size, item)
     trained = student.parameters + filters.pairs * filters.student

@@ -23,12 +23,7 @@ from ted_ds.models.structure import find_structure, set_dropout
 from ted_ds.models.task_head import AUTO_CLASSES
 from ted_ds.ops import Head
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int32": torch.int32,
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32")}
 """By the names that recipes (the first two) and teacher caches give them."""
 
 

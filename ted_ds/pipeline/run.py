@@ -79,14 +79,7 @@ def _check_engines(run: RunConfig, world: World) -> None:
     """Raises ConfigError for DeepSpeed files and batch sizes that cannot be, before hours are spent on data."""
     own = run.filters.global_batch_size if METHODS[run.method].learns_filters else None
     for size in (None, *(() if own is None else (own.teacher, own.student))):
-        trained_engine_config(
-            run,
-            world_size=world.size,
-            learning_rate=run.optimizer.learning_rate,
-            weight_decay=run.optimizer.weight_decay,
-            cpu=world.device.type == "cpu",
-            global_batch_size=size,
-        )
+        trained_engine_config(run, world_size=world.size, cpu=world.device.type == "cpu", global_batch_size=size)
     if run.teacher is not None:
         HOSTS[run.teacher.sharding].engine_config(run, world.size)
 

@@ -107,11 +107,8 @@ def check_models(run: RunConfig, models: ModelPaths, tokenizer: Tokenizer) -> in
     for role, path, trusted in sides:
         model = meta_model(path, run.spec.kind, trust_remote_code=trusted)
         check_outputs(role, path, model, run.spec)
-        if (
-            METHODS[run.method].learns_filters
-            and run.spec.kind in ("classification", "regression")
-            and role not in models.published
-        ):
+        pooled = run.spec.kind in ("classification", "regression")
+        if pooled and METHODS[run.method].learns_filters and role not in models.published:
             find_pooler(model.config)
         # what Stage 0 made has the run's own tokenizer; the tokenizer of any other folder is trusted by its own section
         trusted = trusted or (run.data.trust_remote_code and Path(path).is_relative_to(run.output_dir))

@@ -114,13 +114,7 @@ def _open_teacher(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> 
 
 def _build_student(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> tuple[DistillationModel, Any]:
     rate = run.optimizer
-    config = trained_engine_config(
-        run,
-        world_size=world.size,
-        learning_rate=rate.learning_rate,
-        weight_decay=rate.weight_decay,
-        cpu=world.device.type == "cpu",
-    )
+    config = trained_engine_config(run, world_size=world.size, cpu=world.device.type == "cpu")
     student = load_model(
         plan.models.student,
         run.spec.kind,

@@ -12,7 +12,7 @@ from ted_ds.batch import Batch
 from ted_ds.ops import Head
 from ted_ds.teacher.collector import tapped
 
-UseOutput = Callable[[Any, Head | None], None]
+UseOutput = Callable[[Any, Head | None], object]
 """Takes what the task's readout gives of a batch (of a recorded teacher maybe a `TopK`), and the LM head if the task
 has one."""
 
