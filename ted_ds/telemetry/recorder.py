@@ -60,8 +60,9 @@ class Recorder:
         )
 
     def sync(self) -> int:
-        """Flushes everything to the disk; returns the size of metrics.jsonl in bytes."""
-        assert self._metrics is not None
+        """Flushes everything to the disk; returns the size of metrics.jsonl in bytes, 0 on the other ranks."""
+        if self._metrics is None:
+            return 0
         os.fsync(self._metrics.fileno())
         if self._board is not None:
             self._board.flush()

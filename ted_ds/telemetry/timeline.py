@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -23,30 +25,55 @@ class Timeline:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._host = HostClock()
-        self._device = CudaClock() if device.type == "cuda" else self._host
+        self._host = _Clock(_HostEvent)
+        on_cuda = device.type == "cuda"
+        self._device = _Clock(partial(torch.cuda.Event, enable_timing=True)) if on_cuda else self._host
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """The context of a phase, one of `PHASES`."""
         return (self._host if name == "data" else self._device).phase(name)
 
     def read(self) -> dict[str, float]:
-        """The milliseconds of every phase by name, and resets them; outside of phases. On CUDA it waits for the device."""
+        """The milliseconds of every phase by name; resets them. Outside of phases. On CUDA it waits for the device."""
         totals = self._device.read()
         return totals if self._host is self._device else totals | {"data": self._host.read()["data"]}
 
 
-class HostClock:
-    """Phases by the host's clock."""
+class _HostEvent:
+    """`torch.cuda.Event`, by the host's clock."""
 
-    def __init__(self) -> None:
+    def record(self) -> None:
+        self._seconds = time.perf_counter()
+
+    def elapsed_time(self, end: _HostEvent) -> float:
+        return 1000 * (end._seconds - self._seconds)
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _Clock:
+    """Phases between events, each of which is read after the device has passed it.
+
+    Passed events are used again, so there are only as many as the host runs ahead of the device. An event costs the
+    host some microseconds.
+    """
+
+    def __init__(self, make_event: Callable[[], Any]) -> None:
+        self._make_event = make_event
         self._open: list[str] = []
         self._totals = dict.fromkeys(PHASES, 0.0)
-        self._since = 0.0
+        self._marks: deque[tuple[str | None, Any]] = deque()  # events, each with the phase that ends there
+        self._free: list[Any] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """See `Timeline`."""
+        if not self._open:
+            self._settle()
         self._mark()
         self._open.append(name)
         try:
@@ -57,40 +84,15 @@ class HostClock:
 
     def read(self) -> dict[str, float]:
         """See `Timeline`."""
+        if self._marks:
+            self._marks[-1][1].synchronize()
+        self._settle()
         totals, self._totals = self._totals, dict.fromkeys(PHASES, 0.0)
         return totals
 
     def _mark(self) -> None:
-        """Gives the time since the last mark to the innermost open phase."""
-        now = time.perf_counter()
-        if self._open:
-            self._totals[self._open[-1]] += 1000 * (now - self._since)
-        self._since = now
-
-
-class CudaClock(HostClock):
-    """Phases by CUDA events: a mark is an event, which is read after the device has passed it.
-
-    Passed events are used again, so there are only as many as the host runs ahead of the device. A mark costs the host
-    some microseconds.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._marks: deque[tuple[str | None, torch.cuda.Event]] = deque()  # the phase that each of them ends
-        self._free: list[torch.cuda.Event] = []
-
-    def read(self) -> dict[str, float]:
-        """See `Timeline`."""
-        if self._marks:
-            self._marks[-1][1].synchronize()
-        self._settle()
-        return super().read()
-
-    def _mark(self) -> None:
-        if not self._open:
-            self._settle()
-        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+        """The time since the last mark belongs to the innermost open phase."""
+        event = self._free.pop() if self._free else self._make_event()
         event.record()
         self._marks.append((self._open[-1] if self._open else None, event))
 
