@@ -1,5 +1,5 @@
 # Sourced by pretrain.sh and finetune.sh: starts the deepspeed launcher on them, or is one rank of it (RANK is set).
-# A task of `srun -n N`, N > 1, is a rank too; ted_ds/cluster.py says the rest of what a rank has to know.
+# A task of `srun -n N`, N > 1, is a rank too; ted_ds/job/slurm.py says the rest of what a rank has to know.
 #
 # TED_DS_RANKS is the number of ranks on this machine (default: deepspeed's own, one a GPU), MASTER_PORT the port
 # they meet at. deepspeed is taken from PATH, else from this clone's .venv.

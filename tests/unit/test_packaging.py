@@ -118,5 +118,5 @@ def test_the_commit_is_that_of_ted_ds_alone(tmp_path: Path, monkeypatch: pytest.
     git("commit", "--allow-empty", "-m", "x")
     for folder, expected in (("ted_ds", git("rev-parse", "HEAD")), (".venv/site-packages/ted_ds", None)):
         (tmp_path / folder).mkdir(parents=True)
-        monkeypatch.setattr(versions, "__file__", str(tmp_path / folder / "versions.py"))
+        monkeypatch.setattr(versions, "__file__", str(tmp_path / folder / "job/versions.py"))
         assert versions.commit() == expected
