@@ -73,7 +73,10 @@ def random_model(side: Side, shape: Shape, device: torch.device) -> PreTrainedMo
     """Random weights of the shape's dtype, the same for the same side, made where they will live."""
     torch.manual_seed(0)
     with device:
-        return AutoModelForCausalLM.from_config(llama_config(side, shape), dtype=getattr(torch, shape.dtype))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            llama_config(side, shape), dtype=getattr(torch, shape.dtype)
+        )
+    return model
 
 
 def random_batch(shape: Shape, device: torch.device, seed: int = 0) -> Batch:
