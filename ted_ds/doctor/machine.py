@@ -55,8 +55,7 @@ def versions() -> list[Finding]:
     ranges = {r.name: r.specifier for r in required if r.marker is None or r.marker.evaluate({"extra": ""})}
     found = {name: _package(name, ranges[name]) for name in ranges}
     others = [finding for name, finding in found.items() if name not in SHOWN]
-    python = _in_range("python", platform.python_version(), SpecifierSet(wanted or ""))
-    lines = [python, *(found[name] for name in SHOWN if name in found)]
+    lines = [_package("python", SpecifierSet(wanted or "")), *(found[name] for name in SHOWN if name in found)]
     if torch.cuda.is_available():
         lines.append(_package("triton", SpecifierSet()))
     bad = [finding for finding in others if finding.status != "ok"]
@@ -65,17 +64,14 @@ def versions() -> list[Finding]:
 
 
 def _package(name: str, wanted: SpecifierSet) -> Finding:
-    try:
-        return _in_range(canonicalize_name(name), metadata.version(name), wanted)
-    except metadata.PackageNotFoundError:
-        return Finding("FAIL", name, "is not installed", f'run `pip install "{name}{wanted}"`')
-
-
-def _in_range(name: str, version: str, wanted: SpecifierSet) -> Finding:
-    if wanted.contains(version, prereleases=True):
-        return Finding("ok", name, version)
     remedy = "use such a Python" if name == "python" else f'run `pip install "{name}{wanted}"`'
-    return Finding("FAIL", name, f"{version} is not {wanted}", remedy)
+    try:
+        version = platform.python_version() if name == "python" else metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding("FAIL", name, "is not installed", remedy)
+    if wanted.contains(version, prereleases=True):
+        return Finding("ok", canonicalize_name(name), version)
+    return Finding("FAIL", canonicalize_name(name), f"{version} is not {wanted}", remedy)
 
 
 def devices() -> list[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,17 @@ import torch
 from ted_ds.config.schema import HubDataset, RunConfig
 from ted_ds.data.files import matching_files
 from ted_ds.data.tokenizers import load_tokenizer
-from ted_ds.doctor.estimate import Estimate, Machine, estimate
+from ted_ds.doctor.estimate import Machine, estimate
 from ted_ds.doctor.finding import GIB, Finding, Status, gib
 from ted_ds.doctor.machine import existing, writable
 from ted_ds.doctor.ranks import Facts
 from ted_ds.doctor.shapes import Shapes, run_shapes
 from ted_ds.errors import TedError
 
-OFFLOAD = Path("ds_configs/zero3_offload.json")
+OFFLOAD, RANKS = Path("ds_configs/zero3_offload.json"), "ranks"
+
+Change = dict[str, Any]
+"""Other values of a recipe by dotted key, and by RANKS the number of ranks."""
 
 TIGHT = {"cuda": 0.85, "cpu": 0.6}
 """Share of the memory above which the estimate's error may decide; on CPUs the C library keeps freed memory."""
@@ -114,60 +117,58 @@ def _host_memory(machine: Machine, need: float) -> list[Finding]:
     return [Finding("FAIL", "host memory", what, advice)]
 
 
-@dataclass(frozen=True)
-class Change:
-    """Other values of a recipe, by section ("" for the recipe's own keys), or more ranks."""
+def _remedies(run: RunConfig, shapes: Shapes, machine: Machine) -> list[str]:
+    """Of each way to use less memory the mildest change that fits, with its figure; if none fits, all ways together."""
 
-    name: str
-    ranks: int
-    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def joined(self, other: Change) -> Change:
-        """Both changes; they change different keys."""
-        names = self.sections.keys() | other.sections.keys()
-        sections = {n: {**self.sections.get(n, {}), **other.sections.get(n, {})} for n in names}
-        return Change(", ".join(filter(None, (self.name, other.name))), max(self.ranks, other.ranks), sections)
-
-    def need(self, run: RunConfig, shapes: Shapes, machine: Machine) -> float:
+    def need(change: Change) -> float:
         """Bytes on the device after the change; infinite if batch sizes, files or the host do not allow it."""
-        sections = {n: getattr(run, n).model_copy(update=f) for n, f in self.sections.items() if n}
-        changed = run.model_copy(update={**sections, **self.sections.get("", {})})
         try:
-            found: Estimate = estimate(changed, shapes, replace(machine, world_size=self.ranks))
+            found = estimate(_changed(run, change), shapes, replace(machine, world_size=change.get(RANKS, ranks)))
         except TedError:
             return math.inf
         return found.total("device") if found.total("host") <= machine.host_bytes else math.inf
 
-
-def _remedies(run: RunConfig, shapes: Shapes, machine: Machine) -> list[str]:
-    """Of each way to use less memory the mildest change that fits, with its figure; if none fits, all ways together."""
+    on_gpus, ranks = machine.device.type == "cuda", machine.world_size
     limit = TIGHT[machine.device.type] * machine.device_bytes
-    fitting, together = [], Change("", machine.world_size)
+    fitting: list[str] = []
+    together: Change = {}
     for way in _ways(run, machine):
-        needs = ((change, change.need(run, shapes, machine)) for change in way)
-        fitting += [f"{change.name} gives {gib(need)}" for change, need in needs if need <= limit][:1]
-        joined = (together.joined(change) for change in way[::-1])
-        together = next((c for c in joined if c.need(run, shapes, machine) < math.inf), together)
-    if fitting or not together.name:
+        needs = ((change, need(change)) for change in way)
+        fitting += [f"{_name(change, on_gpus)} gives {gib(size)}" for change, size in needs if size <= limit][:1]
+        together = next((c for change in way[::-1] if need(c := together | change) < math.inf), together)
+    if fitting or not together:
         return fitting
-    return [f"no one change is enough; {together.name} give {gib(together.need(run, shapes, machine))}"]
+    return [f"no one change is enough; {_name(together, on_gpus)} give {gib(need(together))}"]
 
 
 def _ways(run: RunConfig, machine: Machine) -> list[list[Change]]:
     """The ways to use less memory, each from the mildest change to the strongest."""
     ranks, rows = machine.world_size, run.train.micro_batch_size
-    on_gpus = machine.device.type == "cuda"
-    halves = [rows >> i for i in range(1, rows.bit_length())]
-    ways = [[Change(f"train.micro_batch_size: {n}", ranks, {"train": {"micro_batch_size": n}}) for n in halves]]
+    ways: list[list[Change]] = [[{"train.micro_batch_size": rows >> i} for i in range(1, rows.bit_length())]]
     if not run.student.activation_checkpointing:
-        recompute = {"student": {"activation_checkpointing": True}}
-        ways.append([Change("student.activation_checkpointing: true", ranks, recompute)])
+        ways.append([{"student.activation_checkpointing": True}])
     if run.teacher is not None and run.teacher.sharding == "replicated" and ranks > 1:
-        ways.append([Change("teacher.sharding: zero3", ranks, {"teacher": {"sharding": "zero3"}})])
-    if on_gpus:
-        ways.append([Change(f"deepspeed: {OFFLOAD}", ranks, {"": {"deepspeed": OFFLOAD}})])
+        ways.append([{"teacher.sharding": "zero3"}])
+    if machine.device.type == "cuda":
+        ways.append([{"deepspeed": OFFLOAD}])
+    return [*ways, [{RANKS: n * ranks} for n in (2, 4, 8, 16)]]
+
+
+def _changed(run: RunConfig, change: Change) -> RunConfig:
+    for key, value in change.items():
+        section, _, name = key.rpartition(".")
+        if section:
+            run = run.model_copy(update={section: getattr(run, section).model_copy(update={name: value})})
+        elif key != RANKS:
+            run = run.model_copy(update={key: value})
+    return run
+
+
+def _name(change: Change, on_gpus: bool) -> str:
+    """E.g. `train.micro_batch_size: 2, 8 ranks`."""
+    values = {key: "true" if value is True else value for key, value in change.items()}
     more = "" if on_gpus else " on as many more nodes"
-    return [*ways, [Change(f"{n * ranks} ranks{more}", n * ranks) for n in (2, 4, 8, 16)]]
+    return ", ".join(f"{value} ranks{more}" if key == RANKS else f"{key}: {value}" for key, value in values.items())
 
 
 def disk(run: RunConfig, checkpoint: float) -> Finding:

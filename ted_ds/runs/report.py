@@ -19,7 +19,6 @@ from ted_ds.runs.sweep import SweepRun
 from ted_ds.telemetry.recorder import read_metrics
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BEFORE, AFTER = ("run", "method", "steps", "tokens"), ("seconds", "peak GiB")
@@ -257,28 +256,23 @@ def plot_sweep(groups: Sequence[Group], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    keys, panels = _varying(groups), list(_by_task(groups).values())
-    heights = [1 + 0.4 * len(panel) for panel in panels]  # inches
+    keys, tasks = _varying(groups), _by_task(groups)
+    heights = [1 + 0.4 * len(own) for own in tasks.values()]  # inches
     figure = Figure(figsize=(8, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights).flat
-    for own, panel in zip(axes, panels, strict=True):
-        _draw(own, panel, keys)
+    panels = zip(figure.subplots(len(tasks), squeeze=False, height_ratios=heights).flat, tasks.items(), strict=True)
+    for axes, (task, own) in panels:
+        score = main_score(task)
+        for row, group in enumerate(own):
+            mean, deviation, *_ = group.spread(score)
+            if mean is not None:
+                axes.errorbar(mean, row, xerr=deviation, fmt="o", capsize=4, color="C0")
+                values = group.values(score)
+                axes.plot(values, [row] * len(values), ".", color="C1", zorder=3)  # above the mean
+        labels = [", ".join(f"{key}={group.settings[key]}" for key in keys if key in group.settings) for group in own]
+        axes.set(title=task, xlabel=_column(score), ylim=(len(own) - 0.5, -0.5))  # the first group on top
+        axes.set_yticks(range(len(own)), labels)
+        axes.grid(alpha=0.3, axis="x")
     _save(figure, path)
-
-
-def _draw(axes: Axes, groups: Sequence[Group], keys: Sequence[str]) -> None:
-    """One task's groups, the first one on top."""
-    score = main_score(groups[0].task)
-    for row, group in enumerate(groups):
-        mean, deviation, *_ = group.spread(score)
-        if mean is not None:
-            axes.errorbar(mean, row, xerr=deviation, fmt="o", capsize=4, color="C0")
-            values = group.values(score)
-            axes.plot(values, [row] * len(values), ".", color="C1", zorder=3)  # above the mean
-    labels = [", ".join(f"{key}={group.settings[key]}" for key in keys if key in group.settings) for group in groups]
-    axes.set(title=groups[0].task, xlabel=_column(score), ylim=(len(groups) - 0.5, -0.5))
-    axes.set_yticks(range(len(groups)), labels)
-    axes.grid(alpha=0.3, axis="x")
 
 
 def _save(figure: Figure, path: Path) -> None:

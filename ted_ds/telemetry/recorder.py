@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -90,7 +89,8 @@ class Recorder:
         """
         if self._metrics is None:
             return
-        self._metrics.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
+        finite = json.loads(json.dumps(metrics), parse_constant=lambda name: None)
+        self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
         parts = {key: value for key, value in metrics.items() if isinstance(value, dict)}
         flat = metrics | {f"{key}/{name}": value for key, part in parts.items() for name, value in part.items()}
         scalars = {key: value for key, value in flat.items() if isinstance(value, float)}
@@ -99,15 +99,6 @@ class Recorder:
                 self._board.add_scalar(key, value, metrics["step"])
         shown = ("loss", "pred_loss", "kl_loss", "layer_loss", "validation_perplexity", "tokens_per_second")
         self._bar.set_postfix({key: f"{scalars[key]:.4g}" for key in shown if key in scalars}, refresh=False)
-
-
-def _finite(value: Any) -> Any:
-    """The value with None in place of nan and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
