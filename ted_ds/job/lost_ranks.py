@@ -146,7 +146,7 @@ class RankWatch:
     def _find_cause(self) -> Verdict | None:
         """The rank because of which this one's collective failed; None if the collective failed on all ranks.
 
-        A poll makes up to three requests, however many ranks there are: one rank alone looks at all the others.
+        A poll makes up to three requests, however many ranks there are: only one rank looks at all the others.
         """
         store, deadline = self._keys.store, time.monotonic() + GRACE_S
         self._keys[f"waits/{self._rank}"] = ""

@@ -1,4 +1,4 @@
-"""The process group and what a rank does with it: collectives, work of rank 0 alone, logging on rank 0."""
+"""The process group and what a rank does with it: collectives, work on rank 0 only, logging on rank 0."""
 
 from __future__ import annotations
 
@@ -133,8 +133,8 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.environ.update(slurm_environment(os.environ))
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(single, MASTER_PORT=str(_free_port()))
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator.set_device(local_rank)
