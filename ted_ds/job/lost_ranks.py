@@ -7,9 +7,9 @@ Python reaches. The ranks share these keys of the launcher's store (a TCPStore a
     ted_ds/beat/R     a count that R's first thread raises at every beat; read by rank R - 1 (the last rank's by itself)
     ted_ds/gone/R     how R ended; read by rank R - 1, and by rank 0 before it ends
     ted_ds/waits/R    set by R when a collective of it has failed; read by the other ranks in the same situation
-    ted_ds/failed     a `Verdict`: the last rank that ended by an error of its own
-    ted_ds/lost       a `Verdict`: for which lost rank all others end; every rank reads it at every beat
-    ted_ds/asked      a count, by which one of the ranks in `waits` is chosen to decide
+    ted_ds/failed     a `Verdict` (exit code and reason) set by a rank that ends by an error of its own
+    ted_ds/lost       a `Verdict` set by the rank that finds a lost one; every rank reads it at every beat, and ends
+    ted_ds/asked      a count that the ranks in `waits` raise: the one that gets 1 decides which rank is lost
 
 A beat is a 20th of the time-out, 5 s at most. When a rank dies, the first of these ends the others:
 
@@ -20,8 +20,8 @@ A beat is a 20th of the time-out, 5 s at most. When a rank dies, the first of th
 3. The store stops for half of the time-out, because its process died or a link is cut: the second thread of each rank
    ends its process.
 
-The process of a rank that ends for another rank's sake has the exit code of its `Verdict`: 76, or the code of the error
-by which the other rank ended.
+A rank that ends because of another one has the exit code of the `Verdict`: 76, or the code of the error by which the
+other rank ended.
 """
 
 from __future__ import annotations
@@ -167,9 +167,8 @@ class RankWatch:
             return Verdict(failed.code, f"{failed.reason}; {AGAIN}")
         missing = [rank for rank in range(self._size) if not keys.store.check([f"waits/{rank}"])]
         before = {rank: keys[f"beat/{rank}"] for rank in missing}
-        time.sleep(
-            3 * self._beat_s
-        )  # in a ring only the neighbours of a dead rank fail: most ranks wait, and are alive
+        # in a ring only the neighbours of a dead rank fail: most of the missing ranks wait, and are alive
+        time.sleep(3 * self._beat_s)
         silent = [rank for rank in missing if keys[f"beat/{rank}"] == before[rank]]
         names = ", ".join(keys.name(rank) for rank in silent or missing)
         reason = f"{names} took no part in a collective: it died, hangs or is cut off; {AGAIN}"
