@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import resource
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -133,8 +132,8 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.environ.update(slurm_environment(os.environ))
     if "RANK" not in os.environ:
-        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(single, MASTER_PORT=str(_free_port()))
+        # port 0: the system chooses a free one
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator.set_device(local_rank)
@@ -211,12 +210,6 @@ def seed_everything(seed: int) -> None:
     """Seeds every rank alike: new parameters must be equal on all ranks."""
     random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _quiet(rank: int) -> None:
