@@ -17,7 +17,6 @@ from transformers import AutoConfig, PreTrainedConfig
 from ted_ds.config.schema import RunConfig, TeacherConfig
 from ted_ds.config.tasks import Kind
 from ted_ds.data.tokenizers import load_tokenizer
-from ted_ds.models.filters import FilterPlan
 from ted_ds.models.loading import DTYPES, meta_model
 from ted_ds.models.pooler import set_head_dropout
 from ted_ds.models.pruning import plan_cut
@@ -92,15 +91,10 @@ def _filters(run: RunConfig, teacher: TeacherConfig, student: PreTrainedConfig) 
         plan = plan_pairs(run, Models(folder, teacher.model))
     if plan is None:
         return NO_FILTERS
-    sides = (_filter_parameters(plan.student), _filter_parameters(plan.teacher))
-    return FilterShape(len(plan.layer_map), plan.student.output_dim, *sides)
-
-
-def _filter_parameters(plan: FilterPlan | None) -> int:
-    if plan is None:
-        return 0
     with torch.device("meta"):
-        return sum(p.numel() for p in plan.build()[0].parameters())
+        filters = (None if side is None else side.build()[0] for side in (plan.student, plan.teacher))
+        sides = [0 if f is None else sum(p.numel() for p in f.parameters()) for f in filters]
+    return FilterShape(len(plan.layer_map), plan.student.output_dim, *sides)
 
 
 def _student_config(run: RunConfig) -> PreTrainedConfig:

@@ -58,15 +58,17 @@ class World:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over all ranks, on every rank; a collective."""
-        total = self._own_copy(values)
-        torch.distributed.all_reduce(total)
-        return total
+        return self._reduced(values, torch.distributed.ReduceOp.SUM)
 
     def min(self, values: torch.Tensor) -> torch.Tensor:
         """The elementwise minimum over all ranks, on every rank; a collective."""
-        least = self._own_copy(values)
-        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
-        return least
+        return self._reduced(values, torch.distributed.ReduceOp.MIN)
+
+    def _reduced(self, values: torch.Tensor, op: torch.distributed.ReduceOp.RedOpType) -> torch.Tensor:
+        moved = on_device(values, self.device)
+        own = moved.clone() if moved is values else moved
+        torch.distributed.all_reduce(own, op=op)
+        return own
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """The `values` [n, ..] of every rank (n is the same), concatenated in order of ranks; a collective."""
@@ -79,10 +81,6 @@ class World:
         parts = [value] * self.size
         torch.distributed.all_gather_object(parts, value, group=self.host)
         return parts
-
-    def _own_copy(self, values: torch.Tensor) -> torch.Tensor:
-        moved = on_device(values, self.device)
-        return moved.clone() if moved is values else moved
 
     def on_main(self, work: Callable[[], T]) -> T:
         """Runs `work` on rank 0; its result (small, picklable) or its error is that of every rank; a collective.

@@ -21,7 +21,6 @@ from ted_ds.telemetry.recorder import read_metrics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-BEFORE, AFTER = ("run", "method", "steps", "tokens"), ("seconds", "peak GiB")
 SPREAD = ("mean", "sd", "lowest", "highest")
 PERPLEXITY, SEED = "validation_perplexity", "seed"
 
@@ -44,7 +43,7 @@ def summary_table(folders: Sequence[Path]) -> str:
     names = _all(_scores(summary) for summary in summaries)
     # the initial student of a `ce` run is shown only if runs of other methods started from the same one
     shared = {_cells(s, names, "initial_") for s in summaries if s["method"] != "ce"} - {("-",) * len(names)}
-    rows: list[tuple[str, ...]] = [(*BEFORE, *map(_column, names), *AFTER)]
+    rows = [("run", "method", "steps", "tokens", *map(_column, names), "seconds", "peak GiB")]
     for folder, summary in zip(folders, summaries, strict=True):
         initial = _cells(summary, names, "initial_")
         if initial in shared:

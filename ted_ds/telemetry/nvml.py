@@ -42,21 +42,19 @@ class GpuCounters:
         if self._handle is None:
             return [math.nan] * len(FIELDS)
         nvml = self._nvml
-        memory = self._ask(nvml.nvmlDeviceGetMemoryInfo, self._handle)
-        rates = self._ask(nvml.nvmlDeviceGetUtilizationRates, self._handle)
-        milliwatts = self._ask(nvml.nvmlDeviceGetPowerUsage, self._handle)
-        millijoules = self._ask(nvml.nvmlDeviceGetTotalEnergyConsumption, self._handle)
-        return [
-            math.nan if memory is None else memory.used / 2**30,
-            math.nan if rates is None else float(rates.gpu),
-            math.nan if milliwatts is None else milliwatts / 1000,
-            math.nan if millijoules is None else millijoules / 1000,
+        queries: list[tuple[Callable[[Any], Any], Callable[[Any], float]]] = [
+            (nvml.nvmlDeviceGetMemoryInfo, lambda memory: memory.used / 2**30),
+            (nvml.nvmlDeviceGetUtilizationRates, lambda rates: float(rates.gpu)),
+            (nvml.nvmlDeviceGetPowerUsage, lambda milliwatts: milliwatts / 1000),
+            (nvml.nvmlDeviceGetTotalEnergyConsumption, lambda millijoules: millijoules / 1000),
         ]
+        found = [(self._ask(query, self._handle), value) for query, value in queries]
+        return [math.nan if answer is None else value(answer) for answer, value in found]
 
-    def _ask(self, call: Callable[..., Any], argument: Any) -> Any:
+    def _ask(self, query: Callable[[Any], Any], argument: Any) -> Any:
         """NVML's answer, or None if this card or driver has none."""
         try:
-            return call(argument)
+            return query(argument)
         except self._nvml.NVMLError:
             return None
 
