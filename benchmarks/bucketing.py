@@ -25,6 +25,7 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 from benchmarks.report import bars, parser_of, publish, table
 from benchmarks.timing import environment
 from ted_ds.batch import Batch, BatchCounts
+from ted_ds.config.sections import LossConfig
 from ted_ds.config.tasks import TASKS
 from ted_ds.data.buckets import BucketedRows
 from ted_ds.data.encoded import EncodedRows
@@ -34,7 +35,6 @@ from ted_ds.data.tokenizers import load_tokenizer
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import resolve_layer_map
-from ted_ds.tasks.base import LossWeights
 from ted_ds.tasks.classification import Classification
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule
 
@@ -106,7 +106,7 @@ def build(labels: tuple[str, ...], blocks: int, output_dim: int, device: str) ->
     places = tuple(range(blocks))
     banks = [FilterPlan(places, SHAPES[name][0], output_dim).build().to(device) for name in ("base", "xsmall")]
     task = Classification(labels)
-    model = DistillationModel(student, banks[1], LossWeights(20.0, 50.0), task=task)
+    model = DistillationModel(student, banks[1], LossConfig(kl_alpha=20.0, mse_alpha=50.0), task=task)
     model.attach_teacher(FrozenModel(FrozenModule(teacher, task, banks[0])), layer_map)
     return model
 

@@ -42,10 +42,10 @@ from benchmarks.report import bars, parser_of, publish, table
 from benchmarks.scaling import TED, Setting, build_engines, write_models
 from benchmarks.shapes import SHAPES, Shape, parameters_of, random_batch
 from benchmarks.timing import environment
+from ted_ds.config.sections import LossConfig
 from ted_ds.job.world import World, init_world, shut_down
 from ted_ds.ops import Head
 from ted_ds.pipeline.step import train_step
-from ted_ds.tasks.base import LossWeights
 from ted_ds.telemetry.flops import peak_flops
 from ted_ds.telemetry.memory import peak_memory_gib, reset_peak
 from ted_ds.telemetry.timeline import PHASES, Timeline, recording
@@ -58,7 +58,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 """Mode -> what its recipe changes."""
 
-CE = LossWeights(kl_alpha=0.0, mse_alpha=0.0)
+CE = LossConfig(kl_alpha=0.0, mse_alpha=0.0)
 WARMUP_STEPS = 3
 COLUMNS = ("mode", "what", "seconds", "tokens_per_s", "mfu", "host_ms", "peak_gib", *PHASES)
 

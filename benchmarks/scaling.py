@@ -37,6 +37,7 @@ from benchmarks.shapes import Shape, Side, parameters_of, random_batch, random_m
 from benchmarks.timing import environment
 from ted_ds.config.deepspeed import frozen_engine_config
 from ted_ds.config.schema import RunConfig
+from ted_ds.config.sections import LossConfig
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.engine import build_trained_engine
 from ted_ds.job.world import World, init_world, seed_everything, shut_down
@@ -45,7 +46,6 @@ from ted_ds.models.layer_map import resolve_layer_map
 from ted_ds.models.loading import checkpoint_activations, load_model
 from ted_ds.pipeline.models import new_filters, trained_config
 from ted_ds.pipeline.step import train_step
-from ted_ds.tasks.base import LossWeights
 from ted_ds.tasks.causal_lm import CausalLM
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule
 from ted_ds.teacher.hosting import host_frozen
@@ -59,7 +59,7 @@ ZERO3 = {
 }
 """A weight is released as soon as its module is done: a small model would stay whole otherwise, unlike a large one."""
 
-TED = LossWeights(kl_alpha=1.0, mse_alpha=10.0)
+TED = LossConfig(kl_alpha=1.0, mse_alpha=10.0)
 
 WARMUP_STEPS = 2
 """ZeRO-3 records the order of modules in the first step and follows it from the second on."""
@@ -77,7 +77,7 @@ class Setting:
 
 
 def build_engines(
-    setting: Setting, folder: Path, world: World, weights: LossWeights = TED, **changes: Any
+    setting: Setting, folder: Path, world: World, weights: LossConfig = TED, **changes: Any
 ) -> tuple[Any, FrozenModel]:
     """(student's engine, frozen teacher) as Stage II builds them, with fresh filters if `weights` want layers.
 

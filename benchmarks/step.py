@@ -18,7 +18,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -32,20 +32,20 @@ from benchmarks.report import bars, parser_of, publish, table
 from benchmarks.shapes import SHAPES, Shape, parameters_of, random_batch, random_model
 from benchmarks.timing import Step, environment, interleaved_seconds, medians, step_peak_mib
 from ted_ds.batch import Batch, BatchCounts
+from ted_ds.config.sections import LossConfig
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import LayerMap, resolve_layer_map
 from ted_ds.models.loading import checkpoint_activations
-from ted_ds.tasks.base import LossWeights
 from ted_ds.tasks.causal_lm import CausalLM
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule
 from ted_ds.telemetry.flops import peak_flops
 
 METHODS = {
-    "ce": LossWeights(0.0, 0.0),
-    "kd": LossWeights(1.0, 0.0),
-    "lwd": LossWeights(1.0, 10.0),
-    "ted": LossWeights(1.0, 10.0),
+    "ce": LossConfig(kl_alpha=0.0, mse_alpha=0.0),
+    "kd": LossConfig(kl_alpha=1.0, mse_alpha=0.0),
+    "lwd": LossConfig(kl_alpha=1.0, mse_alpha=10.0),
+    "ted": LossConfig(kl_alpha=1.0, mse_alpha=10.0),
 }
 CACHED: dict[str, int | None] = {"ted cached": None, "ted cached top 64": 64}
 """Step -> the k of its cache, None for an exact one."""
@@ -116,7 +116,7 @@ def cached_step(models: Models, name: str, cache: Recorded) -> Step:
     """`own_step` of ted with the teacher out of a cache, whose reading goes on during the student's forward."""
     like, blocks = models.student.lm_head.weight, tuple(s for s, _ in cache.layer_map)
     bank = FilterPlan(blocks, models.student.config.hidden_size, cache.teacher.target_width).build()
-    weights = replace(METHODS["ted"], top_k=CACHED[name])
+    weights = METHODS["ted"].model_copy(update={"kl_top_k": CACHED[name]})
     task = CausalLM(models.student.config.vocab_size)
     model = DistillationModel(models.student, bank.to(like.device, like.dtype), weights, task=task)
     model.attach_teacher(cache.teacher, cache.layer_map, torch.ones(len(blocks), device=like.device))

@@ -29,7 +29,7 @@ _HOME = {
     "FrozenModule": "ted_ds.teacher.frozen",
     "FrozenModel": "ted_ds.teacher.frozen",
     "DistillationModel": "ted_ds.distill.distillation_model",
-    "LossWeights": "ted_ds.tasks.base",
+    "LossConfig": "ted_ds.config.sections",
     "CausalLM": "ted_ds.tasks.causal_lm",
     "Classification": "ted_ds.tasks.classification",
     "Regression": "ted_ds.tasks.classification",

@@ -203,7 +203,7 @@ class Scenarios:
             "tests-kernels": (190, (), pytest_check("-m", "not requires_gpu", "tests/kernels", processes=workers)),
             "kd": (100, ("base",), self.in_bfloat16("kd", teacher__sharding="replicated")),
             "lwd": (100, ("base",), self.in_bfloat16("lwd", student__activation_checkpointing=True)),
-            "ted": (100, ("base",), self.in_bfloat16("ted", loss__residual_dtype="float8")),
+            "ted": (100, ("base",), self.in_bfloat16("ted")),
             "again": (100, ("base",), self.again),
             "stop": (120, ("base",), self.stop),
             "cache": (120, ("base",), self.cache),

@@ -138,7 +138,7 @@ def _task_scores(arguments: argparse.Namespace, model: Any, tokenizer: Any, worl
 def _scorer(model: Any, task: Any) -> Any:
     from torch import nn
 
+    from ted_ds.config.sections import LossConfig
     from ted_ds.distill.distillation_model import DistillationModel
-    from ted_ds.tasks.base import LossWeights
 
-    return DistillationModel(model, nn.ModuleList(), LossWeights(0.0, 0.0), task=task)
+    return DistillationModel(model, nn.ModuleList(), LossConfig(kl_alpha=0.0, mse_alpha=0.0), task=task)

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
+from ted_ds.config.data_section import DataConfig
 from ted_ds.config.load import load_config, load_section
-from ted_ds.config.schema import DataConfig
 from ted_ds.errors import ConfigError
 
 

@@ -22,7 +22,7 @@ DECIDES = frozenset(
         *("filters.steps", "filters.epochs", "filters.warmup_steps", "filters.global_batch_size"),
         *("filters.head_dropout", "filters.token_fraction"),
         *("loss.kl_alpha", "loss.mse_alpha", "loss.temperature", "loss.divergence", "loss.kl_top_k"),
-        *("loss.layer_loss", "loss.residual_dtype", "loss.mask_padding"),
+        *("loss.layer_loss", "loss.mask_padding"),
         *("data.train", "data.validation", "data.extra_validation"),
         *("data.text_column", "data.text_columns", "data.label_column", "data.labels"),
         *("data.tokenizer", "data.train_tokenizer", "data.sequence_length", "data.doc_stride"),
@@ -56,9 +56,8 @@ MAY_CHANGE = frozenset(
 def deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as JSON values, without the keys that may change and what is about the run: what a checkpoint keeps.
 
-    Two changes of the schema need a line here. A key that is removed: drop it from what earlier versions wrote, if its
-    value there is what is computed without it. A key whose default is not what earlier versions computed: add it with
-    the value that is.
+    Two changes of the schema need an entry. A key that is removed: in `load.REMOVED`. A key whose default is not what
+    earlier versions computed: add it here with the value that is.
     """
     kept = {name: value for name, value in recipe.items() if name not in MAY_CHANGE | {ENVIRONMENT}}
     for name, value in kept.items():

@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ted_ds.config.schema import Dtype, RunConfig
+from ted_ds.config.choices import Dtype
+from ted_ds.config.schema import RunConfig
 from ted_ds.config.shipped import find_file, shipped_folder
 from ted_ds.errors import ConfigError
 

@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ted_ds.config.schema import Method, RunConfig
+from ted_ds.config.choices import Method
+from ted_ds.config.schema import RunConfig
 from ted_ds.config.shipped import find_file
 from ted_ds.config.written import is_misread, misread, scalar_text
 from ted_ds.errors import ConfigError
@@ -27,6 +28,9 @@ METHODS = "methods"
 
 COMMAND_LINE = "the command line"
 
+REMOVED = {("loss", "residual_dtype"): "same"}
+"""Keys of earlier versions, and the value under which they computed what is computed without the key: not looked at."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The recipe at `path` with `--section.key=value` (or `--section.key value`) on top.
@@ -38,6 +42,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     path = find_file(Path(path)) or Path(path)
     recipe = read_yaml(path)
     recipe.pop(ENVIRONMENT, None)
+    recipe = _without_removed(recipe)
     _choose_method(recipe, path, overrides)
     overridden = _apply_overrides(recipe, overrides)
     return _validate(RunConfig, recipe, str(path), overridden)
@@ -96,6 +101,7 @@ def reread(content: Mapping[str, Any], source: str) -> RunConfig:
     output_dir, which is of no concern here, may be left out. Raises ConfigError for the first key that is not in
     today's schema, or whose value is not allowed.
     """
+    content = _without_removed(content)
     try:
         return RunConfig.model_validate({"output_dir": ".", **content})
     except ValidationError as error:
@@ -107,6 +113,14 @@ def reread(content: Mapping[str, Any], source: str) -> RunConfig:
             f"{source}: {': '.join(filter(None, (key, reason)))}: go on with the version that wrote it, or give "
             "another output_dir"
         ) from None
+
+
+def _without_removed(content: Mapping[str, Any]) -> dict[str, Any]:
+    content = dict(content)
+    for (section, key), harmless in REMOVED.items():
+        if isinstance(own := content.get(section), dict) and own.get(key) == harmless:
+            content[section] = {name: value for name, value in own.items() if name != key}
+    return content
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ted_ds.config.schema import HubDataset
+from ted_ds.config.data_section import HubDataset
 from ted_ds.data.files import matching_files
 from ted_ds.errors import DataError
 

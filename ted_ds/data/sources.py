@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ted_ds.config.schema import HubDataset
+from ted_ds.config.data_section import HubDataset
 from ted_ds.data.bad_rows import BadRow, BadRows, usable
 from ted_ds.data.files import (
     CR_ENDS,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ted_ds.config.schema import HubDataset
+from ted_ds.config.data_section import HubDataset
 from ted_ds.data.bad_rows import BadRow, BadRows, usable
 from ted_ds.data.files import JSON_SUFFIXES, TwiceNamed, file_kind, matching_files, no_format, text_file
 from ted_ds.data.hub import hub_rows

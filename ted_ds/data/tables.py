@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from ted_ds.config.schema import HubDataset
+from ted_ds.config.data_section import HubDataset
 from ted_ds.config.tasks import TaskSpec, Tsv
 from ted_ds.data.bad_rows import BadRow, BadRows, usable
 from ted_ds.data.files import TSV_SUFFIXES, file_kind, matching_files, no_format, text_file

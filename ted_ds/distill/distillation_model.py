@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,12 +10,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ted_ds.batch import Batch, BatchCounts
+from ted_ds.config.sections import LossConfig
 from ted_ds.errors import ModelError
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.readout import Readout
 from ted_ds.models.structure import find_blocks
-from ted_ds.ops import Head
-from ted_ds.tasks.base import LossWeights, Reading, Task, TaskLosses
+from ted_ds.ops import Head, LayerLoss
+from ted_ds.tasks.base import Reading, Task, TaskLosses
 from ted_ds.teacher.collector import HiddenStateCollector
 from ted_ds.teacher.frozen import Teacher
 from ted_ds.telemetry.timeline import phase
@@ -30,17 +32,17 @@ class DistillationModel(nn.Module):
     filters: K student filters, in the order of the layer map; empty without a layer loss.
     """
 
-    def __init__(self, student: PreTrainedModel, filters: nn.ModuleList, weights: LossWeights, *, task: Task) -> None:
+    def __init__(self, student: PreTrainedModel, filters: nn.ModuleList, loss: LossConfig, *, task: Task) -> None:
         super().__init__()
         self.student: PreTrainedModel = student
         self.filters = filters
-        self.weights = weights
+        self.loss = loss
+        self.layer_loss = LayerLoss(loss.layer_loss, mask_padding=loss.mask_padding)
         self.task = task
         self.structure = find_blocks(student)
         self.readout: Readout = task.readout(student)
         self._collector = HiddenStateCollector((), (), ())
         self._teacher: Teacher | None = None
-        self._layer_scale: torch.Tensor | float = 1.0
 
     @property
     def teacher(self) -> Teacher | None:
@@ -50,12 +52,9 @@ class DistillationModel(nn.Module):
     def attach_teacher(self, teacher: Teacher, layer_map: LayerMap, mean_squares: torch.Tensor | None = None) -> None:
         """Hooks teacher and student together; call it after both engines are built.
 
-        mean_squares: [K] mean squares of the teacher's filtered states, the divisors of the normalised
-        layer loss; None for the raw one. They are constants, because teacher and filters are: a
-        micro-batch's own mean square would make the loss depend on how rows are split, and the global
-        batch's is known only once the teacher has gone past.
+        mean_squares: [K] of the teacher's filtered states, see `LayerLoss.normalise`; None for a kind without them.
 
-        Raises ModelError where layer map and filters differ in number, or filters and targets in width.
+        Raises ModelError if layer map and filters differ in number, or filters and targets in width.
         """
         if len(layer_map) != len(self.filters):
             raise ModelError(f"{len(self.filters)} student filters do not fit a layer map of {len(layer_map)} pairs")
@@ -67,7 +66,8 @@ class DistillationModel(nn.Module):
                 "both must be one F"
             )
         self._teacher = teacher
-        self._layer_scale = 1.0 if mean_squares is None else mean_squares.clamp_min(1e-12).reciprocal()
+        if mean_squares is not None:
+            self.layer_loss.normalise(mean_squares)
         self._collector.remove()
         self._collector = HiddenStateCollector(self.structure.blocks, teacher.sources, layer_map)
 
@@ -80,54 +80,59 @@ class DistillationModel(nn.Module):
         if counts is None:
             output = self.readout.read(batch)
             return self.readout(output, use=lambda o, head: self.task.predict(Reading(o, head), batch))
+
+        # 1. the student; hooks keep H_s[k]
         with self._collector.student_pass():
             output = self.readout.read(batch)
-        mask = batch.attention_mask if self.weights.mask_padding else None
 
-        def squared_error(pair: int, hidden_s: torch.Tensor, hidden_t: torch.Tensor) -> torch.Tensor:
-            assert self._teacher is not None
-            with phase("loss"):
-                target = self._teacher.target(pair, hidden_t)
-                return self.filters[pair](hidden_s, target, mask, residual_dtype=self.weights.residual_dtype)
-
-        with self._collector.teacher_pass(squared_error) as sums:
+        # 2. the teacher streams past: as block j_k ends, `_pair_error` reduces pair k, and H_t[j_k] is dropped
+        # 3. at its end the task's CE and KL, from both sides' outputs
+        with self._collector.teacher_pass(partial(self._pair_error, batch)) as sums:
             losses = self._task_losses(batch, output, counts)
+
+        # 4. the one sum
         with phase("loss"):
-            layer_losses = self._layer_losses(sums, counts)
+            width = self._teacher.target_width if self._teacher is not None else 0
+            layer_losses = self.layer_loss.of_pairs(sums, counts, width)
             layer_loss = layer_losses.mean() if sums else losses.pred_loss.new_zeros(())
-            loss = losses.total + self.weights.mse_alpha * layer_loss
+            loss = losses.total + self.loss.mse_alpha * layer_loss
             terms = torch.stack([loss, losses.pred_loss, losses.kl_loss, layer_loss])
             return loss, torch.cat([terms, layer_losses.to(terms)]).detach()
 
+    def _pair_error(self, batch: Batch, pair: int, hidden_s: torch.Tensor, hidden_t: torch.Tensor) -> torch.Tensor:
+        """Pair k's sum over the micro-batch, as the layer loss's kind has it; runs in a hook of the teacher's block."""
+        assert self._teacher is not None
+        mask = batch.attention_mask if self.loss.mask_padding else None
+        with phase("loss"):
+            target = self._teacher.target(pair, hidden_t)
+            return self.filters[pair](hidden_s, target, mask, error=self.layer_loss.kind.error)
+
     def _task_losses(self, batch: Batch, output: torch.Tensor, counts: BatchCounts) -> TaskLosses:
-        """The teacher's forward past the waiting student, then the task's CE and KL."""
-        result: list[TaskLosses] = []
+        """The teacher's forward past the waiting student, then CE and KL.
+
+        Under ZeRO-3 a weight is whole only inside the forward of the module that owns it. The losses need the weights
+        of both LM heads. So the teacher calls `use` while its head is whole, and `use` calls the student's readout,
+        which calls the task's losses while the student's is.
+        """
+        found: list[TaskLosses] = []
 
         def use(output_t: torch.Tensor | None, head_t: Head | None) -> None:
             teacher = None if output_t is None else Reading(output_t, head_t)
-
-            def losses(output_s: torch.Tensor, head_s: Head | None) -> TaskLosses:
-                return self.task.losses(Reading(output_s, head_s), teacher, batch, counts, self.weights)
-
-            # by the list, not returned: ZeRO-3 would tie what the teacher returns to the teacher's backward hooks
+            # into a list, not returned: ZeRO-3 would tie what the teacher returns to the teacher's backward hooks
             with phase("loss"):
-                result.append(self.readout(output, use=losses))
+                found.append(
+                    self.readout(
+                        output,
+                        use=lambda o, head: self.task.losses(Reading(o, head), teacher, batch, counts, self.loss),
+                    )
+                )
 
-        if self._teacher is not None and self.weights.kl_alpha > 0:
+        if self._teacher is not None:
             with phase("teacher_forward"):
-                self._teacher.stream(batch, use)
-        else:
-            if self._teacher is not None:
-                with phase("teacher_forward"):
+                if self.loss.kl_alpha > 0:
+                    self._teacher.stream(batch, use)
+                else:
                     self._teacher.stream(batch, until=self._collector.last_teacher_block)
+        if not found:
             use(None, None)
-        return result[0]
-
-    def _layer_losses(self, sums: dict[int, torch.Tensor], counts: BatchCounts) -> torch.Tensor:
-        """[K] mean squared errors over tokens and F, divided by the teacher's mean squares."""
-        if not sums:
-            return torch.zeros(0, device=counts.values.device)
-        stacked = torch.stack([sums[k] for k in range(len(sums))])
-        first: Any = self.filters[0]
-        tokens = counts.tokens if self.weights.mask_padding else counts.positions
-        return stacked / (tokens.clamp_min(1) * first.output_dim) * self._layer_scale
+        return found[0]

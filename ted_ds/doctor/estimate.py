@@ -17,10 +17,9 @@ from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.doctor.shapes import FilterShape, ModelShape, Shapes
 from ted_ds.models.loading import DTYPES
-from ted_ds.ops.logit_loss import default_chunk_tokens
+from ted_ds.ops.logit_gemms import default_chunk_tokens
 
 FLOAT32 = 4
-RESIDUAL_BYTES = {"bfloat16": 2, "float8": 1}
 
 Place = Literal["device", "host"]
 
@@ -174,7 +173,7 @@ def _activation_lines(run: RunConfig, student: ModelShape, filters: FilterShape,
     if run.student.activation_checkpointing:
         name = "activations, a block's input each"
         saved = student.saved_outside + student.blocks * length * student.width * item
-    residual = filters.output_dim * RESIDUAL_BYTES.get(run.loss.residual_dtype, item)
+    residual = filters.output_dim * item
     hidden = 2 * student.width * item if run.filters.nonlinear else 0
     waiting = filters.pairs * rows * length * (residual + hidden)
     return [Line(f"{name}, {rows} rows", rows * saved), Line(f"residuals of {filters.pairs} pairs", waiting)]

@@ -12,7 +12,8 @@ from typing import Any
 import psutil
 import torch
 
-from ted_ds.config.schema import HubDataset, RunConfig
+from ted_ds.config.data_section import HubDataset
+from ted_ds.config.schema import RunConfig
 from ted_ds.data.files import matching_files
 from ted_ds.data.tokenizers import load_tokenizer
 from ted_ds.doctor.estimate import Machine, estimate

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, PreTrainedConfig
 
-from ted_ds.config.schema import RunConfig, TeacherConfig
+from ted_ds.config.schema import RunConfig
+from ted_ds.config.sections import TeacherConfig
 from ted_ds.config.tasks import Kind
 from ted_ds.data.tokenizers import load_tokenizer
 from ted_ds.models.loading import DTYPES, meta_model

@@ -58,17 +58,19 @@ class World:
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of `values` over all ranks, on every rank; a collective."""
-        return self._reduced(values, torch.distributed.ReduceOp.SUM)
+        total = self._own_copy(values)
+        torch.distributed.all_reduce(total)
+        return total
 
     def min(self, values: torch.Tensor) -> torch.Tensor:
         """The elementwise minimum over all ranks, on every rank; a collective."""
-        return self._reduced(values, torch.distributed.ReduceOp.MIN)
+        least = self._own_copy(values)
+        torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+        return least
 
-    def _reduced(self, values: torch.Tensor, op: torch.distributed.ReduceOp.RedOpType) -> torch.Tensor:
+    def _own_copy(self, values: torch.Tensor) -> torch.Tensor:
         moved = on_device(values, self.device)
-        own = moved.clone() if moved is values else moved
-        torch.distributed.all_reduce(own, op=op)
-        return own
+        return moved.clone() if moved is values else moved
 
     def gather(self, values: torch.Tensor) -> torch.Tensor:
         """The `values` [n, ..] of every rank (n is the same), concatenated in order of ranks; a collective."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from ted_ds.ops import ResidualDtype, linear_squared_error
+from ted_ds.ops import PairError, linear_squared_error
 
 
 def fresh_linear(inputs: int, outputs: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -55,21 +55,19 @@ class Filter(nn.Module):
         target: torch.Tensor | None = None,
         mask: torch.Tensor | None = None,
         *,
-        residual_dtype: ResidualDtype = "same",
+        error: PairError = linear_squared_error,
     ) -> torch.Tensor:
-        """Filtered states [.., F]; with a target [.., F], the scalar sum of squared errors against it.
+        """Filtered states [.., F]; with a target [.., F], the pair's scalar `error` against it (see `ops.layer_loss`).
 
-        hidden: [.., D]; mask: [..], nonzero where a token counts; residual_dtype: see `linear_squared_error`.
-        The sum is float32 (float64 for float64 input) and holds one [.., F] residual for its backward, neither
-        the filtered states nor the target.
+        hidden: [.., D]; mask: [..], nonzero if a token counts. The error is computed here, and not from what this
+        returns, for two reasons: under ZeRO-3 the weights are whole only inside this forward, and neither the filtered
+        states nor the target should wait for backward.
         """
         hidden = hidden.to(self.weight.dtype)
         features = self._features(hidden, *((self.inner_weight, self.inner_bias) if self.nonlinear else ()))
         if target is None:
             return functional.linear(features, self.weight, self.bias)
-        return linear_squared_error(
-            features, self.weight, self.bias, target.to(features.dtype), mask, residual_dtype=residual_dtype
-        )
+        return error(features, self.weight, self.bias, target.to(features.dtype), mask)
 
     def _features(self, hidden: torch.Tensor, *inner: torch.Tensor) -> torch.Tensor:
         return self.activation(functional.linear(hidden, *inner)) if inner else hidden

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from ted_ds.config.schema import InitConfig
+from ted_ds.config.sections import InitConfig
 from ted_ds.config.tasks import Kind
 from ted_ds.errors import ModelError, load_failure
 from ted_ds.models.channels import Part, Sizes, WeightScores, axes_of, cut

@@ -1,18 +1,17 @@
-"""The numerics: losses whose gradients are written by hand, and their plain-torch specification.
+"""The numerics: losses with gradients written by hand or by kernels, each beside its plain torch reference."""
 
-`reference` holds the specification of each; Triton kernels may replace the inside of a function here,
-never its signature.
-"""
-
-from ted_ds.ops.divergence import Divergence, TopK
+from ted_ds.config.choices import Divergence
+from ted_ds.ops.divergence import TopK
 from ted_ds.ops.eager_grad import eager_gradients
-from ted_ds.ops.layer_loss import ResidualDtype, linear_squared_error
-from ted_ds.ops.logit_loss import Head, linear_cross_entropy_kl, teacher_top_k, token_scores
+from ted_ds.ops.layer_loss import LayerLoss, PairError, linear_squared_error
+from ted_ds.ops.logit_gemms import Head
+from ted_ds.ops.logit_loss import linear_cross_entropy_kl, teacher_top_k, token_scores
 
 __all__ = [
     "Divergence",
     "Head",
-    "ResidualDtype",
+    "LayerLoss",
+    "PairError",
     "TopK",
     "eager_gradients",
     "linear_cross_entropy_kl",

@@ -1,18 +1,21 @@
 """Divergences between a teacher's and a student's next-token distributions, a few rows at a time, in place.
 
-With q = softmax(y_s), p = softmax(y_t) and y = logits / T, each of them gives its value and its gradient with
-respect to y_s. Buffers belong to the caller, since fresh pages would cost more than the math.
+With q = softmax(y_s), p = softmax(y_t) and y = logits / T, each class gives its value and its gradient with respect to
+y_s, and `reference`, the same in plain torch. The caller owns the buffers, because fresh memory pages cost more than
+the math. A new divergence needs its name in `ted_ds.config.choices`, a class and an entry in `DIVERGENCES` here, and
+its terms in `logit_kernels`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 import torch
 
-Divergence = Literal["forward", "reverse", "jensen-shannon"]
-"""forward: KL(p || q); reverse: KL(q || p); jensen-shannon: (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2."""
+from ted_ds.config.choices import Divergence
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,28 @@ def top_k_of(y: torch.Tensor, k: int) -> TopK:
     return TopK(ids, values - whole, (rest - whole)[:, 0])
 
 
+Buffer = Callable[[str, int], torch.Tensor]
+"""(name, R) -> a buffer [R, V] of the caller's, kept for the whole call."""
+
+
+class RowDivergence(Protocol):
+    """A divergence of a few rows."""
+
+    def value(self, q: torch.Tensor, lse_s: torch.Tensor) -> torch.Tensor:
+        """[R, 1]; q [R, V] = softmax(y_s), lse_s [R, 1] the log-sum-exp of y_s."""
+        ...
+
+    def gradient(self, q: torch.Tensor) -> torch.Tensor:
+        """[R, V], with respect to y_s; call it after `value`."""
+        ...
+
+
 class ForwardKL:
     """KL(p || q) = sum p (y_t - y_s) - lse(y_t) + lse(y_s); gradient q - p."""
 
-    def __init__(self, y_s: torch.Tensor, y_t: torch.Tensor, p: torch.Tensor, lse_t: torch.Tensor) -> None:
+    def __init__(
+        self, y_s: torch.Tensor, y_t: torch.Tensor, p: torch.Tensor, lse_t: torch.Tensor, buffer: Buffer
+    ) -> None:
         self._p, self._lse_t = p, lse_t
         self._cross = y_t.sub_(y_s).mul_(p).sum(-1, keepdim=True)
 
@@ -55,11 +76,18 @@ class ForwardKL:
         """[R, V], in p's buffer."""
         return torch.sub(q, self._p, out=self._p)
 
+    @staticmethod
+    def reference(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        """[R] of log-probabilities [R, V]."""
+        return kl_rows(log_p, log_q)
+
 
 class ReverseKL:
     """KL(q || p) = E - lse(y_s) + lse(y_t) with E = sum q (y_s - y_t); gradient q (y_s - y_t - E)."""
 
-    def __init__(self, y_s: torch.Tensor, y_t: torch.Tensor, p: torch.Tensor, lse_t: torch.Tensor) -> None:
+    def __init__(
+        self, y_s: torch.Tensor, y_t: torch.Tensor, p: torch.Tensor, lse_t: torch.Tensor, buffer: Buffer
+    ) -> None:
         self._work, self._lse_t = p, lse_t
         self._apart = y_t.sub_(y_s).neg_()
 
@@ -72,17 +100,20 @@ class ReverseKL:
         """[R, V], in p's buffer."""
         return torch.sub(self._apart, self._mean, out=self._work).mul_(q)
 
+    @staticmethod
+    def reference(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        """[R] of log-probabilities [R, V]."""
+        return kl_rows(log_q, log_p)
+
 
 class JensenShannon:
-    """(KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2; gradient q (log(q / m) - KL(q || m)) / 2.
-
-    log_q: a buffer [R, V] of its own, for y_s becomes q.
-    """
+    """(KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2; gradient q (log(q / m) - KL(q || m)) / 2."""
 
     def __init__(
-        self, y_s: torch.Tensor, y_t: torch.Tensor, p: torch.Tensor, lse_t: torch.Tensor, log_q: torch.Tensor
+        self, y_s: torch.Tensor, y_t: torch.Tensor, p: torch.Tensor, lse_t: torch.Tensor, buffer: Buffer
     ) -> None:
-        self._p, self._log_p, self._log_q = p, y_t.sub_(lse_t), log_q.copy_(y_s)
+        self._p, self._log_p = p, y_t.sub_(lse_t)
+        self._log_q = buffer("log_q", len(y_s)).copy_(y_s)  # y_s becomes q
 
     def value(self, q: torch.Tensor, lse_s: torch.Tensor) -> torch.Tensor:
         """[R, 1]."""
@@ -98,8 +129,20 @@ class JensenShannon:
         """[R, V], in p's buffer."""
         return torch.sub(self._log_q, self._kl_q, out=self._p).mul_(q).mul_(0.5)
 
+    @staticmethod
+    def reference(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+        """[R] of log-probabilities [R, V]."""
+        log_m = torch.logaddexp(log_p, log_q) - _LOG_2
+        return (kl_rows(log_p, log_m) + kl_rows(log_q, log_m)) / 2
 
-_LOG_2 = 0.6931471805599453
+
+DIVERGENCES: dict[Divergence, type[ForwardKL] | type[ReverseKL] | type[JensenShannon]] = {
+    "forward": ForwardKL,
+    "reverse": ReverseKL,
+    "jensen-shannon": JensenShannon,
+}
+
+_LOG_2 = math.log(2.0)
 
 
 class TopKForwardKL:
@@ -140,3 +183,8 @@ def softmax_into(out: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     largest = y.amax(-1, keepdim=True)
     torch.softmax(y, -1, out=out)
     return largest - out.amax(-1, keepdim=True).log_()
+
+
+def kl_rows(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) of each row, [R], in plain autograd torch."""
+    return torch.nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)

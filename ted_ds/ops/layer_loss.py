@@ -1,18 +1,69 @@
-"""The layer loss of one pair: a filter's output against the teacher's, as one autograd function."""
+"""The layer loss: how a pair of hidden states is compared, and how the sums of K pairs become one term.
+
+A new kind needs its name in `ted_ds.config.choices` and an entry in `KINDS` here, with its plain torch reference.
+"""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from ted_ds.ops.dispatch import has_kernel
+from ted_ds.batch import BatchCounts
+from ted_ds.config.choices import LayerLossKind
+from ted_ds.ops import dispatch
 
-ResidualDtype = Literal["same", "bfloat16", "float8"]
-"""How the residual waits for backward: as computed, or rounded."""
+PairError = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    torch.Tensor,
+]
+"""(features [.., D], weight [F, D], bias [F], target [.., F], mask [..] or None) -> scalar, a sum over tokens.
 
-_FLOAT8 = torch.float8_e4m3fn
-_FLOAT8_MAX = torch.finfo(_FLOAT8).max
+The last linear layer of the student's filter is part of it, so that its output never waits for backward."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One way to compare. reference: (filtered student, filtered teacher, mask) -> the same scalar in plain torch.
+
+    normalized: the sum is divided by the mean square of the teacher's filtered states.
+    """
+
+    error: PairError
+    reference: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+    normalized: bool
+
+
+class LayerLoss:
+    """layer_loss = mean over k of error_k / (tokens * F) * scale_k.
+
+    mask_padding: whether padding positions are left out.
+    """
+
+    def __init__(self, kind: LayerLossKind, *, mask_padding: bool) -> None:
+        self.kind, self.mask_padding = KINDS[kind], mask_padding
+        self._scale: torch.Tensor | float = 1.0
+
+    def normalise(self, mean_squares: torch.Tensor) -> None:
+        """mean_squares: [K] of the teacher's filtered states.
+
+        They are constants, because teacher and filters are: a micro-batch's own mean square would make the loss depend
+        on how rows are split, and the global batch's is known only once the teacher has gone past.
+        """
+        self._scale = mean_squares.clamp_min(1e-12).reciprocal()
+
+    def counted(self, counts: BatchCounts) -> torch.Tensor:
+        """Tokens that are compared: real ones, or all positions."""
+        return counts.tokens if self.mask_padding else counts.positions
+
+    def of_pairs(self, sums: Mapping[int, torch.Tensor], counts: BatchCounts, width: int) -> torch.Tensor:
+        """[K] each pair's share of the global batch's loss, from the sums that the kind's `error` gave; width: F."""
+        if not sums:
+            return torch.zeros(0, device=counts.values.device)
+        stacked = torch.stack([sums[k] for k in range(len(sums))])
+        return stacked / (self.counted(counts).clamp_min(1) * width) * self._scale
 
 
 def linear_squared_error(
@@ -21,16 +72,11 @@ def linear_squared_error(
     bias: torch.Tensor,
     target: torch.Tensor,
     mask: torch.Tensor | None = None,
-    *,
-    residual_dtype: ResidualDtype = "same",
 ) -> torch.Tensor:
     """Sum over unmasked tokens of (hidden W^T + bias - target)^2, a scalar.
 
     hidden: [.., D]; weight: [F, D]; bias: [F]; target: [.., F], a constant without gradient; all of one
-        floating dtype. mask: [..] bool or 0/1 of any dtype, or None where every token counts.
-    residual_dtype: float8 (e4m3) has a scale a token, and is made by way of a float32 [N, F] that lives for a moment.
-        The loss is the exact residual's; of normal ones (N 2048, D 256, F 192) bfloat16 turned d_hidden by 1.5e-3 of
-        its norm and d_weight by 0.9e-3, float8 by 2.3e-2 and 1.4e-2.
+        floating dtype. mask: [..] bool or 0/1 of any dtype, or None if every token counts.
     Returns float32 (float64 for float64 inputs), summed in that dtype.
 
     One GEMM forward and two backward (as plain autograd), but a single [N, F] buffer: the residual is
@@ -38,8 +84,22 @@ def linear_squared_error(
     keep the filter's output and the target. `weight` is read anew in backward, so ZeRO-3 may release
     and gather it in between.
     """
-    loss: torch.Tensor = _LinearSquaredError.apply(hidden, weight, bias, target, mask, residual_dtype)
+    loss: torch.Tensor = _LinearSquaredError.apply(hidden, weight, bias, target, mask)
     return loss
+
+
+def squared_error_sum(
+    filtered_student: torch.Tensor, filtered_teacher: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The reference: sum of (filtered_student - filtered_teacher)^2 over unmasked tokens; both [.., F], mask [..]."""
+    squared = (filtered_student - filtered_teacher).square()
+    return squared.sum() if mask is None else (squared * mask.unsqueeze(-1)).sum()
+
+
+KINDS: dict[LayerLossKind, Kind] = {
+    "normalized_mse": Kind(linear_squared_error, squared_error_sum, normalized=True),
+    "mse": Kind(linear_squared_error, squared_error_sum, normalized=False),
+}
 
 
 class _LinearSquaredError(torch.autograd.Function):
@@ -51,18 +111,16 @@ class _LinearSquaredError(torch.autograd.Function):
         bias: torch.Tensor,
         target: torch.Tensor,
         mask: torch.Tensor | None,
-        residual_dtype: ResidualDtype,
     ) -> torch.Tensor:
         output = torch.addmm(bias, hidden.reshape(-1, hidden.shape[-1]), weight.t())
         counted = None if mask is None else mask.reshape(-1) != 0
         residual, loss = _residual(output, target.reshape(output.shape), counted)
-        ctx.save_for_backward(hidden, weight, *_rounded(residual, residual_dtype))
+        ctx.save_for_backward(hidden, weight, residual)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, *kept = ctx.saved_tensors
-        residual = _widened(kept, hidden.dtype)
+        hidden, weight, residual = ctx.saved_tensors
         # The factor 2 * upstream goes to the GEMMs' results: the residual stays as it is, so that backward
         # may run again, and no second [N, F] tensor appears.
         scale = 2.0 * upstream[0]
@@ -73,14 +131,14 @@ class _LinearSquaredError(torch.autograd.Function):
             d_weight = (residual.t() @ hidden.reshape(-1, hidden.shape[-1])).mul_(scale)
         if ctx.needs_input_grad[2]:
             d_bias = residual.sum(0, dtype=upstream[0].dtype).mul_(scale).to(residual.dtype)
-        return d_hidden, d_weight, d_bias, None, None, None
+        return d_hidden, d_weight, d_bias, None, None
 
 
 def _residual(
     output: torch.Tensor, target: torch.Tensor, counted: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(residual [N, F] in `output`'s place, its sum of squares)."""
-    if has_kernel(output):
+    if dispatch.has_kernel(output):
         from ted_ds.ops.layer_kernels import subtract_in_place  # torch on a CPU comes without triton
 
         return output, subtract_in_place(output, target, counted).sum()
@@ -88,25 +146,6 @@ def _residual(
     if counted is not None:
         # masked_fill, not a product: a padded position may hold inf or nan, and 0 * inf is nan.
         residual.masked_fill_(~counted[:, None], 0.0)
-    return residual, _sum_of_squares(residual)
-
-
-def _rounded(residual: torch.Tensor, dtype: ResidualDtype) -> list[torch.Tensor]:
-    """What is kept of a residual [N, F]: itself, or rounded; float8 with scales [N, 1] beside it."""
-    if dtype == "same":
-        return [residual]
-    if dtype == "bfloat16":
-        return [residual.to(torch.bfloat16)]
-    scale = residual.abs().amax(-1, keepdim=True).float().div_(_FLOAT8_MAX).clamp_min_(torch.finfo(torch.float32).tiny)
-    return [(residual / scale).to(_FLOAT8), scale]
-
-
-def _widened(kept: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    residual = kept[0].to(dtype)
-    return residual if len(kept) == 1 else residual.mul_(kept[1])
-
-
-def _sum_of_squares(residual: torch.Tensor) -> torch.Tensor:
-    """The sum of squares of [N, F] in float32 or wider: norms by row in the wide dtype, no copy of [N, F]."""
+    # norms by row in the wide dtype: no copy of [N, F]
     dtype = torch.promote_types(residual.dtype, torch.float32)
-    return torch.linalg.vector_norm(residual, dim=-1, dtype=dtype).square_().sum()
+    return residual, torch.linalg.vector_norm(residual, dim=-1, dtype=dtype).square_().sum()

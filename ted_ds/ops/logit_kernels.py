@@ -18,7 +18,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ted_ds.ops.divergence import Divergence, TopK
+from ted_ds.config.choices import Divergence
+from ted_ds.ops.divergence import TopK
 from ted_ds.ops.logit_rows import Form, Mixture
 
 _BLOCK, _WARPS = 2048, 8
@@ -203,35 +204,57 @@ def _dense_rows(
         cross = cross / sum_s
         divergence = cross - lse_s + lse_t
     elif KIND == _JENSEN_SHANNON:
-        kl_p = 0.0
-        for start in range(0, V, BLOCK):
-            inside = start + lanes < V
-            log_q = _load(x_s, start + lanes, V, END, CAP_S) - lse_s
-            log_p = _load(x_t, start + lanes, V, END, CAP_T) - lse_t
-            log_m = _log_mean(log_p, log_q)
-            kl_p += tl.sum(tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0), 0)
-            cross += tl.sum(tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0), 0)
-        divergence = 0.5 * (kl_p + cross)
+        divergence, cross = _jensen_shannon(x_s, x_t, lse_s, lse_t, V, END, CAP_S, CAP_T, BLOCK)
     tl.store(kl + row, T * T * divergence)
 
     if GRADIENT:
-        a = tl.load(weights)
-        b = tl.load(weights + 1)
         for start in range(0, V, BLOCK):
             x = _raw(x_s, start + lanes, V, END)
             y_s = _scaled(x, CAP_S)
-            gradient = a * (tl.exp(T * y_s - lse_hot) - tl.where(start + lanes == target, 1.0, 0.0))
+            hot = tl.where(start + lanes == target, 1.0, 0.0)
+            gradient = tl.load(weights) * (tl.exp(T * y_s - lse_hot) - hot)
             if KIND != _NONE:
-                q = tl.exp(y_s - lse_s)
                 y_t = _load(x_t, start + lanes, V, END, CAP_T)
-                if KIND == _FORWARD:
-                    gradient += b * (q - tl.exp(y_t - lse_t))
-                elif KIND == _REVERSE:
-                    gradient += b * q * (y_s - y_t - cross)
-                else:
-                    log_q = y_s - lse_s
-                    gradient += b * 0.5 * q * (log_q - _log_mean(y_t - lse_t, log_q) - cross)
+                gradient += _slope(tl.load(weights + 1), y_s, y_t, lse_s, lse_t, cross, KIND)
             tl.store(x_s + start + lanes, _through_cap(gradient, x, CAP_S), mask=start + lanes < END)
+
+
+@triton.jit
+def _slope(b, y_s, y_t, lse_s, lse_t, cross, KIND: tl.constexpr):
+    """b times the divergence's gradient with respect to y_s."""
+    q = tl.exp(y_s - lse_s)
+    if KIND == _FORWARD:
+        return b * (q - tl.exp(y_t - lse_t))
+    elif KIND == _REVERSE:
+        return b * q * (y_s - y_t - cross)
+    log_q = y_s - lse_s
+    return b * 0.5 * q * (log_q - _log_mean(y_t - lse_t, log_q) - cross)
+
+
+@triton.jit
+def _jensen_shannon(
+    x_s,
+    x_t,
+    lse_s,
+    lse_t,
+    V: tl.constexpr,
+    END: tl.constexpr,
+    CAP_S: tl.constexpr,
+    CAP_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(the divergence, KL(q || m)), by a pass of its own."""
+    kl_p = 0.0
+    kl_q = 0.0
+    lanes = tl.arange(0, BLOCK)
+    for start in range(0, V, BLOCK):
+        inside = start + lanes < V
+        log_q = _load(x_s, start + lanes, V, END, CAP_S) - lse_s
+        log_p = _load(x_t, start + lanes, V, END, CAP_T) - lse_t
+        log_m = _log_mean(log_p, log_q)
+        kl_p += tl.sum(tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0), 0)
+        kl_q += tl.sum(tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0), 0)
+    return 0.5 * (kl_p + kl_q), kl_q
 
 
 @triton.jit

@@ -7,14 +7,24 @@ and the chunks are here, the math between them in `logit_rows` and, on CUDA, `lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ted_ds.ops.dispatch import has_kernel
-from ted_ds.ops.divergence import Divergence, TopK, top_k_of
+from ted_ds.config.choices import Divergence
+from ted_ds.ops import dispatch
+from ted_ds.ops.divergence import TopK, top_k_of
+from ted_ds.ops.logit_gemms import (
+    Head,
+    add_product,
+    chunks_of,
+    common_vocab,
+    default_chunk_tokens,
+    even_parts,
+    gemm_logits,
+    logits_buffer,
+)
 from ted_ds.ops.logit_rows import (
     Form,
     Mixture,
@@ -25,41 +35,6 @@ from ted_ds.ops.logit_rows import (
     scores,
     weights_of,
 )
-
-_CPU_CHUNK_BYTES = 112 << 20
-"""Bytes that a chunk's buffers may take together, as long as `_MIN_CHUNK_TOKENS` fit."""
-
-_CUDA_CHUNK_SHARE = 1 / 64
-"""The same on CUDA as a share of the device's memory: 1.2 GiB of 80. Of all of it, not of what is free: a resumed run
-must cut the chunks that it cut before, or its sums round differently."""
-
-_GEMM_TILE = 128
-"""CUDA chunks are a multiple of it: tokens that a GEMM's block of threads works on."""
-
-_ROW_ALIGNMENT = 64
-"""Elements; 128 bytes of bfloat16, what GEMMs and 16-byte loads want of a row's start."""
-
-_EVEN_COLUMNS = 8
-"""What cuBLAS wants every size of a half-precision GEMM to be a multiple of. On an H200 the four GEMMs of 8192 tokens,
-D 2048, took 28 ms at V 151936 and at 151665, of rows that begin at multiples of 64, more than four times that."""
-
-_MIN_CHUNK_TOKENS = 256
-"""Every chunk passes over d_weight once: C / 4 FLOPs a byte, whatever V and D. On 2 cores with V 50257 and
-D 384 the four GEMMs in chunks of 128, 256, 512 tokens took 1.26, 1.13, 1.03 of the whole ones; fresh pages
-for larger buffers cost what larger GEMMs save, so the whole loss took 0.84, 0.78, 0.84 s."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """An LM head: logits = softcap * tanh(scale * (h W^T + b) / softcap), or scale * (h W^T + b) uncapped.
-
-    weight: [V, D]; bias: [V] or None; softcap: Gemma 2's `final_logit_softcapping`.
-    """
-
-    weight: torch.Tensor
-    bias: torch.Tensor | None
-    softcap: float | None = None
-    scale: float = 1.0
 
 
 def linear_cross_entropy_kl(
@@ -89,27 +64,19 @@ def linear_cross_entropy_kl(
     divergence: what stands in the KL's place, see `Divergence`; its sum is kl_sum.
     top_k: the KL is that over the teacher's k likeliest ids of each token and the event "any other id" (`TopK`); as
         a TopK, what was recorded of a teacher at this temperature, in place of hidden_t and head_t.
-    vocab_size: the first so many rows of both heads take part (padded vocabularies of one tokenizer);
-        None: the smaller head's. The other rows' gradients are zero.
+    vocab_size: so many rows of both heads take part (padded vocabularies of one tokenizer); None: the smaller head's.
+        The other rows' gradients are zero.
     chunk_tokens: tokens whose logits are alive at a time; None: see `default_chunk_tokens`.
 
-    Hidden states are cast to their head's dtype. GEMMs run in that dtype, the rest in float32 or wider;
-    d_weight is summed over chunks in float32. Memory: two chunks of logits, and one gradient each of
-    hidden_s, weight and bias (none of which needs no gradient; under no_grad only the forward GEMMs run).
-    Raises ValueError where shapes do not fit, or for a top k of another divergence than the forward KL.
+    Hidden states are cast to their head's dtype. GEMMs run in that dtype, the rest in float32 or wider; d_weight is
+    summed over chunks in float32. Memory: two chunks of logits, and the gradients of hidden_s, weight and bias that are
+    needed. Raises ValueError if shapes do not fit, or for a top k of another divergence than the forward KL.
     """
-    if (hidden_t is None) != (head_t is None):
-        raise ValueError("linear_cross_entropy_kl: hidden_t and head_t come together; give both or neither")
     recorded = top_k if isinstance(top_k, TopK) else None
-    if recorded is not None and hidden_t is not None:
-        raise ValueError("linear_cross_entropy_kl: a recorded TopK stands for hidden_t and head_t; give one of them")
+    _check(hidden_s, targets, hidden_t, head_t, recorded)
     if top_k is not None and divergence != "forward":
         raise ValueError(f"linear_cross_entropy_kl: top_k is for the forward KL, divergence is {divergence!r}")
-    given = (hidden_s, targets, hidden_t, recorded.ids if recorded else None)
-    lengths = {len(t) for t in given if t is not None}
-    if len(lengths) != 1:
-        raise ValueError(f"linear_cross_entropy_kl: hidden_s, targets and the teacher's differ in length: {lengths}")
-    vocab = _common_vocab(head_s, head_t, vocab_size)
+    vocab = common_vocab(head_s, head_t, vocab_size)
     like = hidden_s.to(head_s.weight.dtype)
     taught = head_t is not None or recorded is not None
     problem = _Problem(
@@ -132,6 +99,23 @@ def linear_cross_entropy_kl(
     return result
 
 
+def _check(
+    hidden_s: torch.Tensor,
+    targets: torch.Tensor,
+    hidden_t: torch.Tensor | None,
+    head_t: Head | None,
+    recorded: TopK | None,
+) -> None:
+    if (hidden_t is None) != (head_t is None):
+        raise ValueError("linear_cross_entropy_kl: hidden_t and head_t come together; give both or neither")
+    if recorded is not None and hidden_t is not None:
+        raise ValueError("linear_cross_entropy_kl: a recorded TopK stands for hidden_t and head_t; give one of them")
+    given = (hidden_s, targets, hidden_t, recorded.ids if recorded else None)
+    lengths = {len(t) for t in given if t is not None}
+    if len(lengths) != 1:
+        raise ValueError(f"linear_cross_entropy_kl: hidden_s, targets and the teacher's differ in length: {lengths}")
+
+
 @torch.no_grad()
 def teacher_top_k(
     hidden_t: torch.Tensor,
@@ -147,12 +131,12 @@ def teacher_top_k(
     hidden_t: [N, D]. Returns ids [N, k] int32 and log-probabilities in float32 (float64 for float64 heads).
     vocab_size and chunk_tokens: see `linear_cross_entropy_kl`.
     """
-    vocab = _common_vocab(head_t, None, vocab_size)
+    vocab = common_vocab(head_t, None, vocab_size)
     hidden = hidden_t.to(head_t.weight.dtype)
     chunk = chunk_tokens or default_chunk_tokens(len(hidden), vocab, hidden, sides=1, widened=True)
     form = Form.of(head_t.softcap, head_t.scale, float(temperature))
-    logits = _logits_buffer(hidden, min(chunk, len(hidden)), vocab)
-    found = [_top_k(_gemm_logits(hidden[rows], head_t, form, logits), form, k) for rows in _chunks(len(hidden), chunk)]
+    logits = logits_buffer(hidden, min(chunk, len(hidden)), vocab)
+    found = [_top_k(gemm_logits(hidden[rows], head_t, form, logits), form, k) for rows in chunks_of(len(hidden), chunk)]
     ids = torch.cat([part.ids for part in found]).int()
     return TopK(ids, torch.cat([part.log_probs for part in found]), torch.cat([part.log_rest for part in found]))
 
@@ -176,37 +160,20 @@ def token_scores(
     hidden: [N, D]; targets: [N] int64. Returns [N] float32 (float64 for float64 heads) and [N] bool; 0 and
     False where the target is -100. vocab_size and chunk_tokens: see `linear_cross_entropy_kl`.
     """
-    vocab = _common_vocab(head, None, vocab_size)
+    vocab = common_vocab(head, None, vocab_size)
     hidden = hidden.to(head.weight.dtype)
     chunk = chunk_tokens or default_chunk_tokens(len(hidden), vocab, hidden, sides=1, widened=True)
     form = Form.of(head.softcap, head.scale, 1.0)
-    logits = _logits_buffer(hidden, min(chunk, len(hidden)), vocab)
+    logits = logits_buffer(hidden, min(chunk, len(hidden)), vocab)
     scratch = Scratch(block_rows(len(logits), vocab, hidden.device), vocab, hidden)
     nll, greedy = [], []
-    for rows in _chunks(len(hidden), chunk):
-        x = _gemm_logits(hidden[rows], head, form, logits)
+    for rows in chunks_of(len(hidden), chunk):
+        x = gemm_logits(hidden[rows], head, form, logits)
         ce, best = scores(x, targets[rows].clamp_min(0), form, scratch)
         predicted = weights_of(targets[rows], torch.bool)
         nll.append(ce.masked_fill_(~predicted, 0.0))
         greedy.append(best & predicted)
     return torch.cat(nll), torch.cat(greedy)
-
-
-def default_chunk_tokens(tokens: int, vocab: int, like: torch.Tensor, *, sides: int, widened: bool = False) -> int:
-    """Equal chunks, at least two, as few as the bytes of a chunk allow.
-
-    sides: GEMM outputs of a chunk. widened: whether torch, not the kernel, works on a side; off the CPU, where a chunk
-    is no row block, it takes two of them again in float32. On CUDA a chunk has at least two rows for each
-    multiprocessor, which the kernel works on at a time, and is a multiple of `_GEMM_TILE`.
-    """
-    row_bytes = vocab * (like.element_size() * sides + 8 * (widened and like.is_cuda))
-    limit, least, tile = _CPU_CHUNK_BYTES, _MIN_CHUNK_TOKENS, 1
-    if like.is_cuda:
-        device = torch.cuda.get_device_properties(like.device)
-        limit = int(device.total_memory * _CUDA_CHUNK_SHARE)
-        least, tile = max(least, 2 * device.multi_processor_count), _GEMM_TILE
-    chunks = max(2, -(-tokens // max(least, limit // row_bytes)))
-    return max(1, -(-tokens // chunks // tile) * tile)
 
 
 @dataclass(frozen=True)
@@ -288,32 +255,16 @@ class _Gradients:
         """d_logits [C, V]; hidden [C, D]; counts [C]: 0 for the rows that take no part, else 1."""
         if self.hidden is not None:
             out = self.hidden[rows]
-            for columns in _even_parts(d_logits):
+            for columns in even_parts(d_logits):
                 out.addmm_(d_logits[:, columns], weight[columns], beta=float(columns.start > 0))
             out.mul_(counts[:, None].to(out.dtype))
         if self.weight is not None:
             counted = hidden * counts[:, None].to(hidden.dtype)
             # The first chunk writes: nothing reads, and nothing had to zero, [V, D] before.
-            for columns in _even_parts(d_logits):
-                _add_product(self.weight[columns], d_logits[:, columns].t(), counted, first=rows.start == 0)
+            for columns in even_parts(d_logits):
+                add_product(self.weight[columns], d_logits[:, columns].t(), counted, first=rows.start == 0)
         if self.bias is not None:
             self.bias[: self.vocab].add_(torch.mv(d_logits.t(), counts.to(d_logits.dtype)))
-
-
-def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
-    """total (+)= a @ b; where total is wider than a and b, the sum is not rounded to their dtype.
-
-    CUDA's GEMM adds half-precision products to a float32 total itself (pytorch#167931); elsewhere the product is
-    made, and rounded, once a chunk.
-    """
-    if total.dtype == a.dtype:
-        total.addmm_(a, b, beta=0.0 if first else 1.0)
-    elif total.is_cuda:
-        torch.addmm(total, a, b, out_dtype=total.dtype, beta=0.0 if first else 1.0, out=total)
-    elif first:
-        total.copy_(a @ b)
-    else:
-        total.add_(a @ b)
 
 
 def _run_chunks(
@@ -324,25 +275,25 @@ def _run_chunks(
     vocab, chunk = problem.vocab, min(problem.chunk_tokens, len(hidden))
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     scratch = Scratch(block_rows(chunk, vocab, hidden.device), vocab, hidden)
-    logits_s = _logits_buffer(hidden, chunk, vocab)
-    logits_t = None if hidden_t is None else _logits_buffer(hidden_t, chunk, vocab)
+    logits_s = logits_buffer(hidden, chunk, vocab)
+    logits_t = None if hidden_t is None else logits_buffer(hidden_t, chunk, vocab)
     forms = (
         Form.of(head_s.softcap, head_s.scale, problem.temperature),
         Form.of(*((head_t.softcap, head_t.scale) if head_t else (None, 1.0)), problem.temperature),
     )
     sums = torch.zeros(2, dtype=dtype, device=hidden.device)
-    for rows in _chunks(len(hidden), chunk):
-        x_s = _gemm_logits(hidden[rows], head_s, forms[0], logits_s)
+    for rows in chunks_of(len(hidden), chunk):
+        x_s = gemm_logits(hidden[rows], head_s, forms[0], logits_s)
         teacher: torch.Tensor | TopK | None = None
         if hidden_t is not None and head_t is not None and logits_t is not None:
-            teacher = _gemm_logits(hidden_t[rows], head_t, forms[1], logits_t)
+            teacher = gemm_logits(hidden_t[rows], head_t, forms[1], logits_t)
             if isinstance(problem.top_k, int):
                 teacher = _top_k(teacher, forms[1], problem.top_k)
         elif isinstance(problem.top_k, TopK):
             teacher = problem.top_k.rows(rows)
         targets = problem.targets[rows]
         between = (x_s, teacher, targets.clamp_min(0), forms, problem.temperature, problem.divergence, mixture)
-        losses = _in_one_kernel(*between) if has_kernel(x_s) else losses_and_gradient(*between, scratch)
+        losses = _in_one_kernel(*between) if dispatch.has_kernel(x_s) else losses_and_gradient(*between, scratch)
         counts = weights_of(targets, dtype)
         sums += torch.stack(losses) @ counts
         gradients.add_chunk(rows, x_s, hidden[rows], head_s.weight, counts)
@@ -350,47 +301,10 @@ def _run_chunks(
     return pred_sum.clone(), kl_sum.clone()
 
 
-def _logits_buffer(like: torch.Tensor, chunk: int, vocab: int) -> torch.Tensor:
-    """[C, V]; for a kernel rows begin every `_ROW_ALIGNMENT` elements, and it may write up to there."""
-    apart = -(-vocab // _ROW_ALIGNMENT) * _ROW_ALIGNMENT if has_kernel(like) else vocab
-    return like.new_empty(chunk, apart)[:, :vocab]
-
-
 def _in_one_kernel(*between: Any) -> tuple[torch.Tensor, torch.Tensor]:
     from ted_ds.ops.logit_kernels import fused_losses_and_gradient  # torch on a CPU comes without triton
 
     return fused_losses_and_gradient(*between)
-
-
-def _gemm_logits(hidden: torch.Tensor, head: Head, form: Form, out: torch.Tensor) -> torch.Tensor:
-    """gemm_scale * (hidden W^T + b) into the first rows of `out` [C, V]; V may be below the head's."""
-    out, scale = out[: len(hidden)], form.gemm_scale
-    for columns in _even_parts(out):
-        part, weight = out[:, columns], head.weight[columns]
-        if head.bias is None:
-            part.addmm_(hidden, weight.t(), beta=0.0, alpha=scale)
-        else:
-            torch.addmm(head.bias[columns], hidden, weight.t(), beta=scale, alpha=scale, out=part)
-    return out
-
-
-def _even_parts(logits: torch.Tensor) -> list[slice]:
-    """The columns of [C, V] that a GEMM works on at a time: on CUDA the last V % `_EVEN_COLUMNS` go by themselves."""
-    vocab = logits.shape[1]
-    even = vocab - vocab % _EVEN_COLUMNS if has_kernel(logits) else vocab
-    return [part for part in (slice(0, even), slice(even, vocab)) if part.stop > part.start]
-
-
-def _chunks(tokens: int, chunk_tokens: int) -> Iterator[slice]:
-    for start in range(0, max(1, tokens), max(1, chunk_tokens)):
-        yield slice(start, min(tokens, start + chunk_tokens))
-
-
-def _common_vocab(head_s: Head, head_t: Head | None, vocab_size: int | None) -> int:
-    smallest = min(len(head.weight) for head in (head_s, head_t) if head is not None)
-    if vocab_size is not None and vocab_size > smallest:
-        raise ValueError(f"vocab_size {vocab_size} exceeds the smaller LM head's {smallest} rows")
-    return smallest if vocab_size is None else vocab_size
 
 
 def _scalar(value: torch.Tensor | float, like: torch.Tensor) -> torch.Tensor:

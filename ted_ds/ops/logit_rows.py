@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from ted_ds.batch import IGNORED
-from ted_ds.ops.divergence import Divergence, ForwardKL, JensenShannon, ReverseKL, TopK, TopKForwardKL, softmax_into
+from ted_ds.config.choices import Divergence
+from ted_ds.ops.divergence import DIVERGENCES, RowDivergence, TopK, TopKForwardKL, softmax_into
 
 _CACHE_BYTES_PER_THREAD = 2 << 20
 """Level-2 cache that one thread may fill; server cores have 1 to 2 MiB, and misses cost little below that."""
@@ -199,16 +200,14 @@ def _cross_entropy_kl(
 
 def _divergence(
     y_s: torch.Tensor, teacher: torch.Tensor | TopK, form: Form, divergence: Divergence, scratch: Scratch
-) -> ForwardKL | ReverseKL | JensenShannon | TopKForwardKL:
+) -> RowDivergence:
     """The divergence, having taken what it needs of y_s before that becomes q."""
     p = scratch.get("probs", len(y_s))
     if isinstance(teacher, TopK):
         return TopKForwardKL(y_s, teacher, p)
     y_t = scaled_logits(teacher, form, scratch, "teacher")
     lse_t = softmax_into(p, y_t)
-    if divergence == "jensen-shannon":
-        return JensenShannon(y_s, y_t, p, lse_t, scratch.get("log_q", len(y_s)))
-    return (ForwardKL if divergence == "forward" else ReverseKL)(y_s, y_t, p, lse_t)
+    return DIVERGENCES[divergence](y_s, y_t, p, lse_t, scratch.get)
 
 
 def _finish_gradient(

@@ -5,13 +5,12 @@ These hold [N, V] tensors; training calls the functions beside this file instead
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 
 from ted_ds.batch import IGNORED
-from ted_ds.ops.divergence import Divergence
+from ted_ds.config.choices import Divergence
+from ted_ds.ops.divergence import DIVERGENCES, kl_rows
 
 
 def soft_capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
@@ -38,13 +37,7 @@ def kl_sum(
     """
     log_q = F.log_softmax(student_logits / temperature, dim=-1)
     log_p = F.log_softmax(teacher_logits / temperature, dim=-1)
-    if divergence == "forward":
-        rows = _kl_rows(log_p, log_q)
-    elif divergence == "reverse":
-        rows = _kl_rows(log_q, log_p)
-    else:
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2.0)
-        rows = (_kl_rows(log_p, log_m) + _kl_rows(log_q, log_m)) / 2
+    rows = DIVERGENCES[divergence].reference(log_p, log_q)
     return temperature**2 * (rows * (targets != IGNORED)).sum()
 
 
@@ -58,16 +51,4 @@ def top_k_kl_sum(
         torch.cat([x.gather(1, top), x.scatter(1, top, -torch.inf).logsumexp(-1, keepdim=True)], dim=1)
         for x in (log_q, log_p)
     )
-    return temperature**2 * (_kl_rows(log_p, log_q) * (targets != IGNORED)).sum()
-
-
-def _kl_rows(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
-    return F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-
-
-def squared_error_sum(
-    filtered_student: torch.Tensor, filtered_teacher: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Sum of (filtered_student - filtered_teacher)^2 over unmasked tokens; both [.., F], mask [..]."""
-    squared = (filtered_student - filtered_teacher).square()
-    return squared.sum() if mask is None else (squared * mask.unsqueeze(-1)).sum()
+    return temperature**2 * (kl_rows(log_p, log_q) * (targets != IGNORED)).sum()

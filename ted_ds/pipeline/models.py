@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from ted_ds.config.choices import METHODS
 from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.tasks import Kind, TaskSpec
@@ -133,7 +134,11 @@ def check_models(run: RunConfig, models: Models, tokenizer: Tokenizer) -> int:
     for role, path, trusted in sides:
         model = meta_model(path, run.spec.kind, trust_remote_code=trusted)
         _check_outputs(role, path, model, run.spec)
-        if run.method == "ted" and run.spec.kind in ("classification", "regression") and role not in models.published:
+        if (
+            METHODS[run.method].learns_filters
+            and run.spec.kind in ("classification", "regression")
+            and role not in models.published
+        ):
             find_pooler(model.config)
         # what Stage 0 made has the run's own tokenizer; the tokenizer of any other folder is trusted by its own section
         trusted = trusted or (run.data.trust_remote_code and Path(path).is_relative_to(run.output_dir))

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from filelock import FileLock
 
+from ted_ds.config.choices import METHODS
 from ted_ds.config.continuation import first_change
 from ted_ds.config.deepspeed import frozen_engine_config
 from ted_ds.config.load import dump_config, read_yaml
@@ -64,11 +65,11 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
     rows = check_models(run, models, tokenizer)
     data = open_data(run, world, tokenizer, rows)
     world.on_main(lambda: check_ids(tokenizer, rows, data.splits))
-    run = run.resolved(data.num_rows)
-    filters = learn_filters(run, world, data, pairs, models) if pairs else {}
+    resolved = run.resolved(data.num_rows)
+    filters = learn_filters(resolved, world, data, pairs, models) if pairs else {}
     if goal == "filters":
         return None
-    return EXPORTS.get(goal, distill)(run, world, data, Plan(models, pairs, filters))
+    return EXPORTS.get(goal, distill)(resolved, world, data, Plan(models, pairs, filters))
 
 
 def _alone(folder: Path, world: World) -> AbstractContextManager[None]:
@@ -85,7 +86,7 @@ def _alone(folder: Path, world: World) -> AbstractContextManager[None]:
 
 def _check_engines(run: RunConfig, world: World) -> None:
     """Raises ConfigError for DeepSpeed files and batch sizes that cannot be, before hours are spent on data."""
-    own = run.filters.global_batch_size if run.method == "ted" else None
+    own = run.filters.global_batch_size if METHODS[run.method].learns_filters else None
     for size in (None, *(() if own is None else (own.teacher, own.student))):
         rate, decay = run.optimizer.learning_rate, run.optimizer.weight_decay
         trained_config(run, world, learning_rate=rate, weight_decay=decay, global_batch_size=size)

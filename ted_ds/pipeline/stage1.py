@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,7 +13,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from ted_ds.config.schema import FiltersConfig, RunConfig, StudentConfig, TeacherConfig
+from ted_ds.config.choices import METHODS
+from ted_ds.config.schema import ResolvedRun, RunConfig
+from ted_ds.config.sections import FiltersConfig, StudentConfig, TeacherConfig
 from ted_ds.distill.engine import build_trained_engine
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.errors import CheckpointError, ModelError
@@ -65,7 +66,7 @@ def plan_pairs(run: RunConfig, models: Models) -> PairPlan | None:
     teacher, student = _structure(run, models.teacher, run.teacher), _structure(run, models.student, run.student)
     layer_map = resolve_layer_map(run.filters.layer_map, student.num_blocks, teacher.num_blocks)
     blocks_s, blocks_t = (tuple(pair[side] for pair in layer_map) for side in (0, 1))
-    if run.method == "lwd":
+    if not METHODS[run.method].learns_filters:
         return PairPlan(layer_map, None, _fresh(run, student, blocks_s, teacher.width))
     ready = {side: read_plan(folder) for side, folder in models.published.items()}
     widths = [plan.output_dim for plan in ready.values()]
@@ -111,7 +112,7 @@ def _check_ready(
             )
 
 
-def learn_filters(run: RunConfig, world: World, data: RunData, plan: PairPlan, models: Models) -> dict[str, Path]:
+def learn_filters(run: ResolvedRun, world: World, data: RunData, plan: PairPlan, models: Models) -> dict[str, Path]:
     """Stage I of both sides, as far as it is not done; returns their folders (lwd learns none); a collective.
 
     Raises CheckpointError where a folder holds filters of another plan.
@@ -148,7 +149,9 @@ def _structure(run: RunConfig, path: str, section: TeacherConfig | StudentConfig
     return find_blocks(meta_model(path, run.spec.kind, trust_remote_code=section.trust_remote_code))
 
 
-def _share(run: RunConfig, world: World, data: RunData, teacher: str, folder: Path, learn: Callable[[], None]) -> None:
+def _share(
+    run: ResolvedRun, world: World, data: RunData, teacher: str, folder: Path, learn: Callable[[], None]
+) -> None:
     """The teacher's filters as `teacher.cache` has them, or learnt and put there; a collective.
 
     So all runs that share a cache have the same filters, whatever their seeds are, and only the first of them loads
@@ -206,7 +209,7 @@ def _learning(settings: FiltersConfig) -> dict[str, Any]:
 
 
 def _load_and_learn(
-    run: RunConfig, world: World, data: RunData, plan: FilterPlan, folder: Path, side: str, path: str, trusted: bool
+    run: ResolvedRun, world: World, data: RunData, plan: FilterPlan, folder: Path, side: str, path: str, trusted: bool
 ) -> None:
     logger.info("Stage I: %s filters -> %s", side, folder)
     frozen = load_frozen(run, world, path, task=data.task, tokenizer=data.tokenizer, trust_remote_code=trusted)
@@ -217,13 +220,13 @@ def _load_and_learn(
 
 
 def _learn(
-    run: RunConfig, world: World, data: RunData, frozen: FrozenModel, plan: FilterPlan, folder: Path, side: str
+    run: ResolvedRun, world: World, data: RunData, frozen: FrozenModel, plan: FilterPlan, folder: Path, side: str
 ) -> None:
     settings = run.filters
     rate: float = getattr(settings.learning_rate, side)
     batch_size: int | None = getattr(settings.global_batch_size, side, None)
     rows = batch_size or run.train.global_batch_size
-    steps = settings.steps if settings.epochs is None else math.ceil(settings.epochs * data.num_rows / rows)
+    steps = settings.num_steps(data.num_rows, rows)
     config = trained_config(run, world, learning_rate=rate, weight_decay=0.0, global_batch_size=batch_size)
     seed_everything(run.seed)
     head = data.disposable_head(frozen, run, world, side)

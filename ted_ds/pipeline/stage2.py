@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ted_ds.config.schema import RunConfig
+from ted_ds.config.schema import ResolvedRun
 from ted_ds.data.loader import Rows
 from ted_ds.distill.distillation_model import TERMS, DistillationModel
 from ted_ds.distill.engine import build_trained_engine
@@ -36,7 +36,6 @@ from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
 from ted_ds.pipeline.stage1 import PairPlan
 from ted_ds.pipeline.step import global_counts
-from ted_ds.tasks.base import LossWeights
 from ted_ds.teacher.frozen import FrozenModel, Teacher, filtered_square_sums
 from ted_ds.teacher.recorded import AnnouncedRows, CachedTeacher
 from ted_ds.telemetry.flops import BatchFlops
@@ -53,7 +52,7 @@ class Plan:
     filters: dict[str, Path]
 
 
-def distill(run: RunConfig, world: World, data: RunData, plan: Plan) -> dict[str, Any]:
+def distill(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> dict[str, Any]:
     """Runs Stage II from its last checkpoint, exports the student, returns the summary; a collective.
 
     Leaves student/, checkpoints/, metrics.jsonl and summary.json in the run's folder; of a task with a metric
@@ -72,7 +71,7 @@ def distill(run: RunConfig, world: World, data: RunData, plan: Plan) -> dict[str
     return summary
 
 
-def export_checkpoint(run: RunConfig, world: World, data: RunData, plan: Plan) -> dict[str, Any]:
+def export_checkpoint(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> dict[str, Any]:
     """Exports the student of the last checkpoint of a run that is not over; a collective. The teacher is not loaded.
 
     Returns {"steps", "student"}. Raises CheckpointError where the checkpoint is torn or does not fit.
@@ -85,7 +84,7 @@ def export_checkpoint(run: RunConfig, world: World, data: RunData, plan: Plan) -
     return {"steps": steps, "student": str(folder)}
 
 
-def export_published(run: RunConfig, world: World, data: RunData, plan: Plan) -> dict[str, Any]:
+def export_published(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> dict[str, Any]:
     """Writes the last checkpoint's student *with its filters* in the layout of the paper's authors; a collective.
 
     Returns {"steps", "published"}. Raises ModelError for models and layer maps that the layout cannot express.
@@ -110,7 +109,7 @@ def export_published(run: RunConfig, world: World, data: RunData, plan: Plan) ->
     return {"steps": steps, "published": str(folder)}
 
 
-def build_distillation_engine(run: RunConfig, world: World, data: RunData, plan: Plan) -> Any:
+def build_distillation_engine(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> Any:
     """A DeepSpeed engine on a `DistillationModel` that is joined with its teacher, hosted or out of `teacher.cache`."""
     taught = bool(run.loss.kl_alpha) or plan.pairs is not None
     # before the student: where a cache has to be recorded, the teacher has the memory to itself
@@ -125,7 +124,7 @@ def build_distillation_engine(run: RunConfig, world: World, data: RunData, plan:
     return engine
 
 
-def _live_teacher(run: RunConfig, world: World, data: RunData, plan: Plan) -> FrozenModel:
+def _live_teacher(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> FrozenModel:
     assert run.teacher is not None and plan.models.teacher is not None
     return load_frozen(
         run,
@@ -138,7 +137,7 @@ def _live_teacher(run: RunConfig, world: World, data: RunData, plan: Plan) -> Fr
     )
 
 
-def _cached_teacher(run: RunConfig, world: World, data: RunData, plan: Plan) -> CachedTeacher | None:
+def _cached_teacher(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> CachedTeacher | None:
     assert run.teacher is not None and plan.models.teacher is not None
     if run.teacher.cache is None:
         return None
@@ -147,7 +146,7 @@ def _cached_teacher(run: RunConfig, world: World, data: RunData, plan: Plan) -> 
     return open_cached_teacher(run, world, data, live)
 
 
-def _build_student(run: RunConfig, world: World, data: RunData, plan: Plan) -> tuple[DistillationModel, Any]:
+def _build_student(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> tuple[DistillationModel, Any]:
     rate = run.optimizer
     config = trained_config(run, world, learning_rate=rate.learning_rate, weight_decay=rate.weight_decay)
     student = load_model(
@@ -167,17 +166,7 @@ def _build_student(run: RunConfig, world: World, data: RunData, plan: Plan) -> t
         filters = load_filters(learnt, config, run.student.dtype, world)
     else:
         filters = new_filters(plan.pairs.student, config, run.student.dtype) if plan.pairs else nn.ModuleList()
-    loss = run.loss
-    weights = LossWeights(
-        loss.kl_alpha,
-        loss.mse_alpha,
-        loss.temperature,
-        loss.mask_padding,
-        loss.divergence,
-        loss.kl_top_k,
-        loss.residual_dtype,
-    )
-    module = DistillationModel(student, filters, weights, task=data.task)
+    module = DistillationModel(student, filters, run.loss, task=data.task)
     schedule = learning_rate_schedule(
         rate.schedule,
         warmup_steps=rate.warmup_steps,
@@ -187,7 +176,7 @@ def _build_student(run: RunConfig, world: World, data: RunData, plan: Plan) -> t
     return module, build_trained_engine(module, deepspeed_config=config, schedule=schedule)
 
 
-def _mean_squares(run: RunConfig, world: World, data: RunData, teacher: Teacher, layer_map: LayerMap) -> torch.Tensor:
+def _mean_squares(run: ResolvedRun, world: World, data: RunData, teacher: Teacher, layer_map: LayerMap) -> torch.Tensor:
     """[K] float32 mean squares of the teacher's filtered states over the first global batch; a collective."""
     batches = data.training_rows(run, world).micro_batches(0)
     blocks = [t for _, t in layer_map]
@@ -199,7 +188,7 @@ def _mean_squares(run: RunConfig, world: World, data: RunData, teacher: Teacher,
     return (world.sum(sums) / (tokens * teacher.target_width)).float()
 
 
-def _train(run: RunConfig, world: World, data: RunData, plan: Plan, engine: Any, best: BestStudent | None) -> None:
+def _train(run: ResolvedRun, world: World, data: RunData, plan: Plan, engine: Any, best: BestStudent | None) -> None:
     checkpoints = Checkpoints(engine, run.output_dir, run, data, world, run.train.global_batch_size)
     start, score = checkpoints.start, (0, 0.0)  # the last evaluation's step, and how well it went
     if best is not None:
@@ -265,12 +254,12 @@ def scorable(step: int, world: World) -> Iterator[None]:
         raise diverged from error
 
 
-def _flops(run: RunConfig, data: RunData, plan: Plan) -> BatchFlops | None:
+def _flops(run: ResolvedRun, data: RunData, plan: Plan) -> BatchFlops | None:
     pairs = () if plan.pairs is None else (plan.pairs.layer_map, plan.pairs.student, plan.pairs.teacher)
     return stage2_flops(run, plan.models, data.task, data.tokenizer, *pairs)
 
 
-def _summarise(run: RunConfig, best: dict[str, Any] | None) -> dict[str, Any]:
+def _summarise(run: ResolvedRun, best: dict[str, Any] | None) -> dict[str, Any]:
     """summary.json, from metrics.jsonl, so that a resumed run sums up all of its sessions.
 
     best: the step and the scores of the best weights, which the exported student has; None: it has the last.

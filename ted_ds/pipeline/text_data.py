@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ted_ds.config.schema import DataConfig, RunConfig
+from ted_ds.config.data_section import DataConfig
+from ted_ds.config.schema import RunConfig
 from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.loader import EvaluationRows, TrainingRows
 from ted_ds.data.packed import PackedBlocks

@@ -15,7 +15,8 @@ import yaml
 from pydantic import BeforeValidator, Field, ValidationError
 
 from ted_ds.config.load import COMMAND_LINE, load_config, read_yaml, split_overrides
-from ted_ds.config.schema import RunConfig, Section
+from ted_ds.config.schema import RunConfig
+from ted_ds.config.sections import Section
 from ted_ds.config.written import is_misread, misread, scalar_text
 from ted_ds.errors import ConfigError
 from ted_ds.runs.progress import finished, saved_step

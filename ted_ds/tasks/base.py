@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from ted_ds.batch import Batch, BatchCounts
+from ted_ds.config.sections import LossConfig
 from ted_ds.models.filters import Filter
 from ted_ds.models.readout import Readout
-from ted_ds.ops import Divergence, Head, ResidualDtype
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """The weights of the one sum that ce, kd, lwd and ted are (arXiv 2210.01351, eq. 4).
-
-    kl_alpha, mse_alpha: 0 leaves the term, and whatever serves it alone, out.
-    temperature: T of the KL term, which carries the factor T^2.
-    divergence, top_k: see `linear_cross_entropy_kl`; of causal LMs alone. residual_dtype: see `linear_squared_error`.
-    mask_padding: False counts padding positions in the layer loss and in a question's positions, as the
-        paper's code does.
-    """
-
-    kl_alpha: float
-    mse_alpha: float
-    temperature: float = 2.0
-    mask_padding: bool = True
-    divergence: Divergence = "forward"
-    top_k: int | None = None
-    residual_dtype: ResidualDtype = "same"
+from ted_ds.ops import Head
 
 
 class Reading(NamedTuple):
@@ -60,7 +40,7 @@ class Task(Protocol):
         ...
 
     def losses(
-        self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, weights: LossWeights
+        self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, loss: LossConfig
     ) -> TaskLosses:
         """CE and KL, sums over the micro-batch over counts of the global batch. teacher: None without a KL."""
         ...

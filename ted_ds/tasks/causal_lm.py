@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from ted_ds.batch import Batch, BatchCounts, on_device
+from ted_ds.config.sections import LossConfig
 from ted_ds.models.filters import Filter, fresh_linear
 from ted_ds.models.readout import LogitHead
 from ted_ds.models.structure import find_structure
 from ted_ds.ops import Head, TopK, linear_cross_entropy_kl, token_scores
-from ted_ds.tasks.base import LossWeights, Reading, TaskLosses
+from ted_ds.tasks.base import Reading, TaskLosses
 
 
 class CausalLM:
@@ -31,7 +32,7 @@ class CausalLM:
         return LogitHead(find_structure(model))
 
     def losses(
-        self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, weights: LossWeights
+        self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, loss: LossConfig
     ) -> TaskLosses:
         """CE and KL from hidden states and LM heads, in chunks of tokens; a recorded teacher may give a `TopK`."""
         assert student.head is not None
@@ -46,10 +47,10 @@ class CausalLM:
             hidden_t,
             None if teacher is None else teacher.head,
             pred_scale=1.0 / targets,
-            kl_scale=weights.kl_alpha / targets,
-            temperature=weights.temperature,
-            divergence=weights.divergence,
-            top_k=output_t if recorded else weights.top_k,
+            kl_scale=loss.kl_alpha / targets,
+            temperature=loss.temperature,
+            divergence=loss.divergence,
+            top_k=output_t if recorded else loss.kl_top_k,
             vocab_size=self.vocab_size,
         )
         return TaskLosses(total, pred_sum / targets, kl_sum / targets)

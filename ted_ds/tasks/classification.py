@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn import functional
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
+from ted_ds.config.sections import LossConfig
 from ted_ds.models.filters import Filter, fresh_linear
 from ted_ds.models.labels import label_order
 from ted_ds.models.pooler import PoolerPlan
 from ted_ds.models.readout import TaskReadout
-from ted_ds.tasks.base import LossWeights, Reading, TaskLosses, wide
+from ted_ds.tasks.base import Reading, TaskLosses, wide
 
 
 class Classification:
@@ -31,15 +32,15 @@ class Classification:
         return TaskReadout(model, label_order(model.config, self._labels))
 
     def losses(
-        self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, weights: LossWeights
+        self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, loss: LossConfig
     ) -> TaskLosses:
         """CE and KL of logits [B, C]."""
         z_s = wide(student.output)
         pred = _cross_entropy_sum(z_s, batch.targets) / counts.targets.clamp_min(1)
         if teacher is None:
             return TaskLosses(pred, pred.detach(), torch.zeros_like(pred.detach()))
-        kl = kl_sum(z_s, teacher.output.to(z_s.dtype), weights.temperature) / counts.rows
-        return TaskLosses(pred + weights.kl_alpha * kl, pred.detach(), kl.detach())
+        kl = kl_sum(z_s, teacher.output.to(z_s.dtype), loss.temperature) / counts.rows
+        return TaskLosses(pred + loss.kl_alpha * kl, pred.detach(), kl.detach())
 
     def predict(self, student: Reading, batch: Batch) -> torch.Tensor:
         """Logits [B, C]."""
@@ -62,7 +63,7 @@ class Regression:
         return TaskReadout(model)
 
     def losses(
-        self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, weights: LossWeights
+        self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, loss: LossConfig
     ) -> TaskLosses:
         """MSE and KL of predictions [B, 1]."""
         y_s = wide(student.output).squeeze(-1)
@@ -70,8 +71,8 @@ class Regression:
         if teacher is None:
             return TaskLosses(pred, pred.detach(), torch.zeros_like(pred.detach()))
         y_t = teacher.output.squeeze(-1).to(y_s.dtype)
-        kl = self._divergence(y_s, y_t, weights.temperature) / counts.rows
-        return TaskLosses(pred + weights.kl_alpha * kl, pred.detach(), kl.detach())
+        kl = self._divergence(y_s, y_t, loss.temperature) / counts.rows
+        return TaskLosses(pred + loss.kl_alpha * kl, pred.detach(), kl.detach())
 
     def predict(self, student: Reading, batch: Batch) -> torch.Tensor:
         """Predictions [B, 1]."""

@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional
 
 from ted_ds.batch import Batch, BatchCounts
+from ted_ds.config.sections import LossConfig
 from ted_ds.evaluation.squad import best_spans
 from ted_ds.models.filters import Filter, fresh_linear
 from ted_ds.models.readout import TaskReadout
-from ted_ds.tasks.base import LossWeights, Reading, TaskLosses, wide
+from ted_ds.tasks.base import Reading, TaskLosses, wide
 from ted_ds.tasks.classification import kl_sum
 
 
@@ -24,17 +25,17 @@ class QuestionAnswering:
         return TaskReadout(model)
 
     def losses(
-        self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, weights: LossWeights
+        self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, loss: LossConfig
     ) -> TaskLosses:
         """CE and KL of logits [B, 2, S], over real positions or, without `mask_padding`, all of them."""
-        mask = batch.attention_mask if weights.mask_padding else None
+        mask = batch.attention_mask if loss.mask_padding else None
         z_s = _masked(wide(student.output), mask)
         pred = _span_cross_entropy(z_s, batch, counts)
         if teacher is None:
             return TaskLosses(pred, pred.detach(), torch.zeros_like(pred.detach()))
         z_t = _masked(teacher.output.to(z_s.dtype), mask)
-        kl = kl_sum(z_s, z_t, weights.temperature) / (2 * counts.rows)
-        return TaskLosses(pred + weights.kl_alpha * kl, pred.detach(), kl.detach())
+        kl = kl_sum(z_s, z_t, loss.temperature) / (2 * counts.rows)
+        return TaskLosses(pred + loss.kl_alpha * kl, pred.detach(), kl.detach())
 
     def predict(self, student: Reading, batch: Batch) -> torch.Tensor:
         """[B, 4 * 20 + 1], the best candidates of each window; see `best_spans`."""

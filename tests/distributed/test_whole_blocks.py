@@ -13,13 +13,13 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
+from ted_ds.config.sections import LossConfig
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.engine import build_trained_engine
 from ted_ds.job.world import World
 from ted_ds.models.leaf_blocks import handle_whole_blocks
 from ted_ds.models.loading import checkpoint_activations
 from ted_ds.models.structure import find_blocks
-from ted_ds.tasks.base import LossWeights
 from ted_ds.tasks.causal_lm import CausalLM
 from ted_ds.tasks.classification import Classification
 from tests.tiny_encoders import ENCODERS, tiny_encoder
@@ -27,7 +27,7 @@ from tests.tiny_models import FAMILIES, tiny_model
 from tests.workers import Workers
 
 Group = Callable[[int], Workers]
-CE = LossWeights(kl_alpha=0.0, mse_alpha=0.0)
+CE = LossConfig(kl_alpha=0.0, mse_alpha=0.0)
 VOCAB = 61
 ZERO3: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 3,

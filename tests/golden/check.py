@@ -28,6 +28,7 @@ from transformers.models.deberta_v2 import modeling_deberta_v2
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from ted_ds.batch import Batch, BatchCounts
+from ted_ds.config.sections import LossConfig
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.models.filters import FilterPlan
@@ -35,7 +36,7 @@ from ted_ds.models.padding import zero_padding_context
 from ted_ds.models.pooler import find_pooler
 from ted_ds.models.published import read_published
 from ted_ds.models.task_head import AUTO_CLASSES
-from ted_ds.tasks.base import DisposableHead, LossWeights, Task
+from ted_ds.tasks.base import DisposableHead, Task
 from ted_ds.tasks.classification import Classification, PoolerHead, Regression
 from ted_ds.tasks.question_answering import QuestionAnswering, SpanHead
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule
@@ -189,7 +190,9 @@ class Case:
 
     def stage2(self, variant: str) -> None:
         expected = self.manifest["stage2"][variant][self.name]
-        weights = LossWeights(expected["kl_alpha"], expected["mse_alpha"], TEMPERATURE, mask_padding=False)
+        weights = LossConfig(
+            kl_alpha=expected["kl_alpha"], mse_alpha=expected["mse_alpha"], temperature=TEMPERATURE, mask_padding=False
+        )
         model, plan, layer_map = self._distillation(variant, weights)
         counts = BatchCounts.of(self.batch)
         self._compare_states(variant, model)
@@ -206,14 +209,14 @@ class Case:
             variant, model, lambda: model(batch=self.batch, counts=counts), expected["trajectory_total"]
         )
         if layer_map:
-            masked = LossWeights(expected["kl_alpha"], expected["mse_alpha"], TEMPERATURE, mask_padding=True)
+            masked = weights.model_copy(update={"mask_padding": True})
             _, terms = self._distillation(variant, masked)[0](batch=self.batch, counts=counts)
             wanted = expected["per_layer_mse_valid_tokens_only__NOT_used"]
             for value, want in zip(terms[4:], wanted, strict=True):
                 self.errors.add(f"{variant}_masked_layer_loss", "loss", _relative(value, want))
 
     def _distillation(
-        self, variant: str, weights: LossWeights
+        self, variant: str, weights: LossConfig
     ) -> tuple[DistillationModel, FilterPlan | None, tuple[tuple[int, int], ...]]:
         student, teacher = (self.published[side].plan for side in ("student", "teacher"))
         assert student is not None and teacher is not None

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
+from ted_ds.config.sections import LossConfig
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.loading import checkpoint_activations, resident_readout
-from ted_ds.tasks.base import LossWeights
 from ted_ds.tasks.causal_lm import CausalLM, LMHead
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule
 from tests.tiny_models import FAMILIES, READS_BACK, tiny_model
@@ -35,7 +35,9 @@ def both_stages(
     banks = [FilterPlan((0, 1), width, 24).build().to(device, dtype) for width in (48, 32)]
     frozen = FrozenModel(FrozenModule(teacher, CausalLM(VOCAB), banks[0]))
     checkpoint_activations(student)
-    model = DistillationModel(student.train(), banks[1], LossWeights(0.7, 3.0, **options), task=CausalLM(VOCAB))
+    model = DistillationModel(
+        student.train(), banks[1], LossConfig(kl_alpha=0.7, mse_alpha=3.0, **options), task=CausalLM(VOCAB)
+    )
     model.attach_teacher(frozen, PAIRS, torch.ones(2, device=device))
     norm, head = resident_readout(teacher, torch.device(device))
     learner = FilterLearner(
@@ -68,7 +70,7 @@ def waiting_is_an_error() -> Iterator[None]:
     [
         *((family, {}) for family in FAMILIES),
         *(("llama", {"divergence": kind}) for kind in ("reverse", "jensen-shannon")),
-        ("llama", {"top_k": 5, "residual_dtype": "float8"}),
+        ("llama", {"kl_top_k": 5}),
     ],
 )
 def test_no_micro_batch_waits_for_the_device(family: str, options: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ted_ds.batch import IGNORED
-from ted_ds.ops import Head, linear_cross_entropy_kl, logit_loss, teacher_top_k, token_scores
+from ted_ds.ops import Head, dispatch, linear_cross_entropy_kl, logit_loss, teacher_top_k, token_scores
 from ted_ds.ops.reference import cross_entropy_sum, kl_sum, soft_capped, top_k_kl_sum
 from tests.conftest import DEVICE
 
@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def kernels_serve_the_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logit_loss, "has_kernel", lambda x: True)
+    monkeypatch.setattr(dispatch, "has_kernel", lambda x: True)
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -147,16 +147,16 @@ def test_vocabularies_around_a_block(vocab: int) -> None:
 def test_gemms_have_even_sizes_and_rows_that_are_aligned(monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
     """In training, evaluation, and of a recorded teacher; what is left of an odd vocabulary goes by itself."""
     seen: set[tuple[int, int]] = set()
-    gemm = logit_loss._gemm_logits
+    gemm = logit_loss.gemm_logits
 
     def spy(*call: Any) -> torch.Tensor:
         logits = gemm(*call)
-        widths = [part.stop - part.start for part in logit_loss._even_parts(logits)]
+        widths = [part.stop - part.start for part in logit_loss.even_parts(logits)]
         assert sum(widths) == vocab and all(width % 8 == 0 or width < 8 for width in widths)
         seen.add((len(logits), logits.stride(0) % 64))
         return logits
 
-    monkeypatch.setattr(logit_loss, "_gemm_logits", spy)
+    monkeypatch.setattr(logit_loss, "gemm_logits", spy)
     hidden, weight = torch.randn(6, 8, device=DEVICE), torch.randn(vocab, 8, device=DEVICE)
     targets = torch.tensor([0, 2, IGNORED, 1, 1, 2], device=DEVICE)
     head = Head(weight, None)

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from ted_ds.cli import prepare
+from ted_ds.config.data_section import DataConfig, HubDataset
 from ted_ds.config.load import dump_config, load_config, load_section
-from ted_ds.config.schema import DataConfig, HubDataset, RunConfig
+from ted_ds.config.schema import RunConfig
 from ted_ds.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[2]

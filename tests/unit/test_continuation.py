@@ -12,8 +12,10 @@ import yaml
 from pydantic import BaseModel
 
 from ted_ds.config.continuation import DECIDES, MAY_CHANGE, deciding, first_change
+from ted_ds.config.data_section import HubDataset
 from ted_ds.config.load import _alternatives, dump_config, load_config
-from ted_ds.config.schema import FiltersConfig, HubDataset, RunConfig
+from ted_ds.config.schema import RunConfig
+from ted_ds.config.sections import FiltersConfig
 from ted_ds.data.manifests import entry_names, reread_names
 from ted_ds.errors import CheckpointError, ConfigError
 from ted_ds.pipeline.run import _claim
@@ -93,6 +95,7 @@ def recipe(**changes: Any) -> RunConfig:
     """The recipe of the earlier run; `changes` by dotted key with `__` for the dot."""
     values = yaml.safe_load(EARLIER)
     del values["environment"]
+    del values["loss"]["residual_dtype"]  # a key of that version
     for dotted, value in changes.items():
         *path, last = dotted.split("__")
         place = values
@@ -193,7 +196,7 @@ def test_what_only_says_how_may_change() -> None:
         ("student.dtype", "bfloat16"),
         ("teacher.model", "u"),
         ("filters.learning_rate", 0.02),
-        ("loss.residual_dtype", "bfloat16"),
+        ("loss.kl_alpha", 2.0),
         ("data.train", ["train.txt"]),
         ("train.global_batch_size", 8),
     ],
@@ -208,6 +211,10 @@ def test_what_decides_may_not_change(key: str, value: Any) -> None:
     [
         ({"old": 1}, "config.yaml: old: this version of ted_ds has no such key: go on with the version that wrote it"),
         ({"student": {"init": {"old": 1}}}, "config.yaml: student.init.old: this version of ted_ds has no such key"),
+        (
+            {"loss": {"residual_dtype": "float8"}},
+            "config.yaml: loss.residual_dtype: this version of ted_ds has no such key",
+        ),
         ({"seed": -1}, "config.yaml: seed: this version of ted_ds says: Input should be greater than or equal to 0"),
     ],
 )

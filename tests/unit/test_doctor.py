@@ -341,9 +341,9 @@ def test_sharding_and_precision(tmp_path: Path) -> None:
 
 
 def test_activations_and_residuals_follow_the_recipe(tmp_path: Path) -> None:
-    lean = sizes(a_run(tmp_path, student__activation_checkpointing=True, loss__residual_dtype="bfloat16"), 1)
+    lean = sizes(a_run(tmp_path, student__activation_checkpointing=True), 1)
     assert lean["activations, a block's input each"] == 3 * (100 + 2 * 12 * 4 * 4)
-    assert lean["residuals of"] == 2 * 36 * 8 * 2
+    assert lean["residuals of"] == 2 * 36 * 8 * 4
     assert lean["a block's backward"] == 2 * 3 * 300
     curved = sizes(a_run(tmp_path, filters__nonlinear=True), 1)
     assert curved["residuals of"] == 2 * 36 * (8 + 2 * 4) * 4

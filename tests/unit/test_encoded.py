@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from ted_ds.config.schema import HubDataset
+from ted_ds.config.data_section import HubDataset
 from ted_ds.config.tasks import TASKS, TaskSpec
 from ted_ds.data import encoding as module
 from ted_ds.data.encoded import ROWS, EncodedRows

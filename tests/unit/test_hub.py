@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, NamedSplit, Value
 
-from ted_ds.config.schema import HubDataset
+from ted_ds.config.data_section import HubDataset
 from ted_ds.config.tasks import TASKS
 from ted_ds.data.files import POINTER
 from ted_ds.data.records import hub_records

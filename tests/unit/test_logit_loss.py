@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ted_ds.batch import IGNORED
-from ted_ds.ops import Head, linear_cross_entropy_kl, logit_loss, teacher_top_k, token_scores
+from ted_ds.ops import Head, linear_cross_entropy_kl, logit_gemms, teacher_top_k, token_scores
 from ted_ds.ops.reference import cross_entropy_sum, kl_sum, soft_capped, top_k_kl_sum
 
 N, V, D_S, D_T = 41, 401, 19, 23
@@ -383,7 +383,7 @@ def test_chunks_on_cuda(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     device = SimpleNamespace(total_memory=80 << 30, multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: device)
     like: Any = SimpleNamespace(is_cuda=True, device=0, element_size=lambda: 2)
-    chunk = logit_loss.default_chunk_tokens(tokens, 128256, like, sides=2)
+    chunk = logit_gemms.default_chunk_tokens(tokens, 128256, like, sides=2)
     assert chunk % 128 == 0 and 264 <= chunk < tokens
     assert chunk * 128256 * 2 * 2 <= (80 << 30) / 64 + 128 * 128256 * 2 * 2
-    assert logit_loss.default_chunk_tokens(tokens, 10**7, like, sides=2) <= 384  # the least, in whole tiles
+    assert logit_gemms.default_chunk_tokens(tokens, 10**7, like, sides=2) <= 384  # the least, in whole tiles

@@ -9,14 +9,14 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
+from ted_ds.config.sections import LossConfig
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.errors import ModelError
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.loading import resident_readout
 from ted_ds.models.structure import find_structure
-from ted_ds.ops import logit_loss
-from ted_ds.tasks.base import LossWeights
+from ted_ds.ops import logit_gemms
 from ted_ds.tasks.causal_lm import CausalLM, LMHead
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule, filtered_square_sums
 from tests.project import relative
@@ -34,7 +34,7 @@ def a_batch(rows: int = 3, length: int = 10, vocab: int = VOCAB) -> Batch:
 
 
 def build(
-    weights: LossWeights, *, family: str = "llama", mean_squares: torch.Tensor | None = None, **sizes: Any
+    weights: LossConfig, *, family: str = "llama", mean_squares: torch.Tensor | None = None, **sizes: Any
 ) -> tuple[DistillationModel, FrozenModel]:
     teacher_vocab, vocab = sizes.pop("teacher_vocab", VOCAB), sizes.pop("vocab", VOCAB)
     teacher = tiny_model(family, blocks=4, width=24, seed=1, vocab=teacher_vocab, **sizes).double()
@@ -58,7 +58,7 @@ def run(model: DistillationModel, batch: Batch) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_are_those_of_plain_autograd(family: str) -> None:
     batch = a_batch()
-    model, frozen = build(LossWeights(0.7, 3.0, 2.5), family=family)
+    model, frozen = build(LossConfig(kl_alpha=0.7, mse_alpha=3.0, temperature=2.5), family=family)
     loss, terms = run(model, batch)
     got = {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -81,7 +81,7 @@ class plain_loss:
     """The specification: both models whole, all states kept, logits whole."""
 
     def __init__(self, model: DistillationModel, frozen: FrozenModel, batch: Batch) -> None:
-        student, teacher, weights = model.student, frozen.module.model, model.weights
+        student, teacher, weights = model.student, frozen.module.model, model.loss
         states: dict[str, list[torch.Tensor]] = {"s": [], "t": []}
         handles = [
             part.blocks[block].register_forward_hook(
@@ -110,10 +110,10 @@ class plain_loss:
 
 def test_normalised_and_raw_layer_loss_differ_by_the_teachers_mean_square() -> None:
     batch = a_batch()
-    raw, frozen = build(LossWeights(1.0, 1.0))
+    raw, frozen = build(LossConfig(kl_alpha=1.0, mse_alpha=1.0))
     _, terms = run(raw, batch)
     squares = filtered_square_sums(frozen, (1, 3), batch) / (batch.input_ids.numel() * 8)
-    scaled, _ = build(LossWeights(1.0, 1.0), mean_squares=squares)
+    scaled, _ = build(LossConfig(kl_alpha=1.0, mse_alpha=1.0), mean_squares=squares)
     _, normalised = run(scaled, batch)
     assert relative(normalised[4:] * squares, terms[4:]) < 1e-6
     assert relative(normalised[3], normalised[4:].mean()) < 1e-6
@@ -121,10 +121,10 @@ def test_normalised_and_raw_layer_loss_differ_by_the_teachers_mean_square() -> N
 
 def test_ted_without_layers_is_kd_and_kd_without_kl_is_ce() -> None:
     batch = a_batch()
-    kd, _ = build(LossWeights(1.0, 0.0))
-    ted, _ = build(LossWeights(1.0, 1e-300))
-    ce = DistillationModel(kd.student, nn.ModuleList(), LossWeights(0.0, 0.0), task=CausalLM(VOCAB))
-    kd_without, _ = build(LossWeights(0.0, 0.0))
+    kd, _ = build(LossConfig(kl_alpha=1.0, mse_alpha=0.0))
+    ted, _ = build(LossConfig(kl_alpha=1.0, mse_alpha=1e-300))
+    ce = DistillationModel(kd.student, nn.ModuleList(), LossConfig(kl_alpha=0.0, mse_alpha=0.0), task=CausalLM(VOCAB))
+    kd_without, _ = build(LossConfig(kl_alpha=0.0, mse_alpha=0.0))
     assert relative(run(ted, batch)[0], run(kd, batch)[0]) < 1e-14
     grads = [p.grad.clone() for p in kd.parameters()]
     run(ted, batch)
@@ -135,11 +135,11 @@ def test_ted_without_layers_is_kd_and_kd_without_kl_is_ce() -> None:
 @pytest.mark.parametrize("side", ["teacher_vocab", "vocab"])
 def test_a_vocabulary_padded_on_one_side_changes_nothing(side: str) -> None:
     batch = a_batch()
-    plain, _ = build(LossWeights(1.0, 1.0))
+    plain, _ = build(LossConfig(kl_alpha=1.0, mse_alpha=1.0))
     loss, _ = run(plain, batch)
-    padded, frozen = build(LossWeights(1.0, 1.0), **{side: 112})
+    padded, frozen = build(LossConfig(kl_alpha=1.0, mse_alpha=1.0), **{side: 112})
     copy_common(plain.student, padded.student)
-    copy_common(build(LossWeights(1.0, 1.0))[1].module.model, frozen.module.model)
+    copy_common(build(LossConfig(kl_alpha=1.0, mse_alpha=1.0))[1].module.model, frozen.module.model)
     padded_loss, _ = run(padded, batch)
     assert relative(padded_loss, loss) < 1e-14
     grads = dict(plain.student.named_parameters())
@@ -156,7 +156,7 @@ def copy_common(source: nn.Module, target: nn.Module) -> None:
 
 def test_micro_batches_add_up_to_the_global_batch() -> None:
     batch = a_batch(rows=4)
-    model, _ = build(LossWeights(1.0, 2.0))
+    model, _ = build(LossConfig(kl_alpha=1.0, mse_alpha=2.0))
     _, terms = run(model, batch)
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -171,7 +171,7 @@ def test_micro_batches_add_up_to_the_global_batch() -> None:
 
 
 def test_filters_and_layer_map_must_agree() -> None:
-    model, frozen = build(LossWeights(1.0, 1.0))
+    model, frozen = build(LossConfig(kl_alpha=1.0, mse_alpha=1.0))
     with pytest.raises(ModelError, match="2 student filters do not fit a layer map of 1 pairs"):
         model.attach_teacher(frozen, ((0, 1),))
 
@@ -191,11 +191,13 @@ class Allocations(TorchDispatchMode):
 
 def test_no_tensor_of_tokens_by_vocabulary_is_ever_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """V is chosen so large that [N, V] stands out, and the chunk budget so small that it must be cut."""
-    monkeypatch.setattr(logit_loss, "_CPU_CHUNK_BYTES", 32 * 4001 * 4 * 2)
+    monkeypatch.setattr(logit_gemms, "_CPU_CHUNK_BYTES", 32 * 4001 * 4 * 2)
     vocab, batch = 4001, a_batch(rows=4, length=64, vocab=4001)
     teacher, student = (tiny_model("llama", blocks=n, width=8, vocab=vocab) for n in (2, 1))
     frozen = FrozenModel(FrozenModule(teacher, CausalLM(vocab), FilterPlan((1,), 8, 8).build()))
-    model = DistillationModel(student, FilterPlan((0,), 8, 8).build(), LossWeights(1.0, 1.0), task=CausalLM(vocab))
+    model = DistillationModel(
+        student, FilterPlan((0,), 8, 8).build(), LossConfig(kl_alpha=1.0, mse_alpha=1.0), task=CausalLM(vocab)
+    )
     model.attach_teacher(frozen, ((0, 1),))
     norm, head = resident_readout(teacher, torch.device("cpu"))
     learner = FilterLearner(FilterPlan((1,), 8, 4).build(), frozen, (1,), LMHead(norm, head, vocab_size=vocab))
@@ -270,7 +272,7 @@ def test_the_teachers_forward_ends_where_nothing_after_it_is_needed() -> None:
     ran: list[int] = []
     terms = {}
     for kl_alpha in (0.0, 1.0):
-        model, frozen = build(LossWeights(kl_alpha, 3.0))
+        model, frozen = build(LossConfig(kl_alpha=kl_alpha, mse_alpha=3.0))
         model.attach_teacher(frozen, ((0, 0), (1, 2)))
         for i, block in enumerate(frozen.module.structure.blocks):
             block.register_forward_hook(lambda m, inputs, out, i=i: ran.append(i))
@@ -299,15 +301,15 @@ class Reads(TorchDispatchMode):
     [
         *((family, {}) for family in FAMILIES),
         *(("llama", {"divergence": kind}) for kind in ("reverse", "jensen-shannon")),
-        ("llama", {"top_k": 5, "residual_dtype": "float8"}),
-        ("llama", {"temperature": 1.5, "residual_dtype": "bfloat16"}),
+        ("llama", {"kl_top_k": 5}),
+        ("llama", {"temperature": 1.5}),
     ],
 )
 def test_a_micro_batch_reads_nothing_back(family: str, options: dict[str, Any]) -> None:
     if family in READS_BACK:
         pytest.skip("transformers itself reads back")
     batch = a_batch()
-    model, frozen = build(LossWeights(0.7, 3.0, **options), family=family)
+    model, frozen = build(LossConfig(kl_alpha=0.7, mse_alpha=3.0, **options), family=family)
     norm, head = resident_readout(frozen.module.model, torch.device("cpu"))
     head_ = LMHead(norm, head, vocab_size=VOCAB, token_fraction=0.5)
     learner = FilterLearner(FilterPlan((1,), 24, 8).build().double(), frozen, (1,), head_)

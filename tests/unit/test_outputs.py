@@ -12,10 +12,11 @@ import torch
 from transformers import AutoConfig
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
+from ted_ds.config.sections import LossConfig
 from ted_ds.evaluation.outputs import collect_outputs
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.pooler import find_pooler
-from ted_ds.tasks.base import DisposableHead, LossWeights, Reading, Task
+from ted_ds.tasks.base import DisposableHead, Reading, Task
 from ted_ds.tasks.classification import Classification, PoolerHead, Regression
 from ted_ds.tasks.question_answering import QuestionAnswering, SpanHead
 
@@ -130,7 +131,7 @@ HEADS: dict[str, DisposableHead] = {
     "regression": PoolerHead(find_pooler(AutoConfig.for_model("bert"), 0.0), 1, regression=True),
     "questions": SpanHead(mask_padding=True),
 }
-WEIGHTS = LossWeights(0.7, 0.0, 2.5)
+WEIGHTS = LossConfig(kl_alpha=0.7, mse_alpha=0.0, temperature=2.5)
 
 
 def labelled(kind: str, *, nothing: bool = False) -> Batch:
@@ -224,6 +225,11 @@ def test_padding_takes_no_part_in_a_question_s_kl_at_any_temperature(temperature
         batch = Batch(IDS[:1, part], torch.tensor([1]), torch.tensor([[1, 1, 1, 0]])[:, part], ends=torch.tensor([2]))
         readings = (Reading(logits[..., part], None) for logits in (student, teacher))
         losses.append(
-            QuestionAnswering().losses(*readings, batch, BatchCounts.of(batch), LossWeights(1.0, 0.0, temperature))
+            QuestionAnswering().losses(
+                *readings,
+                batch,
+                BatchCounts.of(batch),
+                LossConfig(kl_alpha=1.0, mse_alpha=0.0, temperature=temperature),
+            )
         )
     torch.testing.assert_close(losses[1], losses[0])

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ted_ds.config.schema import HubDataset
+from ted_ds.config.data_section import HubDataset
 from ted_ds.data import sources
 from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.files import matching_files

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ted_ds.config.schema import HubDataset
+from ted_ds.config.data_section import HubDataset
 from ted_ds.config.tasks import TASKS, TaskSpec
 from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.tables import Example, iter_examples

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
+from ted_ds.config.sections import LossConfig
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.errors import ModelError
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.pooler import find_pooler
 from ted_ds.models.structure import block_output, find_blocks
-from ted_ds.tasks.base import LossWeights, Reading, Task
+from ted_ds.tasks.base import Reading, Task
 from ted_ds.tasks.classification import Classification, PoolerHead, Regression
 from ted_ds.tasks.question_answering import QuestionAnswering, SpanHead
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule
@@ -26,7 +27,7 @@ from tests.tiny_encoders import CLASSIFIERS, ENCODERS, tiny_encoder
 PAIRS = ((0, 1), (1, 3))
 LABELS = ("a", "b", "c")
 KINDS = ("classification", "regression", "question-answering")
-WEIGHTS = LossWeights(0.7, 3.0, 2.5)
+WEIGHTS = LossConfig(kl_alpha=0.7, mse_alpha=3.0, temperature=2.5)
 
 
 def a_batch(kind: str, rows: int = 5, length: int = 11) -> Batch:
@@ -56,7 +57,7 @@ def models(kind: Any, family: str) -> tuple[Any, Any]:
     return teacher, tiny_encoder(family, kind, blocks=2, width=16, seed=2, num_labels=labels).double()
 
 
-def build(kind: str, family: str, weights: LossWeights, *, lwd: bool = False) -> tuple[DistillationModel, FrozenModel]:
+def build(kind: str, family: str, weights: LossConfig, *, lwd: bool = False) -> tuple[DistillationModel, FrozenModel]:
     teacher, student = models(kind, family)
     torch.manual_seed(3)
     filters_t, filters_s = (FilterPlan((0, 1), w, 24 if lwd else 8, True).build().double() for w in (24, 16))
@@ -89,7 +90,7 @@ def kl(z_s: torch.Tensor, z_t: torch.Tensor, heat: float, rows: int) -> torch.Te
 
 def written_out(kind: str, model: DistillationModel, frozen: FrozenModel, batch: Batch) -> list[torch.Tensor]:
     """[total, pred, kl, layer, each pair's layer loss] from whole models, by the formulas alone."""
-    w = model.weights
+    w = model.loss
     states_s, out_s = states_of(model.student, batch)
     with torch.no_grad():
         states_t, out_t = states_of(frozen.module.model, batch)
@@ -134,14 +135,17 @@ def gradients(module: nn.Module) -> dict[str, torch.Tensor]:
 CASES = [
     *((kind, family, WEIGHTS, False) for kind in KINDS for family in ENCODERS),
     *(("classification", family, WEIGHTS, False) for family in CLASSIFIERS[len(ENCODERS) :]),
-    *((kind, "bert", LossWeights(0.7, 3.0, 2.5, mask_padding=False), False) for kind in KINDS),
+    *(
+        (kind, "bert", LossConfig(kl_alpha=0.7, mse_alpha=3.0, temperature=2.5, mask_padding=False), False)
+        for kind in KINDS
+    ),
     *((kind, "deberta-v2", WEIGHTS, True) for kind in KINDS),
-    *((kind, "electra", LossWeights(1.3, 0.0), False) for kind in KINDS),
+    *((kind, "electra", LossConfig(kl_alpha=1.3, mse_alpha=0.0), False) for kind in KINDS),
 ]
 
 
 @pytest.mark.parametrize(("kind", "family", "weights", "lwd"), CASES)
-def test_losses_and_gradients_are_those_written_out(kind: str, family: str, weights: LossWeights, lwd: bool) -> None:
+def test_losses_and_gradients_are_those_written_out(kind: str, family: str, weights: LossConfig, lwd: bool) -> None:
     batch = a_batch(kind)
     model, frozen = build(kind, family, weights, lwd=lwd)
     loss, terms = model(batch=batch, counts=BatchCounts.of(batch))
@@ -159,7 +163,9 @@ def test_losses_and_gradients_are_those_written_out(kind: str, family: str, weig
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_of_other_padding_add_up_to_the_batch(kind: str) -> None:
     batch = a_batch(kind)
-    weights = LossWeights(0.0 if kind == "regression" else 0.7, 3.0)  # a regression's KL needs all rows at once
+    weights = LossConfig(
+        kl_alpha=0.0 if kind == "regression" else 0.7, mse_alpha=3.0
+    )  # a regression's KL needs all rows at once
     model, _ = build(kind, "bert", weights)
     counts = BatchCounts.of(batch)
     loss, terms = model(batch=batch, counts=counts)
@@ -187,7 +193,7 @@ def test_micro_batches_of_other_padding_add_up_to_the_batch(kind: str) -> None:
 def test_a_regressions_kl_over_ranks_is_that_of_all_rows() -> None:
     """Two 'ranks' that see each other's predictions: their shares and gradients add up to one rank's."""
     batch = a_batch("regression")
-    model, _ = build("regression", "bert", LossWeights(2.0, 0.0, 1.5))
+    model, _ = build("regression", "bert", LossConfig(kl_alpha=2.0, mse_alpha=0.0, temperature=1.5))
     counts = BatchCounts.of(batch)
     loss, terms = model(batch=batch, counts=counts)
     loss.backward()
@@ -283,7 +289,7 @@ def test_models_of_other_label_orders_give_the_same_loss() -> None:
                     for tensor in model.classifier.parameters():
                         tensor.copy_(tensor[[order.index(i) for i in range(3)]])
         task = Classification(LABELS)
-        distilled = DistillationModel(student, nn.ModuleList(), LossWeights(1.0, 0.0), task=task)
+        distilled = DistillationModel(student, nn.ModuleList(), LossConfig(kl_alpha=1.0, mse_alpha=0.0), task=task)
         distilled.attach_teacher(FrozenModel(FrozenModule(teacher, task)), ())
         losses.append(distilled(batch=batch, counts=BatchCounts.of(batch))[1])
         predicted = distilled(batch=batch)
@@ -301,7 +307,7 @@ def test_padding_does_not_matter_unless_it_is_asked_for() -> None:
         ends=torch.where(short.ends >= 11, 16, short.ends),
     )
     for masked in (True, False):
-        model, _ = build("question-answering", "bert", LossWeights(1.0, 1.0, mask_padding=masked))
+        model, _ = build("question-answering", "bert", LossConfig(kl_alpha=1.0, mse_alpha=1.0, mask_padding=masked))
         a, b = (model(batch=x, counts=BatchCounts.of(x))[1] for x in (short, padded))
         assert (relative(a, b) < 1e-9) == masked
 
@@ -316,11 +322,11 @@ def test_filters_and_targets_of_different_widths_are_refused() -> None:
 
 
 def test_a_questions_kl_is_finite_at_any_temperature() -> None:
-    model, _ = build("question-answering", "bert", LossWeights(1.0, 0.0, temperature=0.01))
+    model, _ = build("question-answering", "bert", LossConfig(kl_alpha=1.0, mse_alpha=0.0, temperature=0.01))
     batch = a_batch("question-answering")
     assert model(batch=batch, counts=BatchCounts.of(batch))[1].isfinite().all()
     logits = torch.randn(5, 2, 11)  # float32, whose range is smaller
     losses = QuestionAnswering().losses(
-        Reading(logits, None), Reading(-logits, None), batch, BatchCounts.of(batch), model.weights
+        Reading(logits, None), Reading(-logits, None), batch, BatchCounts.of(batch), model.loss
     )
     assert losses.kl_loss.isfinite() and losses.kl_loss > 0
