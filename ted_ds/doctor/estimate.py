@@ -87,8 +87,8 @@ class _Engine:
         """
         if self.stage < 3 or (self.ranks == 1 and self.weights == "device"):
             return 0
-        reused = self.zero.max_reuse_distance // 2 if backward else 0
-        return min(elements, max(largest, reused) + self.zero.prefetch_bucket_size)
+        reused = int(self.zero.max_reuse_distance) // 2 if backward else 0
+        return min(elements, max(largest, reused) + int(self.zero.prefetch_bucket_size))
 
 
 def _offloads(section: Any) -> bool:

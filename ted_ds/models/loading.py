@@ -61,6 +61,7 @@ def load_model(
     if head_dropout is not None:
         set_head_dropout(config, head_dropout)
     try:
+        model: PreTrainedModel
         model, found = AUTO_CLASSES[kind].from_pretrained(
             name_or_path,
             config=config,
@@ -105,22 +106,27 @@ def meta_model(name_or_path: str, kind: Kind, *, trust_remote_code: bool = False
     config = _load_config(name_or_path, trust_remote_code)
     try:
         with torch.device("meta"):
-            return AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
+            model: PreTrainedModel = AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ModelError(f"model {name_or_path!r}, a {config.model_type}, has no head for {kind}") from error
+    return model
 
 
 def sharded_init(deepspeed_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
     """A context in which new modules are born sharded where the configuration shards parameters."""
-    if is_sharded(deepspeed_config):
-        return deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
-    return nullcontext()
+    if not is_sharded(deepspeed_config):
+        return nullcontext()
+    context: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
+    return context
 
 
 def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
     """The parameters whole inside the context, on every rank; rank 0's changes are kept where `write`."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None, enabled=bool(sharded))
+    rank = 0 if write else None
+    context: AbstractContextManager[Any]
+    context = deepspeed.zero.GatheredParameters(sharded, modifier_rank=rank, enabled=bool(sharded))
+    return context
 
 
 def whole_tensors(module: nn.Module, *, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -178,9 +184,10 @@ def resident_readout(
 
 def _load_config(name_or_path: str, trust_remote_code: bool) -> PreTrainedConfig:
     try:
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {name_or_path!r} could not be found: {load_failure(error)}") from error
+    return config
 
 
 def _resident(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:

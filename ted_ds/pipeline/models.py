@@ -230,7 +230,7 @@ def _positions(model: PreTrainedModel) -> int | None:
     if not isinstance(positions, int) or positions <= 0:
         return None
     if config.model_type in ("roberta", "xlm-roberta"):  # its positions begin after the padding id
-        return positions - config.pad_token_id - 1
+        return positions - int(config.pad_token_id) - 1
     relative = config.model_type == "deberta-v2" and config.relative_attention and not config.position_biased_input
     return None if relative else positions
 
