@@ -66,7 +66,7 @@ def is_published(name_or_path: str) -> bool:
     if path is None:
         return False
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE)
     except (ValueError, AttributeError):
         return False  # whoever loads it as a plain model says what is wrong with it
 

@@ -267,4 +267,6 @@ def _summarise(run: ResolvedRun, best: dict[str, Any] | None) -> dict[str, Any]:
 def _training_seconds(lines: list[dict[str, Any]]) -> float:
     """Seconds spent in steps: without evaluation, saving and starting up."""
     steps = [0, *(line["step"] for line in lines)]
-    return sum(line.get("step_ms", 0.0) * (b - a) for line, (a, b) in zip(lines, pairwise(steps), strict=True)) / 1000
+    spans = zip(lines, pairwise(steps), strict=True)
+    milliseconds: float = sum(line.get("step_ms", 0.0) * (b - a) for line, (a, b) in spans)
+    return milliseconds / 1000
