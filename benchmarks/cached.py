@@ -7,6 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ted_ds.tasks.causal_lm import LastHiddenStates, TopLogits
 from ted_ds.teacher.cache_layout import UNFINISHED, Manifest, plan_shards, state_field
 from ted_ds.teacher.frozen import FrozenModel
 from ted_ds.teacher.recorded import CachedTeacher, ShardReader, load_head
-from ted_ds.teacher.recording import TeacherRecorder, record_shards, write_head
+from ted_ds.teacher.recording import record_batch, record_shards, write_head
 
 
 @dataclass(frozen=True)
@@ -55,9 +56,6 @@ class OneBatch:
     def batch(self, rows: np.ndarray) -> Batch:
         return Batch(self.ids.input_ids[rows], self.ids.targets[rows])
 
-    def fingerprint(self) -> str:
-        return ""
-
 
 @dataclass(frozen=True)
 class Recorded:
@@ -75,7 +73,8 @@ def record(frozen: FrozenModel, batch: Batch, layer_map: LayerMap, dtype: str, t
     output: CachedOutput = LastHiddenStates(structure, dtype)
     if top_k is not None:
         output = TopLogits(top_k, 2.0, structure.vocab_rows)
-    rows, blocks = OneBatch(batch), tuple(t for _, t in layer_map)
+    rows: Any = OneBatch(batch)
+    blocks = tuple(t for _, t in layer_map)
     fields = {state_field(block): Field(dtype, frozen.target_width) for block in blocks} | output.fields
     manifest = Manifest(
         data="",
@@ -94,7 +93,9 @@ def record(frozen: FrozenModel, batch: Batch, layer_map: LayerMap, dtype: str, t
     if output.head is not None:
         write_head(folder, resident_readout(frozen.module.model, device)[1])
     world: Any = Alone(device)
-    record_shards(folder, manifest, rows, TeacherRecorder(frozen, blocks, output), world, batch_size=len(rows.lengths))
+    record_shards(
+        folder, manifest, rows, partial(record_batch, frozen, blocks, output), world, batch_size=len(rows.lengths)
+    )
     reader = ShardReader(folder, manifest, rows.lengths, pinned=device.type == "cuda")
     head = load_head(folder, manifest, device)
     teacher = CachedTeacher(reader, device, blocks=blocks, width=frozen.target_width, output=output, head=head)

@@ -35,20 +35,20 @@ from benchmarks.collectives import CollectiveLog, parameter_bytes, theory
 from benchmarks.report import parser_of, publish, table
 from benchmarks.shapes import Shape, Side, parameters_of, random_batch, random_model
 from benchmarks.timing import environment
-from ted_ds.config.deepspeed import frozen_engine_config
+from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.sections import LossConfig
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.engine import build_trained_engine
 from ted_ds.job.world import World, init_world, seed_everything, shut_down
+from ted_ds.models.filter_files import new_filters
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import resolve_layer_map
 from ted_ds.models.loading import checkpoint_activations, load_model
-from ted_ds.pipeline.models import new_filters, trained_config
 from ted_ds.pipeline.step import train_step
 from ted_ds.tasks.causal_lm import CausalLM
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule
-from ted_ds.teacher.hosting import host_frozen
+from ted_ds.teacher.hosting import HOSTS
 
 ZERO3 = {
     "stage": 3,
@@ -86,8 +86,11 @@ def build_engines(
     shape = setting.shape
     run = RunConfig(**_merged(recipe(setting, folder, world.size), changes))
     assert run.teacher is not None
-    trained = trained_config(run, world, learning_rate=1e-4, weight_decay=0.0)
-    frozen = frozen_engine_config(run, world_size=world.size) if run.teacher.sharding == "zero3" else None
+    trained = trained_engine_config(
+        run, world_size=world.size, learning_rate=1e-4, weight_decay=0.0, cpu=world.device.type == "cpu"
+    )
+    host = HOSTS[run.teacher.sharding]
+    frozen = host.engine_config(run, world.size)
     layer_map = resolve_layer_map("uniform", shape.student.blocks, shape.teacher.blocks) if weights.mse_alpha else ()
     task = CausalLM(shape.vocab)
 
@@ -105,7 +108,7 @@ def build_engines(
     module = DistillationModel(student, filters(0, shape.student.width, trained), weights, task=task)
     engine = build_trained_engine(module, deepspeed_config=trained, schedule=lambda step: 1.0)
     bank = filters(1, shape.teacher.width, frozen)
-    teacher = host_frozen(FrozenModule(model("teacher", frozen), task, bank), world.device, frozen)
+    teacher = host.place(FrozenModule(model("teacher", frozen), task, bank), world.device, frozen)
     if weights.kl_alpha:
         module.attach_teacher(teacher, layer_map, torch.ones(len(layer_map), device=world.device))
     return engine, teacher

@@ -34,7 +34,7 @@ _HOME = {
     "Classification": "ted_ds.tasks.classification",
     "Regression": "ted_ds.tasks.classification",
     "QuestionAnswering": "ted_ds.tasks.question_answering",
-    "Teacher": "ted_ds.teacher.frozen",
+    "Teacher": "ted_ds.teacher.contract",
     "CachedTeacher": "ted_ds.teacher.recorded",
     "Head": "ted_ds.ops",
     "TopK": "ted_ds.ops",

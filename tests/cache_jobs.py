@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-import ted_ds.pipeline.models
-import ted_ds.pipeline.recorded_teacher
 import ted_ds.teacher.cache_layout
+import ted_ds.teacher.hosting
+import ted_ds.teacher.opening
 import ted_ds.teacher.recording
 from ted_ds.config.load import load_config
 from ted_ds.job.world import World
@@ -27,14 +27,14 @@ def in_small_shards(world: World, path: Path, shard_bytes: int, overrides: tuple
 
 def without_a_teacher(world: World, path: Path, overrides: tuple[str, ...] = ()) -> None:
     """Runs a recipe on a machine that cannot load its teacher."""
-    load, run = ted_ds.pipeline.models.load_model, load_config(path, list(overrides))
+    load, run = ted_ds.teacher.hosting.load_model, load_config(path, list(overrides))
 
     def refuse(name_or_path: str, *args: Any, **kwargs: Any) -> Any:
         assert run.teacher is not None and name_or_path != run.teacher.model, "the teacher was loaded"
         return load(name_or_path, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ted_ds.pipeline.models, "load_model", refuse)
+        patch.setattr(ted_ds.teacher.hosting, "load_model", refuse)
         pretrain_recipe(world, path, overrides)
 
 
@@ -65,7 +65,7 @@ def on_a_small_disk(world: World, path: Path, free: int) -> str:
 
 def recordings(world: World, path: Path) -> int:
     """Runs a recipe whose recording takes its time; how often it recorded."""
-    record, count = ted_ds.pipeline.recorded_teacher.record_shards, 0
+    record, count = ted_ds.teacher.opening.record_shards, 0
 
     def slowly(*args: Any, **options: Any) -> None:
         nonlocal count
@@ -74,6 +74,6 @@ def recordings(world: World, path: Path) -> int:
         record(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ted_ds.pipeline.recorded_teacher, "record_shards", slowly)
+        patch.setattr(ted_ds.teacher.opening, "record_shards", slowly)
         pretrain_recipe(world, path)
     return count

@@ -12,6 +12,7 @@ import torch
 from deepspeed.utils import groups, safe_get_full_grad
 
 from ted_ds.batch import Batch
+from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.distill.engine import build_trained_engine
@@ -19,14 +20,15 @@ from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.errors import TedError
 from ted_ds.job.world import World
 from ted_ds.models.loading import gathered
-from ted_ds.pipeline.models import ensure_models, load_frozen, trained_config
 from ted_ds.pipeline.run import Goal, run_recipe
+from ted_ds.pipeline.stage0 import ensure_models
 from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
 from ted_ds.pipeline.stage2 import Plan, build_distillation_engine
 from ted_ds.pipeline.step import global_counts, train_step
 from ted_ds.tasks.base import RunData, Task
 from ted_ds.tasks.classification import Regression
 from ted_ds.tasks.registry import open_data, open_tokenizer
+from ted_ds.teacher.hosting import load_frozen
 from tests.golden.check import Case
 
 
@@ -108,6 +110,7 @@ class TaskOnly:
 
     task: Task
     tokenizer: Any
+    train: Any = None
 
 
 def golden_losses(world: World, path: Path, case: Path) -> dict[str, list[float]]:
@@ -123,7 +126,9 @@ def golden_losses(world: World, path: Path, case: Path) -> dict[str, list[float]
     golden = Case(case, torch.float32)
     batches = [_share(golden.batch, world)]
     losses: dict[str, list[float]] = {}
-    config = trained_config(run, world, learning_rate=1e-3, weight_decay=0.0)
+    config = trained_engine_config(
+        run, world_size=world.size, learning_rate=1e-3, weight_decay=0.0, cpu=world.device.type == "cpu"
+    )
     task = golden.task()
     if isinstance(task, Regression):
         task = Regression(world.gather)

@@ -20,8 +20,8 @@ from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.structure import find_structure
 from ted_ds.ops import Head
 from ted_ds.ops.reference import kl_sum, top_k_kl_sum
-from ted_ds.pipeline.models import Models
 from ted_ds.pipeline.schedule import learning_rate_schedule
+from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.pipeline.stage1 import PairPlan, plan_pairs
 from ted_ds.tasks.causal_lm import LMHead
 
@@ -139,7 +139,7 @@ def _block(model: nn.Module, batch, index: int) -> torch.Tensor:
 
 
 def _pairs(run: RunConfig) -> PairPlan | None:
-    return plan_pairs(run, Models(str(run.output_dir / "initial_student"), run.teacher.model))
+    return plan_pairs(run, ModelPaths(str(run.output_dir / "initial_student"), run.teacher.model))
 
 
 def _filters(run: RunConfig) -> tuple[LayerMap, nn.ModuleList, nn.ModuleList]:

@@ -64,8 +64,8 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from ted_ds.data.tokenizers import load_tokenizer
     from ted_ds.evaluation.lambada import lambada
     from ted_ds.job.world import init_world
+    from ted_ds.models.fit import check_fit
     from ted_ds.models.loading import load_model
-    from ted_ds.tasks.model_fit import check_fit
     from ted_ds.tasks.registry import TASK_CLASSES
 
     world, kind, trusted = init_world(), TASKS[arguments.task].kind, arguments.trust_remote_code

@@ -42,15 +42,16 @@ def trained_engine_config(
     run: RunConfig,
     *,
     world_size: int,
-    learning_rate: float,
-    weight_decay: float,
     cpu: bool,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
     global_batch_size: int | None = None,
 ) -> dict[str, Any]:
     """The DeepSpeed dict of an engine that trains: the student's, or Stage I's filters'.
 
-    learning_rate: the peak; the caller's scheduler scales it. cpu: whether the accelerator is the CPU.
-    global_batch_size: rows a step; None: train's.
+    cpu: whether the accelerator is the CPU. learning_rate: the peak; the caller's scheduler scales it.
+    learning_rate, weight_decay, global_batch_size (rows of a step): None is Stage II's, of the sections optimizer and
+    train.
     The optimizer is torch's fused AdamW, which needs no compiler; DeepSpeed's CPUAdam (compiled at the first
     start) only where the file offloads a GPU's optimizer.
     Raises ConfigError for a file that cannot be read or contradicts the recipe.
@@ -81,10 +82,10 @@ def trained_engine_config(
     _fill_precision(path, config, run.student.dtype, "student.dtype")
     _fill(path, config, "gradient_clipping", optimizer.gradient_clipping, "optimizer.gradient_clipping")
     params = {
-        "lr": learning_rate,
+        "lr": optimizer.learning_rate if learning_rate is None else learning_rate,
         "betas": list(optimizer.betas),
         "eps": optimizer.epsilon,
-        "weight_decay": weight_decay,
+        "weight_decay": optimizer.weight_decay if weight_decay is None else weight_decay,
     }
     if cpu or "offload_optimizer" not in config.get("zero_optimization", {}):
         params |= {"torch_adam": True, "fused": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,9 @@ from ted_ds.data.squad import Question
 from ted_ds.errors import DataError
 
 ROWS, QUESTIONS = "rows.arrow", "questions.jsonl"
+
+HASHED_ROWS = 4096
+"""Rows that are hashed at a time."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +85,9 @@ class EncodedRows:
         """Its size in words."""
         return f"{len(self)} rows, {self.lengths.sum()} tokens"
 
-    def batch(self, rows: np.ndarray, pad_to: int) -> Batch:
-        """The rows [B], padded on the right to `pad_to` tokens; `Batch.rows` is left out."""
+    def batch(self, rows: np.ndarray, pad_to: int | None = None) -> Batch:
+        """The rows [B], padded on the right to `pad_to` tokens (None: to the longest); `Batch.rows` is left out."""
+        pad_to = int(self.lengths[rows].max()) if pad_to is None else pad_to
         shape = (len(rows), pad_to)
         ids = np.full(shape, self.manifest.pad_id, dtype=np.int64)
         for i, row in enumerate(rows.tolist()):
@@ -103,6 +108,22 @@ class EncodedRows:
     def largest_id(self) -> int:
         """The largest id of all rows, or the padding's: padding is fed to the model too."""
         return max(self.manifest.pad_id, *(int(tokens.max()) for tokens, _ in self._tokens))
+
+    def fingerprint(self) -> str:
+        """A hash of all that a teacher's output depends on; names and paths are not part of it.
+
+        That is ids, lengths, where second texts begin, the order of the labels that logits are in, and the padding id,
+        by which a decoder that classifies finds the token that it reads.
+        """
+        digest = hashlib.sha256(f"{self.manifest.kind} {self.manifest.labels} {self.manifest.pad_id}".encode())
+        digest.update(self.lengths.tobytes())
+        for start in range(0, len(self), HASHED_ROWS):
+            batch = self.batch(np.arange(start, min(start + HASHED_ROWS, len(self))))
+            assert batch.attention_mask is not None and batch.token_type_ids is not None
+            real = batch.attention_mask.bool()
+            for tensor in (batch.input_ids, batch.token_type_ids):
+                digest.update(tensor[real].int().numpy().tobytes())
+        return digest.hexdigest()
 
     def questions(self) -> list[Question]:
         """The questions of a held-out split, in order, for scoring."""

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import torch
 
+from ted_ds.batch import IGNORED, Batch
 from ted_ds.data.manifests import MANIFEST, reread_names
 from ted_ds.data.sources import Piece
 from ted_ds.data.tokenizers import Tokenizer
@@ -118,6 +120,20 @@ class PackedBlocks:
         """Tokens of a row that are not padding: S, or less in the last row."""
         last = index == len(self) - 1
         return self.manifest.last_row_length if last else self.manifest.sequence_length
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """[rows] tokens that a teacher reads of each: all S."""
+        return np.full(len(self), self.manifest.sequence_length)
+
+    def batch(self, rows: np.ndarray) -> Batch:
+        """The rows' ids [B, S], without targets."""
+        ids = torch.from_numpy(self.rows(rows))
+        return Batch(ids, torch.full_like(ids, IGNORED))
+
+    def fingerprint(self) -> str:
+        """A hash of ids and S, which is all that a teacher's output depends on; names and paths are not part of it."""
+        return hashlib.sha256(f"blocks {self.manifest.sequence_length} {self.manifest.digest}".encode()).hexdigest()
 
 
 def _bytes_of(column: pa.FixedSizeBinaryArray) -> np.ndarray:

@@ -18,7 +18,7 @@ from ted_ds.models.structure import find_blocks
 from ted_ds.ops import Head, LayerLoss
 from ted_ds.tasks.base import Reading, Task, TaskLosses
 from ted_ds.teacher.collector import HiddenStateCollector
-from ted_ds.teacher.frozen import Teacher
+from ted_ds.teacher.contract import Teacher
 from ted_ds.telemetry.timeline import phase
 
 TERMS = ("loss", "pred_loss", "kl_loss", "layer_loss")
@@ -68,7 +68,6 @@ class DistillationModel(nn.Module):
         self._teacher = teacher
         if mean_squares is not None:
             self.layer_loss.normalise(mean_squares)
-        self._collector.remove()
         self._collector = HiddenStateCollector(self.structure.blocks, teacher.sources, layer_map)
 
     def forward(self, *, batch: Batch, counts: BatchCounts | None = None) -> Any:
@@ -105,7 +104,8 @@ class DistillationModel(nn.Module):
         mask = batch.attention_mask if self.loss.mask_padding else None
         with phase("loss"):
             target = self._teacher.target(pair, hidden_t)
-            return self.filters[pair](hidden_s, target, mask, error=self.layer_loss.kind.error)
+            error: torch.Tensor = self.filters[pair](hidden_s, target, mask, error=self.layer_loss.kind.error)
+        return error
 
     def _task_losses(self, batch: Batch, output: torch.Tensor, counts: BatchCounts) -> TaskLosses:
         """The teacher's forward past the waiting student, then CE and KL.

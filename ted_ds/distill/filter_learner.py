@@ -17,6 +17,7 @@ from ted_ds.batch import Batch, BatchCounts
 from ted_ds.models.filters import Filter
 from ted_ds.ops import eager_gradients
 from ted_ds.tasks.base import DisposableHead
+from ted_ds.teacher.contract import stream_states
 from ted_ds.teacher.frozen import FrozenModel
 from ted_ds.telemetry.timeline import phase
 
@@ -86,7 +87,7 @@ class FilterLearner(nn.Module):
 
         blocks = self._frozen.module.structure.blocks
         with phase("teacher_forward"):
-            self._frozen.stream_states(batch, [blocks[j] for j in self._blocks], learn)
+            stream_states(self._frozen, batch, [blocks[j] for j in self._blocks], learn)
         each = torch.stack([losses[k] for k in range(len(self.probes))])
         loss = each.mean()
         return loss, torch.cat([loss.detach()[None], each.detach()])

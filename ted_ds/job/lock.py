@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ted_ds.job.world import World
+from ted_ds.errors import TedError
+from ted_ds.job.world import World, logger
+
+POLL_S = 1.0
 
 
 @contextmanager
-def alone(path: Path, world: World, busy: Callable[[FileLock], None]) -> Iterator[None]:
+def alone(path: Path, world: World, *, busy: TedError | str) -> Iterator[None]:
     """Holds the lock at `path`, among all jobs that see its folder; a collective.
 
-    busy: what rank 0 does where another job holds it: waits for the lock, or raises a TedError, on every rank.
+    busy: if another job holds it, an error is raised on every rank; a text is logged, and the lock is waited for.
     """
     lock = FileLock(path)
 
@@ -24,7 +27,10 @@ def alone(path: Path, world: World, busy: Callable[[FileLock], None]) -> Iterato
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            busy(lock)
+            if isinstance(busy, TedError):
+                raise busy from None
+            logger.info("%s", busy)
+            lock.acquire(poll_interval=POLL_S)
 
     try:
         world.on_main(acquire)

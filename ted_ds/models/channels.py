@@ -4,90 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 
-
-class Part(StrEnum):
-    """What the width of a model is made of. Heads are query heads; units are the FFN's."""
-
-    CHANNEL = "hidden_size"
-    HEAD = "num_heads"
-    KV_HEAD = "num_key_value_heads"
-    UNIT = "intermediate_size"
-
+from ted_ds.models.families import Axes, Part
 
 Sizes = Mapping[Part, int]
 """How many of each part a model has (heads and units: in every block)."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One dimension of a tensor, seen as [outer, number of parts, inner, rest]; rest is 1 or the head width.
-
-    outer 3: q, k and v one after another (GPT-2). inner 3: q, k and v within every head (GPT-NeoX).
-    scored: whether the part's weights here tell how much the part matters; of q, k, v only v.
-    """
-
-    part: Part
-    outer: int = 1
-    inner: int = 1
-    scored: bool = True
-
-
-Axes = tuple[Axis | None, ...]
-"""An axis for each dimension of a tensor; None: not cut."""
-
-_D, _FFN = Axis(Part.CHANNEL), Axis(Part.UNIT)
-_Q, _K = Axis(Part.HEAD, scored=False), Axis(Part.KV_HEAD, scored=False)
-_V, _O = Axis(Part.KV_HEAD), Axis(Part.HEAD)
-_QKV_OUTER, _QKV_INNER = Axis(Part.HEAD, outer=3), Axis(Part.HEAD, inner=3)
-
-_EMBEDDINGS = ("wte", "wpe", "embed_in", "embed_tokens", "embed_positions", "lm_head", "embed_out")
-_NORMS = (
-    *("ln_1", "ln_2", "ln_f", "norm", "final_layer_norm", "self_attn_layer_norm", "input_layernorm"),
-    *("post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
-)
-_LINEARS = {  # module: (axis of the outputs, axis of the inputs); nn.Linear stores [out, in]
-    "self_attn.q_proj": (_Q, _D),
-    "self_attn.k_proj": (_K, _D),
-    "self_attn.v_proj": (_V, _D),
-    "self_attn.o_proj": (_D, _O),
-    "self_attn.out_proj": (_D, _O),
-    "mlp.gate_proj": (_FFN, _D),
-    "mlp.up_proj": (_FFN, _D),
-    "mlp.down_proj": (_D, _FFN),
-    "fc1": (_FFN, _D),
-    "fc2": (_D, _FFN),
-    "attention.query_key_value": (_QKV_INNER, _D),
-    "attention.dense": (_D, _O),
-    "mlp.dense_h_to_4h": (_FFN, _D),
-    "mlp.dense_4h_to_h": (_D, _FFN),
-    "attn.c_attn": (_QKV_OUTER, _D),
-    "attn.c_proj": (_D, _O),
-    "mlp.c_fc": (_FFN, _D),
-    "mlp.c_proj": (_D, _FFN),
-}
-_TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # GPT-2's Conv1D stores [in, out]
-
-AXES: dict[str, Axes] = {
-    **{f"{module}.weight": (None, _D) for module in _EMBEDDINGS},
-    **{f"{module}.{kind}": (_D,) for module in _NORMS for kind in ("weight", "bias")},
-    **{f"{module}.bias": (out,) for module, (out, _) in _LINEARS.items()},
-    **{
-        f"{module}.weight": (inner, out) if module.endswith(_TRANSPOSED) else (out, inner)
-        for module, (out, inner) in _LINEARS.items()
-    },
-}
-"""End of a parameter's name -> its axes, for GPT-2, GPT-NeoX, OPT, Llama, Mistral, Qwen2/3, Gemma-2/3."""
-
-
-def axes_of(name: str) -> Axes:
-    """The axes of a parameter; () where the table does not know it."""
-    pieces = name.split(".")
-    return AXES.get(".".join(pieces[-2:])) or AXES.get(".".join(pieces[-3:]), ())
 
 
 def cut(tensor: torch.Tensor, axes: Axes, kept: Mapping[Part, torch.Tensor], sizes: Sizes) -> torch.Tensor:

@@ -48,7 +48,7 @@ def keep_blocks(policy: str | Sequence[int], keep: int | None, total: int) -> tu
     """The teacher's blocks that Stage 0 keeps. `uniform`: as far apart as can be, first and last included;
     `first`; `last`; or a list. keep None: all (of a list: its length).
 
-    Raises ModelError where more blocks are asked for than there are, or a list is out of range or order.
+    Raises ModelError if more blocks are asked for than there are, or a list is out of range or order.
     """
     if isinstance(policy, str):
         keep = total if keep is None else keep

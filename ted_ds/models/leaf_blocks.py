@@ -1,4 +1,4 @@
-"""Blocks as what ZeRO-3 gathers and reduces at a time."""
+"""Whole blocks as the unit that ZeRO-3 gathers and reduces."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def handle_whole_blocks(structure: ModelStructure, *, trained: bool) -> None:
     ZeRO-3 then gathers a block's weights at once, by one pair of hooks in place of one for each submodule. Those were
     about half of the host's time: of 28 + 10 Llama blocks, 130 ms a micro-batch became 71.
 
-    trained: only where this loses no gradient, see `_gradients_are_whole`; other models keep all hooks.
+    trained: then only if no gradient is lost, see `_gradients_are_whole`; other models keep all hooks.
     """
     if trained and not _gradients_are_whole(structure):
         return
@@ -27,9 +27,9 @@ def handle_whole_blocks(structure: ModelStructure, *, trained: bool) -> None:
 def _gradients_are_whole(structure: ModelStructure) -> bool:
     """Whether all gradients of a block's weights are there once its input has one: DeepSpeed reduces them then.
 
-    Autograd runs what is ready in the reverse of the forward's order, so whatever a block did comes before its input.
-    That fails for a weight that is used outside its block, a block that runs twice in a forward, and a hidden state
-    that is passed by keyword, which torch's hooks do not see (a `GradientCheckpointingLayer` must not be called so).
+    Autograd goes through the forward in reverse, so everything that a block did comes before its input. That fails
+    for a weight that is used outside its block, a block that runs twice in a forward, and a hidden state that is
+    passed by keyword, which torch's hooks do not see (a `GradientCheckpointingLayer` must not be called so).
     """
     inside = [{id(p) for p in block.parameters()} for block in structure.blocks]
     names = structure.model.named_parameters(remove_duplicate=False)

@@ -1,4 +1,4 @@
-"""Models and filters straight into the place where they will live: one device, or ZeRO-3's shards."""
+"""Models and filters, loaded directly to where they stay: one device, or ZeRO-3's shards."""
 
 from __future__ import annotations
 
@@ -12,27 +12,23 @@ import deepspeed
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
-from transformers.models.deberta_v2.modeling_deberta_v2 import DebertaV2Encoder
 
 from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.errors import CheckpointError, ModelError, load_failure
+from ted_ds.models.families import family_of
 from ted_ds.models.pooler import set_head_dropout
 from ted_ds.models.structure import find_structure, set_dropout
 from ted_ds.models.task_head import AUTO_CLASSES
 from ted_ds.ops import Head
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16", "int32")}
+"""By the names that recipes (the first two) and teacher caches give them."""
 
 
 def is_sharded(deepspeed_config: dict[str, Any] | None) -> bool:
-    """True where this DeepSpeed configuration shards parameters (ZeRO-3)."""
+    """Whether this DeepSpeed configuration shards parameters (ZeRO-3)."""
     return deepspeed_config is not None and deepspeed_config.get("zero_optimization", {}).get("stage") == 3
 
 
@@ -51,16 +47,17 @@ def load_model(
     Only rank 0 reads the weights then (memory-mapped), and only its page cache ever sees a whole model.
     dropout: set on every dropout of the model; None keeps the checkpoint's. head_dropout: likewise, of the one
     before the task head.
-    Raises ModelError where the model cannot be loaded, or has no trained head for a task.
+    Raises ModelError if the model cannot be loaded, or has no trained head for a task.
     """
     # transformers shards in from_pretrained while this object lives
     sharding = HfDeepSpeedConfig(deepspeed_config) if is_sharded(deepspeed_config) else None
-    config = _load_config(name_or_path, trust_remote_code)
+    config = load_config(name_or_path, trust_remote_code)
     if dropout is not None:
         set_dropout(config, dropout)
     if head_dropout is not None:
         set_head_dropout(config, head_dropout)
     try:
+        model: PreTrainedModel
         model, found = AUTO_CLASSES[kind].from_pretrained(
             name_or_path,
             config=config,
@@ -78,15 +75,9 @@ def load_model(
             "one that was, or start a student from it by student.pretrained and student.init_from_pretrained: true"
         )
     if is_sharded(deepspeed_config):
-        _register_external(model)
+        for module, weight in family_of(config).external_weights(model):
+            deepspeed.zero.register_external_parameter(module, weight)
     return model
-
-
-def _register_external(model: nn.Module) -> None:
-    """Tells ZeRO-3 of weights that a module reads from a submodule that it does not call."""
-    for module in model.modules():
-        if isinstance(module, DebertaV2Encoder) and module.relative_attention:
-            deepspeed.zero.register_external_parameter(module, module.rel_embeddings.weight)
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:
@@ -101,26 +92,36 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 
 
 def meta_model(name_or_path: str, kind: Kind, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model from its config alone, without weights (on the meta device); ModelError where it has no such head."""
-    config = _load_config(name_or_path, trust_remote_code)
+    """A model from its config alone, on the meta device; ModelError if its family has no such head."""
+    config = load_config(name_or_path, trust_remote_code)
     try:
-        with torch.device("meta"):
-            return AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
+        return on_meta(config, kind, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise ModelError(f"model {name_or_path!r}, a {config.model_type}, has no head for {kind}") from error
 
 
+def on_meta(config: PreTrainedConfig, kind: Kind, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model of a config, without weights; ValueError if its family has no such head."""
+    with torch.device("meta"):
+        model: PreTrainedModel = AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
 def sharded_init(deepspeed_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
-    """A context in which new modules are born sharded where the configuration shards parameters."""
-    if is_sharded(deepspeed_config):
-        return deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
-    return nullcontext()
+    """A context in which new modules are sharded as they are made, if the configuration shards parameters."""
+    if not is_sharded(deepspeed_config):
+        return nullcontext()
+    context: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
+    return context
 
 
 def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
-    """The parameters whole inside the context, on every rank; rank 0's changes are kept where `write`."""
+    """The parameters whole inside the context, on every rank; with `write`, rank 0's changes are kept."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None, enabled=bool(sharded))
+    rank = 0 if write else None
+    context: AbstractContextManager[Any]
+    context = deepspeed.zero.GatheredParameters(sharded, modifier_rank=rank, enabled=bool(sharded))
+    return context
 
 
 def whole_tensors(module: nn.Module, *, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -137,7 +138,7 @@ def whole_tensors(module: nn.Module, *, keep: bool) -> Iterator[tuple[str, torch
 def load_tensors(module: nn.Module, path: Path, *, is_main: bool) -> None:
     """Fills `module`'s parameters from safetensors, one at a time; a collective.
 
-    Raises CheckpointError where names or shapes differ.
+    Raises CheckpointError if names or shapes differ.
     """
     with safe_open(path, framework="pt") as stored:
         own = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in module.named_parameters()}
@@ -155,17 +156,15 @@ def load_tensors(module: nn.Module, path: Path, *, is_main: bool) -> None:
 
 
 def resident_readout(
-    model: nn.Module, device: torch.device, *, trust_remote_code: bool = False
+    model: PreTrainedModel, device: torch.device, *, trust_remote_code: bool = False
 ) -> tuple[nn.Module, Head]:
     """The final norm and the LM head of a frozen model, whole on this rank; a collective.
 
     The norm is a module of its own, without ZeRO-3's hooks, made from the model's config. Weights are
-    copied only where they are sharded.
+    copied only if they are sharded.
     """
     structure = find_structure(model)
-    with torch.device("meta"):
-        blank = AutoModelForCausalLM.from_config(model.config, trust_remote_code=trust_remote_code)
-    norm = find_structure(blank).final_norm
+    norm = find_structure(on_meta(model.config, "causal-lm", trust_remote_code=trust_remote_code)).final_norm
     head = structure.lm_head
     owned = [p for p in (*structure.final_norm.parameters(), *head.parameters())]
     with gathered(owned):
@@ -176,11 +175,13 @@ def resident_readout(
     return norm.requires_grad_(False), Head(weight, bias, softcap=structure.logit_softcap, scale=structure.logit_scale)
 
 
-def _load_config(name_or_path: str, trust_remote_code: bool) -> PreTrainedConfig:
+def load_config(name_or_path: str, trust_remote_code: bool) -> PreTrainedConfig:
+    """The config of a folder or hub model; ModelError if there is none."""
     try:
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {name_or_path!r} could not be found: {load_failure(error)}") from error
+    return config
 
 
 def _resident(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:

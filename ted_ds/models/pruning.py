@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,17 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ted_ds.config.sections import InitConfig
 from ted_ds.config.tasks import KINDS, Kind
-from ted_ds.errors import ModelError, load_failure
-from ted_ds.models.channels import Part, Sizes, WeightScores, axes_of, cut
+from ted_ds.errors import ModelError
+from ted_ds.models.channels import Sizes, WeightScores, cut
+from ted_ds.models.families import IN_FILES, Part, axes_of, set_sizes, sizes_of
 from ted_ds.models.layer_map import keep_blocks
+from ted_ds.models.loading import load_config, on_meta
 from ted_ds.models.structure import find_blocks, find_structure
 from ted_ds.models.task_head import AUTO_CLASSES
-from ted_ds.models.weight_files import WeightReader, WeightWriter, copy_companions
+from ted_ds.models.weight_files import WeightReader, copy_companions, write_weights
 
 Kept = Mapping[int | None, Mapping[Part, torch.Tensor]]
 """Teacher block (None: outside the blocks) -> the parts that stay there."""
-
-_FFN_FIELDS = ("intermediate_size", "n_inner", "ffn_dim")
-_OTHER_SPELLINGS = {"lm_head.weight": "embed_out.weight"}  # GPT-NeoX, in files
 
 
 def init_student(
@@ -43,11 +42,11 @@ def init_student(
 
     With `init.config`: a random start under `seed`; `defaults` are fields that the config may leave out, such as
     the tokenizer's vocab_size. Else blocks and parts of `teacher` (folder or hub id), everything else copied,
-    dtype kept. The teacher is read one tensor at a time, twice where its width is cut (see `WeightScores` for what
+    dtype kept. The teacher is read one tensor at a time, twice if its width is cut (see `WeightScores` for what
     stays), and at most one output shard of 5 GB is held. The head width always stays the teacher's; so do
     Gemma's scales, whose embeddings thus enter a narrower student smaller by sqrt(D_s / D_t).
 
-    Raises ModelError where the request does not fit the teacher or its weights cannot be cut.
+    Raises ModelError if the request does not fit the teacher or its weights cannot be cut.
     """
     if output_dir.exists():
         raise ModelError(f"the student's folder {output_dir} exists already: delete it, or choose another")
@@ -82,30 +81,30 @@ def _in_a_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class CutPlan:
-    """Teacher and student without weights: `names` maps the student's tensors to the teacher's."""
+    """Teacher and student without weights.
+
+    names: the student's tensors (tied ones once) -> the teacher's block (None: no block) and tensor. prefix: of the
+    backbone's tensors.
+    """
 
     config: PreTrainedConfig
     shapes: Mapping[str, torch.Size]
     names: Mapping[str, tuple[int | None, str]]
     blocks: tuple[int, ...]
     prefix: str
-    tied: frozenset[str]
     teacher_sizes: Sizes
     sizes: Sizes
 
 
 def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool) -> CutPlan:
-    """What a student cut out of `teacher` will be, by configs alone; ModelError where it cannot be."""
-    try:
-        config = AutoConfig.from_pretrained(teacher, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"teacher {teacher!r} was not found: {load_failure(error)}") from error
+    """What a student cut out of `teacher` will be, by configs alone; ModelError if it cannot be."""
+    config = load_config(teacher, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"teacher {teacher} is quantized: Stage 0 cuts plain weights, give the original")
-    whole = _on_meta(config, kind, trust_remote_code)
+    whole = on_meta(config, kind, trust_remote_code=trust_remote_code)
     structure = find_blocks(whole)
     blocks = keep_blocks(init.blocks, init.num_blocks, structure.num_blocks)
-    teacher_sizes = _sizes_of(config)
+    teacher_sizes = sizes_of(config)
     sizes = _requested(init, config, teacher_sizes)
     student_config = _student_config(config, blocks, structure.num_blocks, sizes, teacher_sizes)
     try:
@@ -115,25 +114,21 @@ def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool
         raise ModelError(
             f"a {config.model_type} of the sizes in student.init cannot be: {_in_a_line(error)}"
         ) from error
-    student = _on_meta(student_config, kind, trust_remote_code)
+    student = on_meta(student_config, kind, trust_remote_code=trust_remote_code)
     student_config.architectures = [type(student).__name__]
     tensors = student.state_dict(keep_vars=True)
-    first = {id(tensor): name for name, tensor in reversed(tensors.items())}
+    first: dict[int, str] = {}  # a tied tensor has several names
+    for name, tensor in tensors.items():
+        first.setdefault(id(tensor), name)
     return CutPlan(
         config=student_config,
         shapes={name: tensor.shape for name, tensor in tensors.items()},
-        names={name: _in_teacher(name, structure.blocks_path, blocks) for name in tensors},
+        names={name: _in_teacher(name, structure.blocks_path, blocks) for name in first.values()},
         blocks=blocks,
         prefix=whole.base_model_prefix,
-        tied=frozenset(name for name, tensor in tensors.items() if first[id(tensor)] != name),
         teacher_sizes=teacher_sizes,
         sizes=sizes,
     )
-
-
-def _on_meta(config: PreTrainedConfig, kind: Kind, trust_remote_code: bool) -> Any:
-    with torch.device("meta"):
-        return AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _in_teacher(name: str, path: str, blocks: tuple[int, ...]) -> tuple[int | None, str]:
@@ -142,21 +137,6 @@ def _in_teacher(name: str, path: str, blocks: tuple[int, ...]) -> tuple[int | No
         return None, name
     number, _, rest = name.removeprefix(f"{path}.").partition(".")
     return blocks[int(number)], f"{path}.{blocks[int(number)]}.{rest}"
-
-
-def _sizes_of(config: PreTrainedConfig) -> Sizes:
-    """The sizes that the config names; families differ in what they have."""
-    heads = getattr(config, "num_attention_heads", None)
-    units = next((getattr(config, field) for field in _FFN_FIELDS if hasattr(config, field)), None)
-    if units is None and hasattr(config, "n_inner"):
-        units = 4 * config.hidden_size  # GPT-2's default
-    sizes = {
-        Part.CHANNEL: getattr(config, "hidden_size", None),
-        Part.HEAD: heads,
-        Part.KV_HEAD: getattr(config, "num_key_value_heads", None) or heads,
-        Part.UNIT: units,
-    }
-    return {part: size for part, size in sizes.items() if isinstance(size, int)}
 
 
 def _requested(init: InitConfig, config: PreTrainedConfig, teacher: Sizes) -> Sizes:
@@ -175,15 +155,10 @@ def _requested(init: InitConfig, config: PreTrainedConfig, teacher: Sizes) -> Si
             raise ModelError(f"student.init.{part} is {size}, the teacher has {teacher[part]}: it can only shrink")
     if missing := [part for part in Part if part not in teacher]:
         raise ModelError(f"the width of a {config.model_type} cannot be cut: its config names no {missing[0]}")
-    if not _free_head_width(config):
+    if not hasattr(config, "num_key_value_heads"):
         given = _with_fitting_heads(given, teacher)
     sizes = {**teacher, **given}
     return {**sizes, Part.KV_HEAD: _kv_heads(sizes[Part.HEAD], teacher)}
-
-
-def _free_head_width(config: PreTrainedConfig) -> bool:
-    """True for Llama-like families, where heads * head width need not be the model's width."""
-    return hasattr(config, "num_key_value_heads")
 
 
 def _with_fitting_heads(given: dict[Part, int], teacher: Sizes) -> dict[Part, int]:
@@ -229,67 +204,61 @@ def _student_config(
     if isinstance(window := getattr(config, "max_window_layers", None), int):
         config.max_window_layers = sum(b < window for b in blocks)
     if sizes != teacher:
-        _set_width(config, sizes, teacher)
+        set_sizes(config, sizes)
     return config
 
 
-def _set_width(config: PreTrainedConfig, sizes: Sizes, teacher: Sizes) -> None:
-    if _free_head_width(config):
-        own = getattr(config, "head_dim", None)
-        config.head_dim = own or teacher[Part.CHANNEL] // teacher[Part.HEAD]
-        config.num_key_value_heads = sizes[Part.KV_HEAD]
-    if hasattr(config, "word_embed_proj_dim"):
-        config.word_embed_proj_dim = sizes[Part.CHANNEL]
-    config.hidden_size = sizes[Part.CHANNEL]
-    config.num_attention_heads = sizes[Part.HEAD]
-    setattr(config, next(f for f in _FFN_FIELDS if hasattr(config, f)), sizes[Part.UNIT])
-
-
 def _write_cut(plan: CutPlan, teacher: str, folder: Path) -> None:
-    reader, writer = WeightReader(teacher), WeightWriter(folder)
-    spelled = dict(_spelled(plan, reader, teacher))
-    kept = _kept(plan, reader, spelled)
-    for name, (ours, theirs) in spelled.items():
-        block, _ = plan.names[name]
-        tensor = cut(reader.read(theirs), axes_of(name), kept.get(block, {}), plan.teacher_sizes)
+    reader = WeightReader(teacher)
+    sources = _sources(plan, reader, teacher)
+    kept = _kept(plan, reader, sources)
+
+    def make(ours: str) -> torch.Tensor:
+        name, theirs = sources[ours]
+        tensor = cut(reader.read(theirs), axes_of(name), kept.get(plan.names[name][0], {}), plan.teacher_sizes)
         if tensor.shape != plan.shapes[name]:
             raise ModelError(
                 f"parameter {theirs} of teacher {teacher} cannot be cut: it would be {tuple(tensor.shape)}, the "
                 f"student's config wants {tuple(plan.shapes[name])}; cut blocks alone, or give student.init.config"
             )
-        writer.add(ours, tensor)
-    writer.close()
+        return tensor
+
+    itemsizes = {ours: reader.read(theirs).element_size() for ours, (_, theirs) in sources.items()}  # memory-mapped
+    write_weights(
+        folder, {ours: size * plan.shapes[sources[ours][0]].numel() for ours, size in itemsizes.items()}, make
+    )
     plan.config.save_pretrained(folder)
     copy_companions(teacher, folder)
 
 
-def _spelled(plan: CutPlan, reader: WeightReader, teacher: str) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(student's tensor, (its name in the student's file, its source's name in the teacher's file)).
+def _sources(plan: CutPlan, reader: WeightReader, teacher: str) -> dict[str, tuple[str, str]]:
+    """A tensor's name in the student's file -> (its name in the student, its source's name in the teacher's file).
 
     Files spell names with or without the backbone's prefix; the student's file follows the teacher's.
     """
+
+    def spellings(name: str) -> tuple[str, ...]:
+        return name, name.removeprefix(f"{plan.prefix}."), f"{plan.prefix}.{name}", IN_FILES.get(name, name)
+
+    sources: dict[str, tuple[str, str]] = {}
     for name, (_, source) in plan.names.items():
-        spellings = zip(_spellings(name, plan.prefix), _spellings(source, plan.prefix), strict=True)
-        found = next(((ours, theirs) for ours, theirs in spellings if theirs in reader), None)
-        if found is not None and name not in plan.tied:
-            yield name, found
-        elif found is None and name not in plan.tied:
+        pairs = zip(spellings(name), spellings(source), strict=True)
+        found = next(((ours, theirs) for ours, theirs in pairs if theirs in reader), None)
+        if found is None:
             raise ModelError(
                 f"the weights of teacher {teacher} lack {source}: save it anew by transformers' save_pretrained"
             )
+        sources[found[0]] = name, found[1]
+    return sources
 
 
-def _spellings(name: str, prefix: str) -> tuple[str, str, str, str]:
-    return name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}", _OTHER_SPELLINGS.get(name, name)
-
-
-def _kept(plan: CutPlan, reader: WeightReader, spelled: Mapping[str, tuple[str, str]]) -> Kept:
-    """The parts that stay, by block; empty where the width is not cut."""
+def _kept(plan: CutPlan, reader: WeightReader, sources: Mapping[str, tuple[str, str]]) -> Kept:
+    """The parts that stay, by block; empty if the width is not cut."""
     sizes, teacher = plan.sizes, plan.teacher_sizes
     if sizes == teacher:
         return {}
     scores = WeightScores(teacher)
-    for name, (_, theirs) in spelled.items():
+    for name, theirs in sources.values():
         if len(axes := axes_of(name)) == 2:
             scores.add(plan.names[name][0], axes, reader.read(theirs))
     channels = {Part.CHANNEL: scores.channels(sizes[Part.CHANNEL])}

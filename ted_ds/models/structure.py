@@ -1,4 +1,4 @@
-"""Where a model keeps its blocks and, a causal LM, its final norm and LM head: found by structure, once, here."""
+"""Finds a model's blocks and, of a causal LM, its final norm and LM head, by structure and not by name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ted_ds.errors import ModelError
+from ted_ds.models.families import family_of, logit_scale, logit_softcap
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,25 @@ class ModelStructure:
     width: int
 
     @property
+    def stack(self) -> nn.Module:
+        """The module that holds the blocks."""
+        return self.model.get_submodule(self.blocks_path.rpartition(".")[0])
+
+    @property
     def num_blocks(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
 
     def hidden_state_sources(self) -> list[nn.Module]:
-        """Per block the module whose output goes on to the next block: the block itself, but for one exception.
+        """By block, the module whose output goes on to the next block: the block itself, but for one exception.
 
-        DeBERTa-v2 may have a convolution over the first block's output (`conv_kernel_size`); a filter reads
-        the block, `hidden_states[1]` is what the convolution made of it.
+        DeBERTa-v2 may have a convolution over the first block's output (`conv_kernel_size`): a filter reads the
+        block, and `hidden_states[1]` is what the convolution made of it.
         """
-        sources = list(self.blocks)
-        stack = self.model.get_submodule(self.blocks_path.rpartition(".")[0])
-        if isinstance(conv := getattr(stack, "conv", None), nn.Module):
-            sources[0] = conv
-        return sources
+        config: Any = self.model.config
+        name = family_of(config).after_first_block
+        after = getattr(self.stack, name, None) if name else None
+        return [*self.blocks] if after is None else [after, *self.blocks[1:]]
 
 
 @dataclass(frozen=True)
@@ -79,35 +84,29 @@ def find_structure(model: Any) -> LMStructure:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(f"{name} has no linear LM head (its output embeddings are {type(head).__name__})")
-    stack = model.get_submodule(parts.blocks_path.rpartition(".")[0])
-    norm = _final_norm(stack, name)
-    if getattr(stack, "project_out", None) is not None:
+    norm = _final_norm(parts.stack, name)
+    if getattr(parts.stack, "project_out", None) is not None:
         raise ModelError(f"{name} projects its last hidden state before the LM head (project_out): not supported")
     return LMStructure(
-        model=model,
-        backbone=parts.backbone,
-        blocks=parts.blocks,
-        blocks_path=parts.blocks_path,
-        width=head.in_features,
+        **{**vars(parts), "width": head.in_features},
         final_norm=norm,
         lm_head=head,
         vocab_rows=head.out_features,
-        logit_softcap=getattr(model.config, "final_logit_softcapping", None),
-        logit_scale=_logit_scale(model.config),
+        logit_softcap=logit_softcap(model.config),
+        logit_scale=logit_scale(model.config),
     )
 
 
-def block_output(output: Any) -> torch.Tensor:
+def block_output(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The hidden state [B, S, D] in what a block's forward returned: a tensor, or a tuple that starts with it."""
     return output[0] if isinstance(output, tuple) else output
 
 
 def set_dropout(config: PreTrainedConfig, probability: float) -> None:
-    """Sets every dropout of a config, whatever the family calls it (`attn_pdrop`, `hidden_dropout`, ...)."""
+    """Sets every dropout of a config; families give them different names (`attn_pdrop`, `hidden_dropout`, ...)."""
     for key, value in vars(config).items():
-        if isinstance(value, float | int) and (
-            key.endswith(("_pdrop", "dropout", "dropout_prob")) or key == "layerdrop"
-        ):
+        named = key.endswith(("_pdrop", "dropout", "dropout_prob")) or key == "layerdrop"
+        if named and isinstance(value, float | int):
             setattr(config, key, probability)
 
 
@@ -131,8 +130,3 @@ def _final_norm(stack: nn.Module, name: str) -> nn.Module:
         found = ", ".join(path for path, _ in norms) or "none"
         raise ModelError(f"{name}: its final norm was not found; expected one beside the blocks, there is {found}")
     return norms[0][1]
-
-
-def _logit_scale(config: PreTrainedConfig) -> float:
-    """Cohere multiplies logits by `logit_scale`, Granite divides them by `logits_scaling`."""
-    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)

@@ -14,11 +14,11 @@ from ted_ds.config.tasks import KINDS
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.job.world import logger
 from ted_ds.models.filters import FilterPlan
+from ted_ds.models.fit import fit_to_run
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.loading import DTYPES, meta_model
-from ted_ds.pipeline.models import Models
+from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.tasks.base import DisposableHead, Task
-from ted_ds.tasks.model_fit import fit_to_run
 from ted_ds.teacher.frozen import FrozenModule
 from ted_ds.telemetry.flops import BatchFlops, count_flops, count_lengths, gemm_flops, polynomial
 
@@ -27,7 +27,7 @@ Count = Callable[[int], float]
 
 def stage2_flops(
     run: RunConfig,
-    models: Models,
+    models: ModelPaths,
     task: Task,
     tokenizer: Tokenizer,
     layer_map: LayerMap = (),

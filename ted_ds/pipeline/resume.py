@@ -19,7 +19,6 @@ from ted_ds.errors import CheckpointError
 from ted_ds.job.world import World
 from ted_ds.pipeline.checkpoints import Card, Identity, Retention, load_checkpoint, save_checkpoint
 from ted_ds.tasks.base import RunData
-from ted_ds.teacher.rows import teacher_rows
 from ted_ds.telemetry.recorder import Recorder
 
 
@@ -76,7 +75,7 @@ def identity_of(module: nn.Module, run: RunConfig, data: RunData, world: World) 
 @lru_cache(maxsize=1)  # both stages ask, and of labelled rows every one is read
 def _rows_fingerprint(rows: PackedBlocks | EncodedRows) -> str:
     targets = rows.targets.tolist() if isinstance(rows, EncodedRows) else []
-    return _hash([teacher_rows(rows).fingerprint(), targets])
+    return _hash([rows.fingerprint(), targets])
 
 
 def _hash(values: Any) -> str:

@@ -2,37 +2,34 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from filelock import FileLock
 
 from ted_ds.config.choices import METHODS
 from ted_ds.config.continuation import first_change
-from ted_ds.config.deepspeed import frozen_engine_config
+from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.load import dump_config, read_yaml
 from ted_ds.config.schema import RunConfig
 from ted_ds.errors import CheckpointError, ConfigError
 from ted_ds.job.lock import alone
 from ted_ds.job.versions import commit, versions
 from ted_ds.job.world import World, logger
+from ted_ds.models.fit import check_ids
 from ted_ds.pipeline.checkpoints import latest_tag
-from ted_ds.pipeline.models import check_models, ensure_models, trained_config
+from ted_ds.pipeline.stage0 import check_models, ensure_models
 from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
-from ted_ds.pipeline.stage2 import Plan, distill, export_checkpoint, export_published
+from ted_ds.pipeline.stage2 import Plan, distill, export_checkpoint
 from ted_ds.runs.progress import finished
-from ted_ds.tasks.model_fit import check_ids
 from ted_ds.tasks.registry import open_data, open_tokenizer
+from ted_ds.teacher.hosting import HOSTS
 
 LOCK = "run.lock"
 """In an output folder: held by the run that writes there."""
 
-Goal = Literal["student", "filters", "distilled", "export", "export-published"]
+Goal = Literal["student", "filters", "distilled", "export"]
 """Stage 0 done; Stage I done; all done; the last checkpoint exported, whether or not all is done."""
-
-EXPORTS = {"export": export_checkpoint, "export-published": export_published}
 
 
 def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[str, Any] | None:
@@ -43,19 +40,23 @@ def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[s
     Raises a TedError, on every rank, where recipe, data or models are wrong.
     """
     _check_engines(run, world)
-    if goal in EXPORTS:
+    if goal == "export":
         return _run(run, world, goal)
-    with _alone(run.output_dir, world):
+    busy = (
+        f"{run.output_dir} has a run going on (it holds {LOCK}): wait until its processes have ended, or give another "
+        "output_dir"
+    )
+    with alone(run.output_dir / LOCK, world, busy=ConfigError(busy)):
         return _run(run, world, goal)
 
 
 def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
-    world.on_main(lambda: _claim(run, export=goal in EXPORTS))
+    world.on_main(lambda: _claim(run, export=goal == "export"))
     _check_shared(run.output_dir / "config.yaml", world)
     summary = world.on_main(lambda: finished(run))
-    if summary is not None and goal == "export":
-        raise ConfigError(f"{run.output_dir} is complete: its student is in {run.output_dir / 'student'}")
-    if summary is not None and goal not in EXPORTS:
+    if summary is not None:
+        if goal == "export":
+            raise ConfigError(f"{run.output_dir} is complete: its student is in {run.output_dir / 'student'}")
         logger.info("%s is complete (%d steps); nothing to do", run.output_dir, summary["steps"])
         return summary
     tokenizer = open_tokenizer(run, world)
@@ -70,29 +71,17 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
     filters = learn_filters(resolved, world, data, pairs, models) if pairs else {}
     if goal == "filters":
         return None
-    return EXPORTS.get(goal, distill)(resolved, world, data, Plan(models, pairs, filters))
-
-
-def _alone(folder: Path, world: World) -> AbstractContextManager[None]:
-    """The only run that writes into `folder`; a collective. Raises ConfigError where there is another."""
-
-    def refuse(lock: FileLock) -> None:
-        raise ConfigError(
-            f"{folder} has a run going on (it holds {LOCK}): wait until its processes have ended, or give another "
-            "output_dir"
-        )
-
-    return alone(folder / LOCK, world, refuse)
+    last_stage = export_checkpoint if goal == "export" else distill
+    return last_stage(resolved, world, data, Plan(models, pairs, filters))
 
 
 def _check_engines(run: RunConfig, world: World) -> None:
     """Raises ConfigError for DeepSpeed files and batch sizes that cannot be, before hours are spent on data."""
     own = run.filters.global_batch_size if METHODS[run.method].learns_filters else None
     for size in (None, *(() if own is None else (own.teacher, own.student))):
-        rate, decay = run.optimizer.learning_rate, run.optimizer.weight_decay
-        trained_config(run, world, learning_rate=rate, weight_decay=decay, global_batch_size=size)
-    if run.teacher is not None and run.teacher.sharding == "zero3":
-        frozen_engine_config(run, world_size=world.size)
+        trained_engine_config(run, world_size=world.size, cpu=world.device.type == "cpu", global_batch_size=size)
+    if run.teacher is not None:
+        HOSTS[run.teacher.sharding].engine_config(run, world.size)
 
 
 def _check_shared(path: Path, world: World) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 
 from ted_ds.config.choices import METHODS
+from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.schema import ResolvedRun, RunConfig
 from ted_ds.config.sections import FiltersConfig, StudentConfig, TeacherConfig
 from ted_ds.distill.engine import build_trained_engine
@@ -21,20 +22,21 @@ from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.errors import CheckpointError, ModelError
 from ted_ds.job.files import write_atomically
 from ted_ds.job.world import World, logger, seed_everything
+from ted_ds.models.filter_files import copy_filters, new_filters, read_plan
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import LayerMap, resolve_layer_map
 from ted_ds.models.loading import meta_model, whole_tensors
 from ted_ds.models.structure import ModelStructure, find_blocks
 from ted_ds.pipeline.batch_flops import stage1_flops
-from ted_ds.pipeline.loop import run_steps
-from ted_ds.pipeline.models import Models, copy_filters, load_frozen, new_filters, read_plan, trained_config
+from ted_ds.pipeline.loop import Hooks, Steps, run_steps
 from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
+from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.tasks.base import RunData
-from ted_ds.teacher.cache_lock import alone_in
 from ted_ds.teacher.fingerprints import model_fingerprint
 from ted_ds.teacher.frozen import FrozenModel
-from ted_ds.teacher.rows import teacher_rows
+from ted_ds.teacher.hosting import load_frozen
+from ted_ds.teacher.recording import alone_in_cache
 from ted_ds.telemetry.meters import Meters
 from ted_ds.telemetry.recorder import Recorder, read_metrics
 
@@ -54,7 +56,7 @@ class PairPlan:
     student: FilterPlan
 
 
-def plan_pairs(run: RunConfig, models: Models) -> PairPlan | None:
+def plan_pairs(run: RunConfig, models: ModelPaths) -> PairPlan | None:
     """The plan of a run's layer loss from both models' configs alone; None where mse_alpha is 0.
 
     Filters that came with a checkpoint are kept as they are. Raises ModelError where the layer map does not fit
@@ -112,7 +114,7 @@ def _check_ready(
             )
 
 
-def learn_filters(run: ResolvedRun, world: World, data: RunData, plan: PairPlan, models: Models) -> dict[str, Path]:
+def learn_filters(run: ResolvedRun, world: World, data: RunData, plan: PairPlan, models: ModelPaths) -> dict[str, Path]:
     """Stage I of both sides, as far as it is not done; returns their folders (lwd learns none); a collective.
 
     Raises CheckpointError where a folder holds filters of another plan.
@@ -165,7 +167,7 @@ def _share(
         assert run.teacher is not None
         return {
             "the teacher's weights": model_fingerprint(teacher)[:12],
-            "the training data": teacher_rows(data.train).fingerprint()[:12],
+            "the training data": data.train.fingerprint()[:12],
             "teacher.dtype": run.teacher.dtype,
             **_learning(run.filters),
         }
@@ -187,7 +189,7 @@ def _share(
 
     if world.on_main(lambda: shared.exists() and take()):
         return  # a finished cache is only read, by users who must not write to it too
-    with alone_in(cache, world):
+    with alone_in_cache(cache, world):
         if not world.on_main(take):
             learn()
         world.on_main(give)
@@ -206,6 +208,21 @@ def _refuse_other_origin(shared: Path, wanted: dict[str, Any]) -> None:
 
 def _learning(settings: FiltersConfig) -> dict[str, Any]:
     return {f"filters.{name}": value for name, value in settings.model_dump(mode="json").items()}
+
+
+class FilterHooks(Hooks):
+    """Stage I in the loop: the step picks the positions that filters see."""
+
+    def __init__(self, checkpoints: Checkpoints, recorder: Recorder) -> None:
+        self._checkpoints, self._recorder = checkpoints, recorder
+
+    def inputs(self, step: int) -> dict[str, Any]:
+        """The step."""
+        return {"step": step}
+
+    def save(self, step: int) -> None:
+        """A checkpoint of the filters."""
+        self._checkpoints.save(step, self._recorder)
 
 
 def _load_and_learn(
@@ -227,7 +244,14 @@ def _learn(
     batch_size: int | None = getattr(settings.global_batch_size, side, None)
     rows = batch_size or run.train.global_batch_size
     steps = settings.num_steps(data.num_rows, rows)
-    config = trained_config(run, world, learning_rate=rate, weight_decay=0.0, global_batch_size=batch_size)
+    config = trained_engine_config(
+        run,
+        world_size=world.size,
+        learning_rate=rate,
+        weight_decay=0.0,
+        cpu=world.device.type == "cpu",
+        global_batch_size=batch_size,
+    )
     seed_everything(run.seed)
     head = data.task.disposable_head(frozen.module.model, run, world, side)
     path = str(frozen.module.model.name_or_path)
@@ -239,23 +263,19 @@ def _learn(
     temporary = folder.with_name(folder.name + ".tmp")
     checkpoints = Checkpoints(engine, temporary, run, data, world, rows)
     recorder = Recorder(temporary, title=f"Stage I {folder.name}", steps=steps, tensorboard=False)
+    loop = Steps(
+        checkpoints.start,
+        steps,
+        run.logging.every,
+        save_every=run.train.save_every,
+        seed=run.seed,
+        max_skipped=run.train.max_skipped_steps,
+    )
     with recorder:
         checkpoints.open(recorder)
-        run_steps(
-            engine,
-            data.training_rows(run, world, batch_size),
-            world,
-            recorder,
-            names=("loss",),
-            start=checkpoints.start,
-            steps=steps,
-            log_every=run.logging.every,
-            seed=run.seed,
-            max_skipped=run.train.max_skipped_steps,
-            save=(run.train.save_every, lambda step: checkpoints.save(step, recorder)),
-            step_inputs=lambda step: {"step": step},
-            meters=meters,
-        )
+        hooks = FilterHooks(checkpoints, recorder)
+        training = data.training_rows(run, world, batch_size)
+        run_steps(engine, training, world, recorder, loop, hooks, names=("loss",), meters=meters)
     tensors = dict(whole_tensors(learner.filters(), keep=world.is_main))
 
     def write() -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,30 +13,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.schema import ResolvedRun
 from ted_ds.data.loader import Rows
 from ted_ds.distill.distillation_model import TERMS, DistillationModel
 from ted_ds.distill.engine import build_trained_engine
 from ted_ds.errors import NotFiniteError, TrainingError
-from ted_ds.job.files import replace_folder, write_atomically
+from ted_ds.job.files import write_atomically
 from ted_ds.job.world import World, logger, seed_everything
+from ted_ds.models.filter_files import load_filters, new_filters
+from ted_ds.models.fit import fit_to_run
 from ted_ds.models.layer_map import LayerMap
-from ted_ds.models.loading import checkpoint_activations, load_model, whole_tensors
-from ted_ds.models.published import published_model, published_options, write_published
+from ted_ds.models.loading import checkpoint_activations, load_model
 from ted_ds.pipeline.batch_flops import stage2_flops
 from ted_ds.pipeline.best import BestStudent
 from ted_ds.pipeline.export import export_student
-from ted_ds.pipeline.loop import run_steps
-from ted_ds.pipeline.models import Models, load_filters, load_frozen, new_filters, trained_config
-from ted_ds.pipeline.recorded_teacher import LiveTeacher, open_cached_teacher
+from ted_ds.pipeline.loop import Hooks, Steps, run_steps
 from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
+from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.pipeline.stage1 import PairPlan
 from ted_ds.pipeline.step import global_counts
 from ted_ds.tasks.base import RunData
-from ted_ds.tasks.model_fit import fit_to_run
-from ted_ds.teacher.frozen import FrozenModel, Teacher, filtered_square_sums
-from ted_ds.teacher.recorded import AnnouncedRows, CachedTeacher
+from ted_ds.teacher.contract import Teacher
+from ted_ds.teacher.frozen import filtered_square_sums
+from ted_ds.teacher.opening import TeacherPlan, open_teacher
+from ted_ds.teacher.recorded import AnnouncedRows
 from ted_ds.telemetry.flops import BatchFlops
 from ted_ds.telemetry.meters import Meters
 from ted_ds.telemetry.recorder import Recorder, read_metrics
@@ -48,7 +48,7 @@ from ted_ds.telemetry.recorder import Recorder, read_metrics
 class Plan:
     """What Stage II is built of: the models, the layer loss's pairs (None without one), Stage I's folders by side."""
 
-    models: Models
+    models: ModelPaths
     pairs: PairPlan | None
     filters: dict[str, Path]
 
@@ -85,39 +85,13 @@ def export_checkpoint(run: ResolvedRun, world: World, data: RunData, plan: Plan)
     return {"steps": steps, "student": str(folder)}
 
 
-def export_published(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> dict[str, Any]:
-    """Writes the last checkpoint's student *with its filters* in the layout of the paper's authors; a collective.
-
-    Returns {"steps", "published"}. Raises ModelError for models and layer maps that the layout cannot express.
-    """
-    module, engine = _build_student(run, world, data, plan)
-    filters = plan.pairs.student if plan.pairs else None
-    options = published_options(module.student.config, filters)
-    steps = Checkpoints(engine, run.output_dir, run, data, world, run.train.global_batch_size).start
-    folder = run.output_dir / "student_published"
-    weights, bank = (dict(whole_tensors(part, keep=world.is_main)) for part in (module.student, module.filters))
-
-    def write() -> None:
-        model = published_model(module.student, options, weights, filters, bank)
-        new = folder.with_name(folder.name + ".new")
-        shutil.rmtree(new, ignore_errors=True)
-        write_published(model, new)
-        data.tokenizer.save(new)
-        replace_folder(folder, new)
-
-    world.on_main(write)
-    engine.destroy()
-    return {"steps": steps, "published": str(folder)}
-
-
 def build_distillation_engine(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> Any:
     """A DeepSpeed engine on a `DistillationModel` that is joined with its teacher, hosted or out of `teacher.cache`."""
     taught = bool(run.loss.kl_alpha) or plan.pairs is not None
     # before the student: where a cache has to be recorded, the teacher has the memory to itself
-    cached = _cached_teacher(run, world, data, plan) if taught else None
+    teacher = _open_teacher(run, world, data, plan) if taught else None
     module, engine = _build_student(run, world, data, plan)
-    if taught:
-        teacher: Teacher = cached or _live_teacher(run, world, data, plan)
+    if teacher is not None:
         layer_map = plan.pairs.layer_map if plan.pairs else ()
         normalized = plan.pairs is not None and run.loss.layer_loss == "normalized_mse"
         squares = _mean_squares(run, world, data, teacher, layer_map) if normalized else None
@@ -125,31 +99,22 @@ def build_distillation_engine(run: ResolvedRun, world: World, data: RunData, pla
     return engine
 
 
-def _live_teacher(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> FrozenModel:
-    assert run.teacher is not None and plan.models.teacher is not None
-    return load_frozen(
-        run,
-        world,
+def _open_teacher(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> Teacher:
+    assert plan.models.teacher is not None
+    pairs = plan.pairs
+    teacher = TeacherPlan(
         plan.models.teacher,
-        task=data.task,
-        tokenizer=data.tokenizer,
-        trust_remote_code=run.teacher.trust_remote_code,
-        filters=plan.filters.get("teacher"),
+        plan.filters.get("teacher"),
+        blocks=tuple(t for _, t in pairs.layer_map) if pairs else (),
+        # unfiltered states have the teacher's width, which the student's filters then have too
+        width=(pairs.teacher or pairs.student).output_dim if pairs else 0,
     )
-
-
-def _cached_teacher(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> CachedTeacher | None:
-    assert run.teacher is not None and plan.models.teacher is not None
-    if run.teacher.cache is None:
-        return None
-    load = partial(_live_teacher, run, world, data, plan)
-    live = LiveTeacher(plan.models.teacher, plan.pairs, plan.filters.get("teacher"), load)
-    return open_cached_teacher(run, world, data, live)
+    return open_teacher(run, world, teacher, task=data.task, tokenizer=data.tokenizer, rows=data.train)
 
 
 def _build_student(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> tuple[DistillationModel, Any]:
     rate = run.optimizer
-    config = trained_config(run, world, learning_rate=rate.learning_rate, weight_decay=rate.weight_decay)
+    config = trained_engine_config(run, world_size=world.size, cpu=world.device.type == "cpu")
     student = load_model(
         plan.models.student,
         run.spec.kind,
@@ -164,7 +129,7 @@ def _build_student(run: ResolvedRun, world: World, data: RunData, plan: Plan) ->
         checkpoint_activations(student)
     seed_everything(run.seed)
     if (learnt := plan.filters.get("student")) is not None:
-        filters = load_filters(learnt, config, run.student.dtype, world)
+        filters = load_filters(learnt, config, run.student.dtype, is_main=world.is_main)
     else:
         filters = new_filters(plan.pairs.student, config, run.student.dtype) if plan.pairs else nn.ModuleList()
     module = DistillationModel(student, filters, run.loss, task=data.task)
@@ -189,58 +154,73 @@ def _mean_squares(run: ResolvedRun, world: World, data: RunData, teacher: Teache
     return (world.sum(sums) / (tokens * teacher.target_width)).float()
 
 
-def _train(run: ResolvedRun, world: World, data: RunData, plan: Plan, engine: Any, best: BestStudent | None) -> None:
-    checkpoints = Checkpoints(engine, run.output_dir, run, data, world, run.train.global_batch_size)
-    start, score = checkpoints.start, (0, 0.0)  # the last evaluation's step, and how well it went
-    if best is not None:
-        best.go_back(checkpoints.card.best if checkpoints.card else None, run.train.steps)
+class DistillationHooks(Hooks):
+    """Stage II in the loop: held-out scores, the best weights so far, checkpoints.
 
-    def evaluate(step: int) -> dict[str, float]:
-        nonlocal score
-        with scorable(step, world):
-            scores = data.evaluate(engine, run, world)
-            metric = f"validation_{run.spec.best}" if run.spec.best else "validation_loss"
+    best: None for a task without a metric that chooses.
+    """
+
+    def __init__(
+        self,
+        run: ResolvedRun,
+        world: World,
+        data: RunData,
+        engine: Any,
+        best: BestStudent | None,
+        checkpoints: Checkpoints,
+        recorder: Recorder,
+    ) -> None:
+        self._run, self._world, self._data, self._engine = run, world, data, engine
+        self._best, self._checkpoints, self._recorder = best, checkpoints, recorder
+        self._scored_at, self._score = 0, 0.0  # the last evaluation's step, and its score, the higher the better
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Scores of the held-out data; the student is kept if it is the best so far."""
+        with scorable(step, self._world):
+            scores = self._data.evaluate(self._engine, self._run, self._world)
+            chooses = self._run.spec.best
+            metric = f"validation_{chooses}" if chooses else "validation_loss"
             if metric in scores:
-                score = step, scores[metric] if run.spec.best else -scores[metric]
-            if best is not None and step and best.beaten_by(step, scores):
-                scores |= data.evaluate_extra(engine, run, world)
-                best.keep(engine.module.student, step, scores)
+                self._scored_at, self._score = step, scores[metric] if chooses else -scores[metric]
+            if self._best is not None and step and self._best.beaten_by(step, scores):
+                scores |= self._data.evaluate_extra(self._engine, self._run, self._world)
+                self._best.keep(self._engine.module.student, step, scores)
         return scores
 
-    def save(step: int) -> None:
-        card = None if best is None else best.card
-        checkpoints.save(step, recorder, card, score[1] if score[0] == step else None)
+    def save(self, step: int) -> None:
+        """A checkpoint of the student and its filters."""
+        card = None if self._best is None else self._best.card
+        self._checkpoints.save(step, self._recorder, card, self._score if self._scored_at == step else None)
 
+
+def _train(run: ResolvedRun, world: World, data: RunData, plan: Plan, engine: Any, best: BestStudent | None) -> None:
+    train = run.train
+    checkpoints = Checkpoints(engine, run.output_dir, run, data, world, train.global_batch_size)
+    if best is not None:
+        best.go_back(checkpoints.card.best if checkpoints.card else None, train.steps)
     rows: Rows = data.training_rows(run, world)
-    if isinstance(teacher := engine.module.teacher, CachedTeacher):
+    if (teacher := engine.module.teacher) is not None:
         rows = AnnouncedRows(rows, teacher)
-    logger.info("Stage II: %s, steps %d to %d", run.method, start, run.train.steps)
-    recorder = Recorder(
-        run.output_dir,
-        title=f"Stage II {run.method}",
-        steps=run.train.steps,
-        tensorboard=run.logging.tensorboard,
+    logger.info("Stage II: %s, steps %d to %d", run.method, checkpoints.start, train.steps)
+    title = f"Stage II {run.method}"
+    recorder = Recorder(run.output_dir, title=title, steps=train.steps, tensorboard=run.logging.tensorboard)
+    hooks = DistillationHooks(run, world, data, engine, best, checkpoints, recorder)
+    steps = Steps(
+        checkpoints.start,
+        train.steps,
+        run.logging.every,
+        train.evaluate_every,
+        train.save_every,
+        run.seed,
+        train.max_skipped_steps,
     )
     with recorder:
         checkpoints.open(recorder)
-        if start == 0:
-            first = {"step": 0, "tokens": 0, **evaluate(0)}
+        if steps.start == 0:
+            first = {"step": 0, "tokens": 0, **hooks.evaluate(0)}
             world.on_main(lambda: recorder.log(first))
-        run_steps(
-            engine,
-            rows,
-            world,
-            recorder,
-            names=TERMS,
-            start=start,
-            steps=run.train.steps,
-            log_every=run.logging.every,
-            seed=run.seed,
-            max_skipped=run.train.max_skipped_steps,
-            evaluate=(run.train.evaluate_every, evaluate),
-            save=(run.train.save_every, save),
-            meters=Meters(world, _flops(run, data, plan)),
-        )
+        meters = Meters(world, _flops(run, data, plan))
+        run_steps(engine, rows, world, recorder, steps, hooks, names=TERMS, meters=meters)
 
 
 @contextmanager
@@ -287,4 +267,6 @@ def _summarise(run: ResolvedRun, best: dict[str, Any] | None) -> dict[str, Any]:
 def _training_seconds(lines: list[dict[str, Any]]) -> float:
     """Seconds spent in steps: without evaluation, saving and starting up."""
     steps = [0, *(line["step"] for line in lines)]
-    return sum(line.get("step_ms", 0.0) * (b - a) for line, (a, b) in zip(lines, pairwise(steps), strict=True)) / 1000
+    spans = zip(lines, pairwise(steps), strict=True)
+    milliseconds: float = sum(line.get("step_ms", 0.0) * (b - a) for line, (a, b) in spans)
+    return milliseconds / 1000

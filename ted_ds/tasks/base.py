@@ -24,16 +24,9 @@ from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.job.world import World
 from ted_ds.models.filters import Filter, FilterPlan
+from ted_ds.models.loading import DTYPES
 from ted_ds.models.readout import Readout
 from ted_ds.ops import Head
-
-FIELD_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int32": torch.int32,
-}
-"""What a `Field` may be recorded in."""
 
 
 class Reading(NamedTuple):
@@ -65,7 +58,7 @@ class Field:
     @property
     def item_bytes(self) -> int:
         """Bytes of one token or row."""
-        return FIELD_DTYPES[self.dtype].itemsize * self.width
+        return DTYPES[self.dtype].itemsize * self.width
 
 
 class CachedOutput:

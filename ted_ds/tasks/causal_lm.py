@@ -22,12 +22,11 @@ from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.evaluation.perplexity import document_perplexity
 from ted_ds.job.world import World, logger
 from ted_ds.models.filters import Filter, FilterPlan, fresh_linear
-from ted_ds.models.loading import meta_model, resident_readout
+from ted_ds.models.loading import DTYPES, meta_model, resident_readout
 from ted_ds.models.readout import LogitHead
 from ted_ds.models.structure import LMStructure, find_structure
 from ted_ds.ops import Head, TopK, linear_cross_entropy_kl, teacher_top_k, token_scores
 from ted_ds.tasks.base import (
-    FIELD_DTYPES,
     CachedOutput,
     DisposableHead,
     Field,
@@ -214,7 +213,7 @@ class LastHiddenStates(CachedOutput):
         head = {
             "softcap": structure.logit_softcap,
             "scale": structure.logit_scale,
-            "bytes": numbers * FIELD_DTYPES[dtype].itemsize,
+            "bytes": numbers * DTYPES[dtype].itemsize,
         }
         super().__init__({"hidden": Field(dtype, structure.width)}, head=head)
 

@@ -31,9 +31,9 @@ from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.errors import NotFiniteError
 from ted_ds.evaluation.collect import collect_outputs
 from ted_ds.job.world import World
+from ted_ds.models.fit import check_ids, vocabulary_rows
 from ted_ds.models.readout import TaskReadout
 from ted_ds.tasks.base import CachedOutput, Field, Reading, Task, TaskLosses, wide
-from ted_ds.tasks.model_fit import check_ids, vocabulary_rows
 
 
 class RowLogits(CachedOutput):

@@ -1,8 +1,8 @@
-"""What a teacher cache holds, where each row of it lies, and how large it is: names and numbers alone.
+"""What a teacher cache holds, where each row lies in it, and how large it is: names and numbers alone.
 
-A folder of `shard-00000.safetensors` and so on, each the records of a range of training rows, `head.safetensors`
-where the losses need the teacher's LM head, and `manifest.json`, which is there when all of it is. Of a row only its
-real tokens are kept, one after another; where a row begins follows from the rows' lengths.
+A folder of `shard-00000.safetensors` and so on, each with the records of a range of training rows, `head.safetensors`
+if the losses need the teacher's LM head, and `manifest.json`, which is there once the cache is whole. Of a row only
+its real tokens are kept, one after another, so that the rows' lengths tell where each row begins.
 """
 
 from __future__ import annotations
@@ -25,17 +25,25 @@ SHARD_BYTES = 256 << 20
 """Largest size of a shard that has more than one row; a rank holds one while it records it."""
 
 HEADER_BYTES = 96
-"""Of a safetensors file's header, a tensor: its name, dtype, shape and place."""
+"""About what a tensor takes in the header of a safetensors file: its name, dtype, shape and place."""
+
+
+Fields = Mapping[str, Field]
+
+
+def size_of(fields: Fields, *, rows: int, tokens: int) -> int:
+    """Bytes of the fields of so many rows and tokens."""
+    return sum(field.item_bytes * (rows if field.per_row else tokens) for field in fields.values())
 
 
 @dataclass(frozen=True)
 class Manifest:
     """What was recorded, and of what.
 
-    data, weights, filters: fingerprints of the training rows, of the teacher, and of Stage I's filters ("" where
-    the states are unfiltered, or none are kept). teacher: its name as the run that recorded had it.
-    settings: what the recorded output was computed with beyond that (a top k's temperature and vocabulary).
-    head: an LM head's softcap, scale and bytes, where `head.safetensors` holds one.
+    data, weights, filters: fingerprints of the training rows, of the teacher, and of Stage I's filters ("" if the
+    states are unfiltered, or none are kept). teacher: its name in the run that recorded it.
+    settings: what the recorded output depends on beyond that (a top k's temperature and vocabulary).
+    head: softcap, scale and bytes of the LM head in `head.safetensors`; None without one.
     firsts: the first row of each shard.
     """
 
@@ -57,7 +65,7 @@ class Manifest:
 
     @staticmethod
     def read(path: Path) -> Manifest | None:
-        """None where there is none; CheckpointError where it is no manifest."""
+        """None if there is none. Raises CheckpointError for a file that is no manifest."""
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             fields = {name: Field(**field) for name, field in values["fields"].items()}
@@ -70,12 +78,14 @@ class Manifest:
             ) from error
 
     def bytes(self) -> int:
-        """What the whole cache takes on disk, to a few bytes a shard."""
-        per_token = sum(field.item_bytes for field in self.fields.values() if not field.per_row)
-        per_row = sum(field.item_bytes for field in self.fields.values() if field.per_row)
+        """What the whole cache takes on disk, except for a few bytes of each shard."""
         headers = len(self.firsts) * HEADER_BYTES * len(self.fields)
-        head = int(self.head["bytes"] or 0) if self.head else 0
-        return per_token * self.tokens + per_row * self.rows + headers + head
+        return size_of(self.fields, rows=self.rows, tokens=self.tokens) + headers + self.head_bytes
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the LM head; 0 without one."""
+        return int(self.head["bytes"] or 0) if self.head else 0
 
 
 def state_field(block: int) -> str:
@@ -88,10 +98,9 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
-def plan_shards(lengths: np.ndarray, fields: Mapping[str, Field]) -> tuple[int, ...]:
+def plan_shards(lengths: np.ndarray, fields: Fields) -> tuple[int, ...]:
     """The first row of each shard: ranges of at most `SHARD_BYTES`, or of one row. lengths: [rows] real tokens."""
-    per_token = sum(field.item_bytes for field in fields.values() if not field.per_row)
-    per_row = sum(field.item_bytes for field in fields.values() if field.per_row)
+    per_token, per_row = size_of(fields, rows=0, tokens=1), size_of(fields, rows=1, tokens=0)
     ends = np.cumsum(lengths.astype(np.int64) * per_token + per_row)
     firsts = [0]
     while True:
@@ -127,10 +136,9 @@ class Places:
         """The shard that holds a row."""
         return int(np.searchsorted(self._firsts, row, side="right")) - 1
 
-    def bytes(self, shard: int, fields: Mapping[str, Field]) -> int:
+    def bytes(self, shard: int, fields: Fields) -> int:
         """What a shard's records take, without the file's header."""
-        counts = {True: len(self.rows(shard)), False: self.tokens(shard)}
-        return sum(field.item_bytes * counts[field.per_row] for field in fields.values())
+        return size_of(fields, rows=len(self.rows(shard)), tokens=self.tokens(shard))
 
     def within(self, shard: int, row: int, field: Field) -> slice:
         """A row's items in its shard: its tokens, or itself."""
@@ -141,68 +149,66 @@ class Places:
         return slice(int(start), int(end))
 
 
-def check_whole(folder: Path, manifest: Manifest, lengths: np.ndarray) -> None:
-    """Raises CheckpointError where a file of a finished cache is not there, or shorter than what it should hold."""
-    places = Places(lengths, manifest.firsts)
-    sizes = {shard_path(folder, i): places.bytes(i, manifest.fields) for i in range(places.num_shards)}
-    if manifest.head is not None:
-        sizes[folder / HEAD] = int(manifest.head["bytes"] or 0)
+def find_cache(folder: Path, wanted: Sequence[Manifest], lengths: np.ndarray) -> Manifest | None:
+    """The finished cache in `folder`, None if there is none; on one rank.
+
+    wanted: each of them serves the run. lengths: [rows] real tokens.
+    Raises CheckpointError if what is there serves the run in no way, or a file is missing or too short.
+    """
+    found = Manifest.read(folder / MANIFEST)
+    if found is None:
+        return None
+    if not any(fits(found, manifest) for manifest in wanted):
+        refuse_difference(folder, found, wanted[0])
+    places = Places(lengths, found.firsts)
+    sizes = {shard_path(folder, i): places.bytes(i, found.fields) for i in range(places.num_shards)}
+    if found.head is not None:
+        sizes[folder / HEAD] = found.head_bytes
     for path, size in sizes.items():
         there = path.stat().st_size if path.exists() else 0
         if there < size:
             raise CheckpointError(f"{path} has {there} of {size} bytes: delete that folder to record it anew")
+    return found
 
 
 def refuse_difference(folder: Path, found: Manifest, wanted: Manifest) -> None:
-    """Raises CheckpointError where a cache is of another teacher, filter or data, or lacks what a run needs."""
-    remedy = "give another teacher.cache, or delete that folder to record it anew"
-    compared: list[tuple[str, Any, Any, str]] = [
-        ("other training data", _named(found.data, found.rows), _named(wanted.data, wanted.rows), remedy),
-        ("another teacher", (found.teacher, found.weights), (wanted.teacher, wanted.weights), remedy),
-        ("another teacher.dtype", found.dtype, wanted.dtype, remedy),
-    ]
-    if _states(found) and _states(wanted):
-        # lwd has none, and cannot take any
-        take = "give another teacher.cache, or delete teacher_filters in output_dir to take the cache's"
-        todo = take if found.filters and wanted.filters else remedy
-        compared.append(("other filters", _filters(found), _filters(wanted), todo))
-    compared += [
-        (f"another {name}", found.settings[name], value, remedy)
-        for name, value in wanted.settings.items()
-        if name in found.settings
-    ]
-    for what, before, now, todo in compared:
-        # a teacher is its weights, whatever path it was loaded from
-        if (before[1:] != now[1:]) if isinstance(before, tuple) else (before != now):
-            raise CheckpointError(f"{folder} is a cache of {what} ({_said(before)}, this run's {_said(now)}): {todo}")
-    lacking = [name for name, field in wanted.fields.items() if found.fields.get(name) != field]
-    if lacking:
-        raise CheckpointError(
-            f"{folder} is a cache without {', '.join(lacking)} (it holds {', '.join(found.fields)}), which this run's "
-            f"loss needs: {remedy}"
-        )
+    """Raises CheckpointError if a cache is of another teacher, filter or data, or lacks what a run needs."""
+    if (difference := _difference(found, wanted)) is not None:
+        raise CheckpointError(f"{folder} is a cache {difference}")
 
 
 def fits(found: Manifest, wanted: Manifest) -> bool:
     """Whether a cache holds all that `wanted` names, of the same teacher, filters and data."""
-    try:
-        refuse_difference(Path(), found, wanted)
-    except CheckpointError:
-        return False
-    return True
+    return _difference(found, wanted) is None
 
 
-def _states(manifest: Manifest) -> bool:
-    return any(name.startswith("states.") for name in manifest.fields)
-
-
-def _named(fingerprint: str, rows: int) -> str:
-    return f"{rows} rows, {fingerprint[:12]}"
-
-
-def _filters(manifest: Manifest) -> str:
-    return manifest.filters[:12] or "none, as lwd"
-
-
-def _said(value: Any) -> str:
-    return f"{value[0]}, weights {value[1][:12]}" if isinstance(value, tuple) else str(value)
+def _difference(found: Manifest, wanted: Manifest) -> str | None:
+    """What makes `found` unfit for a run, and the remedy; None if it serves the run."""
+    remedy = "give another teacher.cache, or delete that folder to record it anew"
+    take = "give another teacher.cache, or delete teacher_filters in output_dir to take the cache's"
+    both = found, wanted
+    data = [f"{m.rows} rows, {m.data[:12]}" for m in both]
+    teachers = [f"{m.teacher}, weights {m.weights[:12]}" for m in both]
+    compared: list[tuple[str, bool, Sequence[Any], str]] = [
+        ("other training data", data[0] == data[1], data, remedy),
+        # a teacher is its weights, whatever path it was loaded from
+        ("another teacher", found.weights == wanted.weights, teachers, remedy),
+        ("another teacher.dtype", found.dtype == wanted.dtype, (found.dtype, wanted.dtype), remedy),
+    ]
+    if all(any(name.startswith("states.") for name in m.fields) for m in both):
+        filters = [m.filters[:12] or "none, as lwd" for m in both]
+        # lwd has no filters of its own, and cannot take any
+        todo = take if found.filters and wanted.filters else remedy
+        compared.append(("other filters", filters[0] == filters[1], filters, todo))
+    compared += [
+        (f"another {name}", found.settings[name] == value, (found.settings[name], value), remedy)
+        for name, value in wanted.settings.items()
+        if name in found.settings
+    ]
+    for what, same, (before, now), todo in compared:
+        if not same:
+            return f"of {what} ({before}, this run's {now}): {todo}"
+    lacking = [name for name, field in wanted.fields.items() if found.fields.get(name) != field]
+    if not lacking:
+        return None
+    return f"without {', '.join(lacking)} (it holds {', '.join(found.fields)}), which this run's loss needs: {remedy}"

@@ -1,4 +1,4 @@
-"""Fingerprints of a teacher and of its filters, of their content alone: a copied folder has the same."""
+"""Fingerprints of a teacher and of its filters: of their content alone, so that a copied folder has the same."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import torch
 from ted_ds.models.weight_files import WeightReader, find_file
 
 SAMPLES = 16
-"""Numbers that are looked at in every tensor (to twice as many), evenly spread."""
+"""At least so many numbers of every tensor are hashed, evenly spread; at most twice as many."""
 
 
 def model_fingerprint(model: str) -> str:
     """A hash of a folder's or hub model's config and weights: names, shapes, dtypes, and samples of every tensor.
 
-    Training a tensor changes some of its samples; a change of a few numbers or rows alone, and a hub model's own
-    code, can go unnoticed. How weights are split into files does not matter. It touches a few pages a tensor.
-    Raises ModelError where there are no safetensors.
+    Training a tensor changes some of its samples. A change of only a few numbers or rows, or of a hub model's own
+    code, can go unnoticed. How weights are split into files does not matter. A few pages of each tensor are read.
+    Raises ModelError if there are no safetensors.
     """
     digest = hashlib.sha256(_config(model).encode())
     for name, tensor in sorted(WeightReader(model).read_all().items()):
@@ -36,7 +36,7 @@ def file_fingerprint(path: Path) -> str:
 
 
 def _config(model: str) -> str:
-    """config.json without what says by which version, and from where, it was saved."""
+    """config.json without the names of the library's version and of the folder it was loaded from."""
     path = find_file(model, "config.json")
     config = {} if path is None else json.loads(path.read_text(encoding="utf-8"))
     return json.dumps({k: v for k, v in config.items() if k != "transformers_version" and k[0] != "_"}, sort_keys=True)

@@ -1,9 +1,9 @@
-"""The frozen side of both stages: a model and its filters behind one streaming call."""
+"""A hosted teacher: a frozen model and its filters behind one streaming call; Stage I's models run through it too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,35 +14,7 @@ from ted_ds.models.readout import Readout
 from ted_ds.models.structure import find_blocks
 from ted_ds.ops import Head
 from ted_ds.tasks.base import Task
-from ted_ds.teacher.collector import BlockTap
-
-UseOutput = Callable[[Any, Head | None], None]
-"""Takes the output that a readout gives, of a recorded teacher maybe a `TopK`, and the LM head where there is one."""
-
-
-class Teacher(Protocol):
-    """What Stage II asks of a teacher: a frozen model, or what was recorded of one."""
-
-    @property
-    def sources(self) -> Sequence[nn.Module] | Mapping[int, nn.Module]:
-        """By block, the module whose output is the teacher's side of a pair, before `target`."""
-        ...
-
-    @property
-    def target_width(self) -> int:
-        """F, the width of what `target` returns."""
-        ...
-
-    def target(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What the filtered student is compared with, [B, S, F], from the output of the pair's source."""
-        ...
-
-    def stream(self, batch: Batch, use_output: UseOutput | None = None, *, until: nn.Module | None = None) -> None:
-        """Runs the sources in the order of the blocks under no_grad, then `use_output(output, head)` with gradients.
-
-        until: the source after which nothing is needed, where there is no `use_output`.
-        """
-        ...
+from ted_ds.teacher.contract import Teacher, UseOutput, stream_states
 
 
 class _EnoughSeen(Exception):
@@ -50,11 +22,11 @@ class _EnoughSeen(Exception):
 
 
 class FrozenModule(nn.Module):
-    """A model of a task without gradients, and the filters on its blocks (none: `filters` empty).
+    """A model of a task without gradients, and the filters on its blocks (`filters` empty: none).
 
-    Its forward returns nothing. Whatever is wanted of it is taken while it runs: hidden states by taps on
-    `sources`, logits by `use_output(output, head)`. So nothing of the teacher outlives its use, and with
-    ZeRO-3 each weight is whole only when its turn comes.
+    Its forward returns nothing. Everything is taken while it runs: hidden states by hooks on blocks, the output by
+    `use_output(output, head)`. So nothing of the teacher outlives its use, and with ZeRO-3 each weight is whole only
+    when its turn comes.
     """
 
     def __init__(self, model: PreTrainedModel, task: Task, filters: Iterable[nn.Module] = ()) -> None:
@@ -82,7 +54,7 @@ class FrozenModule(nn.Module):
         def end(module: nn.Module, inputs: Any, output: Any) -> None:
             raise _EnoughSeen
 
-        handle = last.register_forward_hook(end)  # hooks run in the order of registration: the taps' are older
+        handle = last.register_forward_hook(end)  # hooks run in the order of registration: those of `tapped` are older
         try:
             self.readout.read(batch)
         except _EnoughSeen:
@@ -90,24 +62,9 @@ class FrozenModule(nn.Module):
         finally:
             handle.remove()
 
-    @property
-    def sources(self) -> list[nn.Module]:
-        """Per block the module whose output is compared: filters read blocks, without filters the hidden states."""
-        return list(self.structure.blocks) if len(self.filters) else self.structure.hidden_state_sources()
 
-    @property
-    def target_width(self) -> int:
-        """F, the width of what `target` returns."""
-        first: Any = next(iter(self.filters), None)
-        return self.structure.width if first is None else first.output_dim
-
-    def target(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
-        """f_t[pair](hidden), [B, S, F]; the hidden state itself where the model has no filters (lwd)."""
-        return self.filters[pair](hidden) if len(self.filters) else hidden
-
-
-class FrozenModel:
-    """A FrozenModule together with what calls it: the module itself (replicated) or a ZeRO-3 engine.
+class FrozenModel(Teacher):
+    """A `FrozenModule` together with what calls it: the module itself (every rank has a copy), or a ZeRO-3 engine.
 
     Not a torch module on purpose: the student's engine refers to its teacher and must neither shard,
     train nor save it.
@@ -124,64 +81,34 @@ class FrozenModel:
             self._engine.destroy()
 
     @property
-    def target_width(self) -> int:
-        """F, see `FrozenModule`."""
-        return self.module.target_width
-
-    def target(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
-        """The teacher's side of a pair, see `FrozenModule`."""
-        return self.module.target(pair, hidden)
+    def sources(self) -> list[nn.Module]:
+        """By block: filters read what blocks give, an unfiltered state (lwd) is what the next block gets."""
+        structure = self.module.structure
+        return list(structure.blocks) if len(self.module.filters) else structure.hidden_state_sources()
 
     @property
-    def sources(self) -> list[nn.Module]:
-        """Per block the module whose output is compared, see `FrozenModule`."""
-        return self.module.sources
+    def target_width(self) -> int:
+        """F; D without filters."""
+        first: Any = next(iter(self.module.filters), None)
+        return self.module.structure.width if first is None else first.output_dim
+
+    def target(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
+        """f_t[pair](hidden), [B, S, F]; the hidden state itself without filters (lwd)."""
+        return self.module.filters[pair](hidden) if len(self.module.filters) else hidden
 
     def stream(self, batch: Batch, use_output: UseOutput | None = None, *, until: nn.Module | None = None) -> None:
         """One forward without gradients; `use_output` runs with gradients enabled.
 
-        until: a module of the model; the forward ends as soon as it has run, the blocks after it are not run and
-        under ZeRO-3 not gathered. `no_grad`, not `inference_mode`: what the taps hand on takes part in the
-        student's graph.
+        until: a module of the model; the blocks after it are not run and under ZeRO-3 not gathered.
         """
+
+        def use(output: torch.Tensor, head: Head | None) -> None:
+            assert use_output is not None
+            with torch.enable_grad():
+                use_output(output.detach(), head)
+
         with torch.no_grad():
-            self._engine(batch=batch, use_output=use_output and _with_grad(use_output), until=until)
-
-    def stream_states(
-        self, batch: Batch, sources: Sequence[nn.Module], on_output: Callable[[int, torch.Tensor], None]
-    ) -> None:
-        """One forward without gradients; `on_output(i, hidden)` as the module `sources[i]` ends, up to the last.
-
-        sources: modules of the model, in the order in which they run.
-        """
-        stream_states(self, batch, sources, on_output)
-
-
-def stream_states(
-    teacher: Teacher,
-    batch: Batch,
-    sources: Sequence[nn.Module],
-    on_output: Callable[[int, torch.Tensor], None],
-    use_output: UseOutput | None = None,
-) -> None:
-    """One forward without gradients; `on_output(i, hidden)` as the module `sources[i]` ends, then `use_output`.
-
-    sources: in the order in which they run. Without `use_output` the forward ends after the last of them.
-    """
-    tap = BlockTap(sources, on_output)
-    try:
-        with tap.armed():
-            teacher.stream(batch, use_output, until=None if use_output else sources[-1])
-    finally:
-        tap.remove()
-
-
-def _with_grad(use_output: UseOutput) -> UseOutput:
-    def use(output: torch.Tensor, head: Head | None) -> None:
-        with torch.enable_grad():
-            use_output(output.detach(), head)
-
-    return use
+            self._engine(batch=batch, use_output=use_output and use, until=until)
 
 
 def filtered_square_sums(

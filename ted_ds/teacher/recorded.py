@@ -1,4 +1,4 @@
-"""The recorded teacher: Stage II's `Teacher` that reads a cache in place of running a model."""
+"""The recorded teacher: a `Teacher` that reads a cache and runs no model."""
 
 from __future__ import annotations
 
@@ -17,34 +17,36 @@ from torch import nn
 from ted_ds.batch import Batch, on_device
 from ted_ds.data.loader import Rows
 from ted_ds.errors import CheckpointError
+from ted_ds.models.loading import DTYPES
 from ted_ds.ops import Head
-from ted_ds.tasks.base import FIELD_DTYPES, CachedOutput
+from ted_ds.tasks.base import CachedOutput
 from ted_ds.teacher.cache_layout import HEAD, Manifest, Places, shard_path, state_field
-from ted_ds.teacher.frozen import UseOutput
+from ted_ds.teacher.contract import Teacher, UseOutput
 
 Values = dict[str, torch.Tensor]
 
 
 class ShardReader:
-    """A cache's shards, memory-mapped as they are first asked for; rows that are not read cost no memory.
+    """A cache's shards, memory-mapped when they are first read; rows that are not read cost no memory.
 
-    lengths: [rows] real tokens. pinned: whether batches are read into pinned memory, from which copies do not block.
+    lengths: [rows] real tokens. pinned: whether batches are read into pinned memory, which a copy to the device needs
+    in order not to block.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, lengths: np.ndarray, *, pinned: bool) -> None:
         self._folder, self._fields, self._pinned = folder, manifest.fields, pinned
         self._places = Places(lengths, manifest.firsts)
-        self._files: dict[int, Any] = {}  # one map a shard: a process may have 65530 of them
+        self._files: dict[int, Any] = {}  # each shard is mapped once: a process may have 65530 maps
         self._slices: dict[tuple[int, str], Any] = {}
 
     def read(self, names: Sequence[str], rows: torch.Tensor, width: int) -> Values:
-        """The fields of the rows [B], [B, width, W] with zeros at padding or, of fields per row, [B, W]; on the CPU."""
+        """The fields of the rows [B], on the CPU: [B, width, W], 0 at padding; of a field per row [B, W]."""
         return {name: self._read(name, rows.tolist(), width) for name in names}
 
     def _read(self, name: str, rows: list[int], width: int) -> torch.Tensor:
         field = self._fields[name]
         shape = (len(rows), 1 if field.per_row else width, field.width)
-        out = torch.empty(shape, dtype=FIELD_DTYPES[field.dtype], pin_memory=self._pinned)
+        out = torch.empty(shape, dtype=DTYPES[field.dtype], pin_memory=self._pinned)
         for items, row in zip(out, rows, strict=True):
             shard = self._places.shard_of(row)
             place = self._places.within(shard, row, field)
@@ -60,17 +62,17 @@ class ShardReader:
                 if shard not in self._files:
                     self._files[shard] = safe_open(path, framework="pt")
                 self._slices[shard, name] = self._files[shard].get_slice(name)
-            except Exception as error:  # whatever a torn file makes safetensors raise
+            except Exception as error:  # a torn file makes safetensors raise errors of several kinds
                 raise CheckpointError(f"{path} is torn ({error}): delete its folder to record it anew") from error
         return self._slices[shard, name]
 
 
 class CachedTeacher:
-    """A `Teacher` made of records. `sources` hand on what the pairs' blocks gave, already filtered.
+    """A `Teacher` made of records. `sources` give the states of the pairs' blocks, filtered before they were recorded.
 
     blocks: the teacher's blocks of the layer map, in order. width: F. output: how the teacher's output was kept; None
-    where there is no KL.
-    While one micro-batch is worked on, a thread reads the next one that `expect` named.
+    without a KL.
+    While one micro-batch is used, a thread reads the next one that `expect` named.
     """
 
     def __init__(
@@ -84,36 +86,26 @@ class CachedTeacher:
         head: Head | None,
     ) -> None:
         self._reader, self._device, self._output, self._head = reader, device, output, head
-        self._width = width
-        self._sources: dict[int, nn.Module] = {block: nn.Identity() for block in blocks}
+        self.target_width = width
+        self.sources: Mapping[int, nn.Module] = {block: nn.Identity() for block in blocks}
         self._state_names = [*map(state_field, blocks)]
         self._names = [*self._state_names, *(output.fields if output else ())]
         self._thread = ThreadPoolExecutor(1, "teacher-cache")
         self._coming: deque[Batch] = deque()
         self._next: tuple[torch.Tensor, Future[Values]] | None = None
 
-    @property
-    def sources(self) -> Mapping[int, nn.Module]:
-        """By block of the layer map, the module that hands on its filtered state."""
-        return self._sources
-
-    @property
-    def target_width(self) -> int:
-        """F."""
-        return self._width
-
     def target(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What a source handed on, [B, S, F]: it was filtered before it was kept."""
+        """`hidden` [B, S, F] itself: it was filtered before it was recorded."""
         return hidden
 
     def stream(self, batch: Batch, use_output: UseOutput | None = None, *, until: nn.Module | None = None) -> None:
-        """Hands on the states of the batch's rows block by block, then their output; waits for no device.
+        """Gives the recorded states of the batch's rows block by block, then their output; never waits for the device.
 
-        until: not looked at, for nothing is kept of what lies after the last pair.
+        until: ignored, as nothing is recorded of what comes after the last pair.
         """
         values = self._take(batch, self._state_names if use_output is None else self._names)
         with torch.no_grad():
-            for block, source in self._sources.items():
+            for block, source in self.sources.items():
                 source(on_device(values.pop(state_field(block)), self._device))
         if use_output is None:
             return
@@ -146,9 +138,9 @@ class CachedTeacher:
 
 
 class AnnouncedRows:
-    """Training rows that name a step's micro-batches to a cached teacher before they are worked on."""
+    """Training rows that name a step's micro-batches to the teacher before they are worked on."""
 
-    def __init__(self, rows: Rows, teacher: CachedTeacher) -> None:
+    def __init__(self, rows: Rows, teacher: Teacher) -> None:
         self._rows, self._teacher = rows, teacher
 
     def micro_batches(self, step: int) -> list[Batch]:
@@ -163,7 +155,7 @@ class AnnouncedRows:
 
 
 def load_head(folder: Path, manifest: Manifest, device: torch.device) -> Head | None:
-    """The LM head that was recorded, whole on this rank; None where the cache has none."""
+    """The LM head that was recorded, whole on this rank; None if the cache has none."""
     if manifest.head is None:
         return None
     tensors = load_file(folder / HEAD, device=str(device))

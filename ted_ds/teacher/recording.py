@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -12,78 +14,116 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from ted_ds.batch import Batch
+from ted_ds.data.encoded import EncodedRows
+from ted_ds.data.packed import PackedBlocks
 from ted_ds.errors import CheckpointError
-from ted_ds.job.world import World
+from ted_ds.job.lock import alone
+from ted_ds.job.world import World, logger
+from ted_ds.models.loading import DTYPES
 from ted_ds.ops import Head
-from ted_ds.tasks.base import FIELD_DTYPES, CachedOutput
+from ted_ds.tasks.base import CachedOutput, Field
 from ted_ds.teacher.cache_layout import (
     HEAD,
     MANIFEST,
     UNFINISHED,
-    Field,
     Manifest,
     Places,
+    refuse_difference,
     shard_path,
     state_field,
 )
-from ted_ds.teacher.frozen import Teacher, stream_states
-from ted_ds.teacher.rows import TeacherRows
+from ted_ds.teacher.contract import Teacher, stream_states
 
-Fields = Mapping[str, Field]
+Record = Callable[[Batch], dict[str, torch.Tensor]]
 
 
-class TeacherRecorder:
-    """Takes from a teacher's forward what a cache keeps.
+def alone_in_cache(folder: Path, world: World) -> AbstractContextManager[None]:
+    """Alone in writing into a cache, as soon as no other job does; a collective."""
+    return alone(
+        folder / "recording.lock",
+        world,
+        busy=f"teacher cache {folder} is being written by another job: waiting for it",
+    )
 
-    blocks: of the pairs, in order; output: None where there is no KL, and the forward ends after the last pair.
+
+def begin_recording(folder: Path, manifest: Manifest) -> None:
+    """Checks what an interrupted recording left, and the room on the disk; says what will be written; on one rank.
+
+    Raises CheckpointError for parts of another cache, or too small a disk.
     """
+    before, shards = Manifest.read(folder / UNFINISHED), sorted(folder.glob("shard-*.safetensors"))
+    if before is not None:
+        refuse_difference(folder, before, manifest)
+    same = before is not None and (before.fields, before.firsts) == (manifest.fields, manifest.firsts)
+    if not same and (shards or before is not None):
+        raise CheckpointError(
+            f"{folder} holds parts of another cache: give another teacher.cache, or delete that folder"
+        )
+    size, there = manifest.bytes(), sum(path.stat().st_size for path in shards)
+    free = shutil.disk_usage(folder).free
+    what = f"{_said(size)} for {manifest.rows} rows, {manifest.tokens} tokens ({size / manifest.tokens:.0f} bytes each)"
+    if size - there > free:
+        raise CheckpointError(
+            f"teacher.cache {folder} would take {what}, {_said(there)} of it there, but {_said(free)} are free: "
+            "make room, give a folder on another disk, or remove teacher.cache"
+        )
+    logger.info("teacher cache %s: %s, %d of %d shards there", folder, what, len(shards), len(manifest.firsts))
+    manifest.write(folder / UNFINISHED)
 
-    def __init__(self, teacher: Teacher, blocks: tuple[int, ...], output: CachedOutput | None) -> None:
-        self._teacher, self._blocks, self._output = teacher, blocks, output
-        self._sources = [teacher.sources[block] for block in blocks]
 
-    def record(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """The fields of a batch on the CPU, [B, S, width] or [B, width]; one state is on the device at a time."""
-        found: dict[str, torch.Tensor] = {}
+def _said(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
-        def keep_state(pair: int, hidden: torch.Tensor) -> None:
-            found[state_field(self._blocks[pair])] = self._teacher.target(pair, hidden).cpu()
 
-        def keep_output(output: torch.Tensor, head: Head | None) -> None:
-            assert self._output is not None
-            with torch.no_grad():
-                found.update({name: t.cpu() for name, t in self._output.record(output, head).items()})
+def record_batch(
+    teacher: Teacher, blocks: Sequence[int], output: CachedOutput | None, batch: Batch
+) -> dict[str, torch.Tensor]:
+    """The fields of a batch on the CPU, [B, S, width] or [B, width]; one state is on the device at a time.
 
-        stream_states(self._teacher, batch, self._sources, keep_state, keep_output if self._output else None)
-        return found
+    blocks: of the pairs, in order. output: None without a KL: the forward then ends after the last pair.
+    """
+    found: dict[str, torch.Tensor] = {}
+
+    def keep_state(pair: int, hidden: torch.Tensor) -> None:
+        found[state_field(blocks[pair])] = teacher.target(pair, hidden).cpu()
+
+    def keep_output(values: torch.Tensor, head: Head | None) -> None:
+        assert output is not None
+        with torch.no_grad():
+            found.update({name: t.cpu() for name, t in output.record(values, head).items()})
+
+    sources = [teacher.sources[block] for block in blocks]
+    stream_states(teacher, batch, sources, keep_state, keep_output if output else None)
+    return found
 
 
 def record_shards(
-    folder: Path, manifest: Manifest, rows: TeacherRows, recorder: TeacherRecorder, world: World, *, batch_size: int
+    folder: Path, manifest: Manifest, rows: PackedBlocks | EncodedRows, record: Record, world: World, *, batch_size: int
 ) -> None:
-    """Records the shards that `folder` lacks, dealt to the ranks, then makes it whole; a collective.
+    """Records the shards that `folder` lacks, dealt to the ranks, then seals it; a collective.
 
-    A shard's rows run through the teacher in order of length, `batch_size` at a time, whatever rank has it: what is
-    written does not depend on the number of ranks. Every rank makes as many forwards, some of them for nothing.
-    Raises CheckpointError, on every rank, where any rank could not write; what is finished stays for the next start.
+    record: a batch -> its fields, see `record_batch`.
+    A shard's rows run through the teacher in order of length, `batch_size` at a time, on every rank alike: what is
+    written does not depend on the number of ranks. All ranks make the same number of forwards, as ZeRO-3 requires;
+    a rank without rows left repeats row 0 and drops the result.
+    Raises CheckpointError, on every rank, if any rank could not write; what is finished stays for the next start.
     """
-    places = Places(rows.lengths, manifest.firsts)
+    lengths = rows.lengths
+    places = Places(lengths, manifest.firsts)
     missing = world.on_main(lambda: [i for i in range(places.num_shards) if not shard_path(folder, i).exists()])
     turns = [missing[i : i + world.size] for i in range(0, len(missing), world.size)]
     total = sum(len(places.rows(shard)) for shard in missing)
     with tqdm(total=total, unit="row", desc=f"record {folder.name}", disable=not world.is_main) as bar:
         for turn in turns:
-            mine = turn[world.rank] if world.rank < len(turn) else None
-            shard = None if mine is None else _Shard(places, mine, manifest.fields)
-            batches = [_batches(places.rows(number), rows.lengths, batch_size) for number in turn]
-            own = [] if mine is None else batches[world.rank]
+            batches = [_batches(places.rows(number), lengths, batch_size) for number in turn]
+            shard = _Shard(places, turn[world.rank], manifest.fields) if world.rank < len(turn) else None
+            own = batches[world.rank] if shard else []
             for i in range(max(map(len, batches))):
-                filler = i >= len(own)
-                found = recorder.record(rows.batch(np.arange(1) if filler else own[i]).to(world.device))
-                if shard is not None and not filler:
+                found = record(rows.batch(own[i] if i < len(own) else np.arange(1)).to(world.device))
+                if shard is not None and i < len(own):
                     shard.add(own[i], found)
-            _all_wrote(folder, world, None if shard is None else shard.write(folder))
-            bar.update(sum(len(places.rows(other)) for other in turn))
+            _write_together(folder, shard, world)
+            bar.update(sum(len(places.rows(number)) for number in turn))
     world.on_main(lambda: _seal(folder))
 
 
@@ -96,28 +136,20 @@ def write_head(folder: Path, head: Head) -> None:
 class _Shard:
     """The records of a range of rows, filled in any order."""
 
-    def __init__(self, places: Places, number: int, fields: Fields) -> None:
-        self._places, self._number, self._fields = places, number, fields
+    def __init__(self, places: Places, number: int, fields: Mapping[str, Field]) -> None:
+        self.number, self._places, self._fields = number, places, fields
         sizes = {True: len(places.rows(number)), False: places.tokens(number)}
-        self._tensors = {
-            name: torch.empty(sizes[field.per_row], field.width, dtype=FIELD_DTYPES[field.dtype])
+        self.tensors = {
+            name: torch.empty(sizes[field.per_row], field.width, dtype=DTYPES[field.dtype])
             for name, field in fields.items()
         }
 
     def add(self, rows: np.ndarray, found: dict[str, torch.Tensor]) -> None:
         for name, field in self._fields.items():
             for values, row in zip(found[name], rows.tolist(), strict=True):
-                place = self._places.within(self._number, row, field)
+                place = self._places.within(self.number, row, field)
                 items = values[None] if field.per_row else values[: place.stop - place.start]
-                self._tensors[name][place].copy_(items)
-
-    def write(self, folder: Path) -> OSError | None:
-        """Writes it; what went wrong is returned, for ranks that leave would keep the others waiting."""
-        try:
-            _write(shard_path(folder, self._number), self._tensors)
-        except OSError as error:
-            return error
-        return None
+                self.tensors[name][place].copy_(items)
 
 
 def _batches(rows: range, lengths: np.ndarray, size: int) -> list[np.ndarray]:
@@ -127,7 +159,14 @@ def _batches(rows: range, lengths: np.ndarray, size: int) -> list[np.ndarray]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
-def _all_wrote(folder: Path, world: World, error: OSError | None) -> None:
+def _write_together(folder: Path, shard: _Shard | None, world: World) -> None:
+    """Writes every rank's shard. An error is raised on all ranks: one that left would keep the others waiting."""
+    error: OSError | None = None
+    if shard is not None:
+        try:
+            _write(shard_path(folder, shard.number), shard.tensors)
+        except OSError as caught:
+            error = caught
     if not world.min(torch.tensor(0 if error else 1)):
         raise CheckpointError(
             f"teacher.cache {folder} could not be written ({error or 'on another rank'}): make room and start again; "
@@ -149,7 +188,7 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _seal(folder: Path) -> None:
-    """Every shard is there: the manifest gets the name by which a cache is whole."""
+    """Gives the manifest the name that says: all shards are there."""
     with (folder / UNFINISHED).open("rb+") as file:
         os.fsync(file.fileno())
     (folder / UNFINISHED).replace(folder / MANIFEST)

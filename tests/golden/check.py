@@ -250,14 +250,14 @@ class Case:
         teacher = model._teacher
         assert teacher is not None
         seen: dict[str, torch.Tensor] = {}
-        sides = (("student", model.structure.blocks), ("teacher", teacher.module.sources))
+        sides = (("student", model.structure.blocks), ("teacher", teacher.sources))
         handles = []
         for side, blocks in sides:
             for k, pair in enumerate(model._collector.layer_map):
 
                 def keep(m: Any, i: Any, out: Any, side: str = side, k: int = k) -> None:
                     hidden = out[0] if isinstance(out, tuple) else out
-                    filtered = model.filters[k] if side == "student" else partial(teacher.module.target, k)
+                    filtered = model.filters[k] if side == "student" else partial(teacher.target, k)
                     seen[f"{side}.{k}"] = filtered(hidden)
 
                 handles.append(blocks[pair[side == "teacher"]].register_forward_hook(keep))

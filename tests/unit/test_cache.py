@@ -34,7 +34,6 @@ from ted_ds.teacher.cache_layout import Manifest, Places, fits, plan_shards, ref
 from ted_ds.teacher.fingerprints import model_fingerprint
 from ted_ds.teacher.recorded import AnnouncedRows, CachedTeacher, ShardReader, load_head
 from ted_ds.teacher.recording import write_head
-from ted_ds.teacher.rows import teacher_rows
 from tests.project import make_project, recipe
 from tests.task_project import make_task_project, write_task_recipe
 from tests.tiny_models import tiny_model
@@ -293,16 +292,16 @@ def test_the_fingerprint_of_blocks_is_of_ids_and_length(tmp_path: Path) -> None:
         run = RunConfig.model_validate(recipe(tmp_path, name, data__validation=[], **changes))
         return CausalLM.prepare(run.data, run.spec, load_tokenizer(run.data.tokenizer), run.prepared_folder)["train"]
 
-    first = teacher_rows(blocks("one"))
+    first = blocks("one")
     assert first.lengths.tolist() == [12] * (first.lengths.size) and first.lengths.size > 100
     assert first.batch(np.array([3, 1])).input_ids.shape == (2, 12)
     shutil.copyfile(tmp_path / "train.txt", tmp_path / "moved.txt")
-    assert teacher_rows(blocks("moved", data__train=[str(tmp_path / "moved.txt")])).fingerprint() == first.fingerprint()
+    assert blocks("moved", data__train=[str(tmp_path / "moved.txt")]).fingerprint() == first.fingerprint()
     words = (tmp_path / "train.txt").read_text().split(" ")
     words[700], words[701] = words[701], words[700]
     (tmp_path / "train.txt").write_text(" ".join(words))
-    assert teacher_rows(blocks("edited")).fingerprint() != first.fingerprint()
-    other = teacher_rows(blocks("shorter", data__sequence_length=6, data__train=[str(tmp_path / "moved.txt")]))
+    assert blocks("edited").fingerprint() != first.fingerprint()
+    other = blocks("shorter", data__sequence_length=6, data__train=[str(tmp_path / "moved.txt")])
     assert other.fingerprint() != first.fingerprint()
 
 
@@ -311,18 +310,16 @@ def test_the_fingerprint_of_examples_knows_where_second_texts_begin(tmp_path: Pa
     run = load_config(write_task_recipe(project, "mnli", "one"))
     TASK_CLASSES[run.spec.kind].prepare(run.data, run.spec, load_tokenizer(run.data.tokenizer), run.prepared_folder)
     encoded = EncodedRows(run.prepared_folder / "train")
-    rows = teacher_rows(encoded)
-    before = rows.fingerprint()
-    assert (rows.lengths == encoded.lengths).all()
+    before = encoded.fingerprint()
     longest = int(encoded.lengths[[4, 9]].max())
-    assert rows.batch(np.array([4, 9])).input_ids.shape == (2, longest)
+    assert encoded.batch(np.array([4, 9])).input_ids.shape == (2, longest)
     manifest = encoded.manifest
     encoded.manifest = dataclasses.replace(manifest, pad_id=manifest.pad_id + 1)
-    assert rows.fingerprint() != before
+    assert encoded.fingerprint() != before
     encoded.manifest = manifest
-    assert rows.fingerprint() == before
+    assert encoded.fingerprint() == before
     encoded._seconds = encoded._seconds - (np.arange(len(encoded)) == 7)
-    assert rows.fingerprint() != before
+    assert encoded.fingerprint() != before
 
 
 COUNTED = {"loss__mask_padding": False, "teacher__cache": "cache"}

@@ -88,9 +88,13 @@ def test_a_block_that_did_not_run_is_named() -> None:
         pass
 
 
-def test_removed_hooks_watch_nothing() -> None:
-    teacher, student, _ids = two_models(2)
+def test_hooks_are_there_during_a_pass_alone() -> None:
+    teacher, student, ids = two_models(2)
     before = [len(block._forward_hooks) for block in (*student.blocks, *teacher.blocks)]
     collector = HiddenStateCollector(student.blocks, teacher.blocks, ((0, 0),))
-    collector.remove()
+    with collector.student_pass():
+        student.model(ids)
+        assert [len(block._forward_hooks) for block in student.blocks] == [before[0] + 1, before[1]]
+    with collector.teacher_pass(lambda k, s, t: s.sum()):
+        teacher.model(ids)
     assert [len(block._forward_hooks) for block in (*student.blocks, *teacher.blocks)] == before

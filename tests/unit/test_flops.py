@@ -15,7 +15,7 @@ from ted_ds.models.filters import FilterPlan
 from ted_ds.models.pooler import PoolerPlan
 from ted_ds.models.structure import find_blocks
 from ted_ds.pipeline.batch_flops import stage1_flops, stage2_flops
-from ted_ds.pipeline.models import Models
+from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.tasks.causal_lm import CausalLM, LMHead
 from ted_ds.tasks.classification import Classification, PoolerHead
 from ted_ds.teacher.frozen import FrozenModule
@@ -98,11 +98,11 @@ def test_lengths_to_count_at(longest: int, lengths: list[int]) -> None:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+def models(tmp_path_factory: pytest.TempPathFactory) -> ModelPaths:
     folder = tmp_path_factory.mktemp("models")
     tiny_model("llama", vocab=VOCAB).save_pretrained(folder / "student")
     tiny_model("llama", vocab=VOCAB, blocks=4, width=32, heads=4).save_pretrained(folder / "teacher")
-    return Models(str(folder / "student"), str(folder / "teacher"))
+    return ModelPaths(str(folder / "student"), str(folder / "teacher"))
 
 
 def recipe(
@@ -165,7 +165,7 @@ INNER_S, INNER_T = 2 * 3 * 2 * TOKENS * D * D, 2 * 2 * TOKENS * 32 * 32
         pytest.param(recipe(cache=Path("cache"), top_k=8), (), STUDENT + LOGITS_S, id="cached top-k"),
     ],
 )
-def test_stage2_by_hand(models: Models, run: Any, pairs: Any, expected: int) -> None:
+def test_stage2_by_hand(models: ModelPaths, run: Any, pairs: Any, expected: int) -> None:
     flops = stage2_flops(run, models, TASK, None, *pairs)
     assert flops is not None and flops.dtype == torch.bfloat16
     assert flops.count(LENGTH) == near(expected)
@@ -173,7 +173,7 @@ def test_stage2_by_hand(models: Models, run: Any, pairs: Any, expected: int) -> 
 
 @pytest.mark.parametrize("width", [16, 24])
 @pytest.mark.parametrize("nonlinear", [False, True])
-def test_stage1_by_hand(models: Models, width: int, nonlinear: bool) -> None:
+def test_stage1_by_hand(models: ModelPaths, width: int, nonlinear: bool) -> None:
     """A filter whose input is constant, in front of an LM head whose weight is; half of the positions are seen."""
     plan = FilterPlan((0, 1), D, width, nonlinear=nonlinear)
     head = LMHead(torch.nn.LayerNorm(D), None, vocab_size=90, token_fraction=0.5)
@@ -206,13 +206,13 @@ def test_a_pooler_sees_one_position_of_a_row(tmp_path: Path) -> None:
     assert costs[1] == [b + 2 * 2 * ROWS * s * D * 24 for b, s in zip(block, (8, 12), strict=True)]
 
 
-def test_models_of_two_dtypes_have_no_peak(models: Models) -> None:
+def test_models_of_two_dtypes_have_no_peak(models: ModelPaths) -> None:
     flops = stage2_flops(recipe(dtype="float32"), models, TASK, None)
     assert flops is not None and flops.dtype is None
 
 
 def test_a_model_that_needs_values_is_not_counted(
-    models: Models, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    models: ModelPaths, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def look(self: Any, batch: Batch) -> None:
         if batch.input_ids.sum().item():

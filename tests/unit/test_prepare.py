@@ -16,6 +16,7 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ted_ds.config.data_section import DataConfig, HubDataset
+from ted_ds.config.tasks import TASKS
 from ted_ds.data import packed as packed_module
 from ted_ds.data import sources, tokenizing
 from ted_ds.data.manifests import MANIFEST

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM
 from ted_ds.config.sections import InitConfig
 from ted_ds.errors import ModelError
 from ted_ds.models import weight_files
-from ted_ds.models.channels import Part, WeightScores, axes_of
+from ted_ds.models.channels import WeightScores
+from ted_ds.models.families import Part, axes_of
 from ted_ds.models.pruning import init_student
 from ted_ds.models.weight_files import INDEX, SINGLE, WeightReader
 from tests.tiny_models import FAMILIES, tiny_model
@@ -253,7 +254,7 @@ def test_folders_that_do_not_serve(tmp_path: Path) -> None:
             init_student(model, InitConfig(), output)
 
     refused(r"folder .*/t exists already", output=folder)
-    refused(r"teacher '.*/none' was not found", model=str(tmp_path / "none"))
+    refused(r"model '.*/none' could not be found", model=str(tmp_path / "none"))
     shard = next(folder.glob("model-00002-*"))
     shard.unlink()
     refused(f"lacks {shard.name}, which its {INDEX} names: download it again")

@@ -155,8 +155,8 @@ def test_filters_read_the_block_and_the_plain_layer_loss_the_convolution() -> No
     blocks, conv = find_blocks(model).blocks, model.deberta.encoder.conv
     task = Classification(("a", "b", "c"))
     plan = FilterPlan((0, 1), 16, 8)
-    assert FrozenModule(model, task).sources == [conv, blocks[1]]
-    assert FrozenModule(model, task, plan.build()).sources == list(blocks)
+    assert FrozenModel(FrozenModule(model, task)).sources == [conv, blocks[1]]
+    assert FrozenModel(FrozenModule(model, task, plan.build())).sources == list(blocks)
 
 
 def test_stage1_reads_the_block_and_not_the_convolution() -> None:

@@ -115,7 +115,7 @@ def written_out(kind: str, model: DistillationModel, frozen: FrozenModel, batch:
         pred, divergence = sum(parts) / 2, sum(divergences) / 2
     each = []
     for k, (s, t) in enumerate(PAIRS if len(model.filters) else ()):
-        error = (model.filters[k](states_s[s]) - frozen.module.target(k, states_t[t])).square()
+        error = (model.filters[k](states_s[s]) - frozen.target(k, states_t[t])).square()
         each.append((error[mask] if w.mask_padding else error).mean())
     layer = torch.stack(each).mean() if each else torch.zeros(())
     return [pred + w.kl_alpha * divergence + w.mse_alpha * layer, pred, divergence, layer, *each]

@@ -1,4 +1,4 @@
-"""Whether a model fits its task, the tokenizer and the data, before training would fail on it or learn nonsense."""
+"""Whether a model fits the run's task, data and tokenizer."""
 
 from __future__ import annotations
 
@@ -15,16 +15,10 @@ from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
 from ted_ds.errors import ModelError
 from ted_ds.job.world import logger
+from ted_ds.models.families import row_limit
 from ted_ds.models.labels import label_order
 from ted_ds.models.padding import zero_padding_context
 from ted_ds.models.structure import find_structure
-from ted_ds.models.task_head import label_fields
-
-
-def default_fields(spec: TaskSpec, tokenizer: Tokenizer) -> dict[str, Any]:
-    """What the config of a random start need not say."""
-    padding = {"pad_token_id": tokenizer.pad_id} if KINDS[spec.kind].padded else {}
-    return {"vocab_size": tokenizer.vocab_size, **padding, **label_fields(spec)}
 
 
 def check_outputs(role: str, path: str, model: PreTrainedModel, spec: TaskSpec) -> None:
@@ -55,7 +49,7 @@ def check_fit(
     More rows than ids are padding. Added tokens may lie beyond the rows, if the data holds none of them (`check_ids`).
     A folder without a tokenizer can only be checked for its size, and the log says so.
     """
-    positions = _positions(model)
+    positions = row_limit(model.config)
     if positions is not None and positions < sequence_length:
         raise ModelError(
             f"the {role} {name_or_path} has {positions} positions, data.sequence_length is {sequence_length}: "
@@ -101,18 +95,6 @@ def check_ids(tokenizer: Tokenizer, rows: int, splits: Mapping[str, PackedBlocks
                 f"the prepared {split} data holds the id {tokenizer.spelled(largest)}, a model has {rows} vocabulary "
                 "rows: use the tokenizer that the model was trained with, or give the model a row for it"
             )
-
-
-def _positions(model: PreTrainedModel) -> int | None:
-    """Tokens that a row may have; None where positions are relative without end."""
-    config = model.config
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 0:
-        return None
-    if config.model_type in ("roberta", "xlm-roberta"):  # its positions begin after the padding id
-        return positions - config.pad_token_id - 1
-    relative = config.model_type == "deberta-v2" and config.relative_attention and not config.position_biased_input
-    return None if relative else positions
 
 
 def fit_to_run(model: PreTrainedModel, run: RunConfig, tokenizer: Tokenizer) -> None:
