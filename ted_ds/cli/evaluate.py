@@ -66,7 +66,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from ted_ds.job.world import init_world
     from ted_ds.models.fit import check_fit
     from ted_ds.models.loading import load_model
-    from ted_ds.tasks.registry import TASK_CLASSES
+    from ted_ds.tasks.registry import make_task
 
     world, kind, trusted = init_world(), TASKS[arguments.task].kind, arguments.trust_remote_code
     with _plain_model(arguments.model) as path:
@@ -77,7 +77,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     check_fit("model", arguments.model, model, kind, tokenizer, length, trust_remote_code=trusted)
     results: dict[str, Any] = {"model": arguments.model}
     if arguments.data:
-        task = TASK_CLASSES[kind].from_spec(TASKS[arguments.task], world, tokenizer.vocab_size)
+        task = make_task(TASKS[arguments.task], world, tokenizer)
         results |= task.score_files(
             model,
             tokenizer,

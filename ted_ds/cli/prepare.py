@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from itertools import islice
 from pathlib import Path
 
@@ -39,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
             raise ConfigError("ted-ds prepare without --config needs --data.prepared=FOLDER to write to")
         folder = data.prepared
 
-    from ted_ds.tasks.registry import TASK_CLASSES, ensure_tokenizer
+    with redirect_stdout(sys.stderr):  # DeepSpeed logs to stdout when it is imported
+        from ted_ds.tasks.registry import TASK_CLASSES, ensure_tokenizer
 
     for split, rows in TASK_CLASSES[spec.kind].prepare(data, spec, ensure_tokenizer(data, spec), folder).items():
         print(f"{folder / split}: {rows.described()}")

@@ -36,13 +36,18 @@ def open_tokenizer(run: RunConfig, world: World) -> Tokenizer:
     return load_tokenizer(run.data.tokenizer, trust_remote_code=run.data.trust_remote_code)
 
 
+def make_task(spec: TaskSpec, world: World, tokenizer: Tokenizer, vocabulary_rows: int | None = None) -> Task:
+    """The task of a run; vocabulary_rows: see `open_data`."""
+    ids = tokenizer.vocab_size
+    return TASK_CLASSES[spec.kind].from_spec(spec, world, ids if vocabulary_rows is None else min(ids, vocabulary_rows))
+
+
 def open_data(run: RunConfig, world: World, tokenizer: Tokenizer, vocabulary_rows: int | None = None) -> RunData:
     """The run's data on every rank, prepared by rank 0 if it has to be; a collective.
 
     vocabulary_rows: the fewest that a model of the run has; None: as many as the tokenizer has ids.
     Raises DataError, on every rank, if data are missing, unreadable or do not fit.
     """
-    kind, ids = TASK_CLASSES[run.spec.kind], tokenizer.vocab_size
-    world.on_main(lambda: len(kind.prepare(run.data, run.spec, tokenizer, run.prepared_folder)))
-    task = kind.from_spec(run.spec, world, ids if vocabulary_rows is None else min(ids, vocabulary_rows))
-    return task.open_data(run, tokenizer)
+    prepare = TASK_CLASSES[run.spec.kind].prepare
+    world.on_main(lambda: len(prepare(run.data, run.spec, tokenizer, run.prepared_folder)))
+    return make_task(run.spec, world, tokenizer, vocabulary_rows).open_data(run, tokenizer)
