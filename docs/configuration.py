@@ -20,9 +20,9 @@ INTRODUCTION = """# Every key of a recipe
 
 This page is made from the schema: `python docs/configuration.py > docs/configuration.md`.
 
-A recipe is YAML. Each key can be set on the command line: `--section.key=value`. Relative paths start at the working directory. A
-recipe may also have `methods:`, a mapping of a method to parts of a recipe that hold for that method only. Unknown keys, wrong types
-and contradictions are refused before any model is loaded.
+A recipe is YAML. Each key can be set on the command line: `--section.key=value`. Relative paths start at the working
+directory. A recipe may also have `methods:`, a mapping of a method to parts of a recipe that hold for that method only.
+Unknown keys, wrong types and contradictions are refused before any model is loaded.
 """
 
 

@@ -24,7 +24,7 @@ from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import NotFiniteError
 from ted_ds.evaluation.glue import glue_scores
 from ted_ds.evaluation.outputs import collect_outputs
-from ted_ds.evaluation.squad import select_answers, squad_scores
+from ted_ds.evaluation.squad_scores import select_answers, squad_scores
 from ted_ds.job.world import World
 from ted_ds.models.pooler import find_pooler
 from ted_ds.tasks.base import DisposableHead, Task

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ted_ds.batch import Batch, BatchCounts
 from ted_ds.config.sections import LossConfig
-from ted_ds.evaluation.squad import best_spans
+from ted_ds.evaluation.squad_scores import best_spans
 from ted_ds.models.filters import Filter, fresh_linear
 from ted_ds.models.readout import TaskReadout
 from ted_ds.tasks.base import Reading, TaskLosses, wide
