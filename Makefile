@@ -17,7 +17,7 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	ruff format --check .
 	ruff check .
-	mypy ted_ds
+	mypy
 	pytest
 
 # tests/faults, with 60 kills and 1000 damaged checkpoints; a quarter of an hour on 2 cores

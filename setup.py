@@ -27,6 +27,7 @@ setup(
     license="Apache-2.0",
     cmdclass={"build_py": BuildWithFiles},
     packages=find_packages(include=["ted_ds", "ted_ds.*"]),
+    package_data={"ted_ds": ["py.typed"]},
     python_requires=">=3.11,<3.15",
     install_requires=[
         "accelerate>=1.1",  # transformers needs it to load straight into ZeRO-3 shards

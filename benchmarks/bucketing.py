@@ -82,7 +82,7 @@ def build(labels: tuple[str, ...], blocks: int, output_dim: int, device: str) ->
     torch.manual_seed(0)
     models = []
     for width, heads, units in SHAPES.values():
-        config = DebertaV2Config(
+        sizes: dict[str, Any] = dict(
             vocab_size=128100,
             hidden_size=width,
             num_attention_heads=heads,
@@ -99,7 +99,8 @@ def build(labels: tuple[str, ...], blocks: int, output_dim: int, device: str) ->
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
-        models.append(DebertaV2ForSequenceClassification(config).to(device))
+        classifier = DebertaV2ForSequenceClassification(DebertaV2Config(**sizes))
+        models.append(torch.nn.Module.to(classifier, device))
     teacher, student = models[0].eval().requires_grad_(False), models[1]
     layer_map = resolve_layer_map("uniform", blocks, blocks)
     places = tuple(range(blocks))

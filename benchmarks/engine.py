@@ -44,6 +44,7 @@ from benchmarks.shapes import SHAPES, Shape, parameters_of, random_batch
 from benchmarks.timing import environment
 from ted_ds.config.sections import LossConfig
 from ted_ds.job.world import World, init_world, shut_down
+from ted_ds.ops import Head
 from ted_ds.pipeline.step import train_step
 from ted_ds.telemetry.flops import peak_flops
 from ted_ds.telemetry.memory import peak_memory_gib, reset_peak
@@ -78,8 +79,12 @@ def engines(setting: Setting, folder: Path, world: World, mode: str, step: str) 
     def ted() -> Any:
         return train_step(engine, [batch], world)
 
+    def logits(hidden: torch.Tensor, head: Head | None) -> None:
+        if head is not None:
+            _ = hidden.detach() @ head.weight.detach().T
+
     def plain() -> Any:
-        teacher.stream(batch.to(world.device), lambda hidden, head: head and hidden.detach() @ head.weight.detach().T)
+        teacher.stream(batch.to(world.device), logits)
         return train_step(engine, [batch], world)
 
     try:

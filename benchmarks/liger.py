@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -27,21 +28,22 @@ def two_passes(x: Any, temperature: float) -> torch.Tensor:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     divergence = _chunked(0.0, temperature, x.hidden_s.device)
-    soft: torch.Tensor = divergence(x.hidden_s, x.weight_s, x.hidden_t, x.weight_t, x.targets)
-    return soft + LigerFusedLinearCrossEntropyLoss()(x.weight_s, x.hidden_s, x.targets)
+    hard: torch.Tensor = LigerFusedLinearCrossEntropyLoss()(x.weight_s, x.hidden_s, x.targets)
+    return divergence(x.hidden_s, x.weight_s, x.hidden_t, x.weight_t, x.targets) + hard
 
 
 LOSSES = {"liger ce+kl": one_pass, "liger ce, kl": two_passes}
 
 
-def _chunked(hard: float, temperature: float, device: torch.device) -> Any:
+def _chunked(hard: float, temperature: float, device: torch.device) -> Callable[..., torch.Tensor]:
     """Compiled, as by default, where that is a GPU's code; T^2 as in the KL of ted_ds."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    return LigerFusedLinearJSDLoss(
+    loss: Callable[..., torch.Tensor] = LigerFusedLinearJSDLoss(
         weight_hard_loss=hard,
         weight_soft_loss=temperature**2,
         beta=0.0,
         temperature=temperature,
         compiled=device.type == "cuda",
     )
+    return loss

@@ -92,7 +92,7 @@ def measure(axis: str, point: Point, device: torch.device) -> dict[str, Any]:
 
 def flatness(rows: Sequence[dict[str, Any]]) -> float | None:
     """How much the peak without residuals grows over the points along `pairs`, as a share; None for less than two."""
-    peaks = [row["peak_mib"] - row["residuals_mib"] for row in rows if row["axis"] == "pairs"]
+    peaks: list[float] = [row["peak_mib"] - row["residuals_mib"] for row in rows if row["axis"] == "pairs"]
     return max(peaks) / min(peaks) - 1 if len(peaks) > 1 else None
 
 

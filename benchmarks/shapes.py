@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -73,7 +72,10 @@ def random_model(side: Side, shape: Shape, device: torch.device) -> PreTrainedMo
     """Random weights of the shape's dtype, the same for the same side, made where they will live."""
     torch.manual_seed(0)
     with device:
-        return AutoModelForCausalLM.from_config(llama_config(side, shape), dtype=getattr(torch, shape.dtype))
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            llama_config(side, shape), dtype=getattr(torch, shape.dtype)
+        )
+    return model
 
 
 def random_batch(shape: Shape, device: torch.device, seed: int = 0) -> Batch:
@@ -85,7 +87,7 @@ def random_batch(shape: Shape, device: torch.device, seed: int = 0) -> Batch:
     return Batch(ids, targets)
 
 
-def parameters_of(side: Side, shape: Shape) -> dict[str, Any]:
+def parameters_of(side: Side, shape: Shape) -> dict[str, int]:
     """What a report says of one side."""
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(llama_config(side, shape)).parameters())

@@ -18,7 +18,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -116,7 +116,7 @@ def cached_step(models: Models, name: str, cache: Recorded) -> Step:
     """`own_step` of ted with the teacher out of a cache, whose reading goes on during the student's forward."""
     like, blocks = models.student.lm_head.weight, tuple(s for s, _ in cache.layer_map)
     bank = FilterPlan(blocks, models.student.config.hidden_size, cache.teacher.target_width).build()
-    weights = replace(METHODS["ted"], top_k=CACHED[name])
+    weights = METHODS["ted"].model_copy(update={"kl_top_k": CACHED[name]})
     task = CausalLM(models.student.config.vocab_size)
     model = DistillationModel(models.student, bank.to(like.device, like.dtype), weights, task=task)
     model.attach_teacher(cache.teacher, cache.layer_map, torch.ones(len(blocks), device=like.device))

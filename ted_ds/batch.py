@@ -1,4 +1,4 @@
-"""The unit that travels from the data to the losses, and what the losses are divided by."""
+"""A micro-batch, and the counts of the global batch by which losses are divided."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Batch:
     input_ids: [B, S] int64.
     targets: what is predicted. Causal LM: [B, S] int64, the id that each position predicts (already shifted),
         or `IGNORED`. Classification: [B] int64, the label's number, or `IGNORED`. Regression: [B] float32, nan
-        where there is none. Question answering: [B] int64, the position where the answer starts.
-    attention_mask: [B, S] int64, 1 on real tokens, or None where every position is real.
+        for a row without a target. Question answering: [B] int64, the position where the answer starts.
+    attention_mask: [B, S] int64, 1 on real tokens; None if all positions are real.
     token_type_ids: [B, S] int64, 0 in the first text and 1 in the second, or None.
-    ends: question answering alone, [B] int64: the position of the answer's last token. A position beyond the
+    ends: only question answering, [B] int64: the position of the answer's last token. A position beyond the
         sequence is not predicted.
-    own: held-out text alone, [B, S] bool: false if the target is the end of a document and none of its own tokens;
+    own: only held-out text, [B, S] bool: false if the target is the token that ends a document, not one of its own;
         None if that is not known.
-    rows: [B] int64: the number of each row within its split, -1 for a filler; on the CPU, whatever the device.
+    rows: [B] int64: the number of each row within its split, -1 for a filler; always on the CPU.
     """
 
     input_ids: torch.Tensor
@@ -36,16 +36,16 @@ class Batch:
     rows: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`, all but `rows`, which the host reads; the copy does not block the host."""
+        """The batch on `device`, except `rows`, which the host reads; the copy does not block the host."""
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rows"}
         return replace(self, **{name: on_device(t, device) for name, t in given.items() if t is not None})
 
 
 class BatchCounts:
-    """What losses are divided by: counts of the *global* batch, so that a step does not depend on how it is split.
+    """The numbers that losses are divided by, of the *global* batch, so that a step does not depend on how it is split.
 
-    values: [5] int64. targets: predicted tokens, labelled rows, or answer starts; ends: answer ends; rows;
-    tokens: real ones; positions: padding included. Each of them is a scalar on the device.
+    values: [5] int64: targets (predicted tokens, labelled rows, or answer starts), ends (answer ends), rows,
+    tokens (real ones), positions (with padding). Each is also an attribute, a scalar on the device.
     """
 
     def __init__(self, values: torch.Tensor) -> None:
@@ -54,7 +54,7 @@ class BatchCounts:
 
     @staticmethod
     def of(batch: Batch) -> BatchCounts:
-        """One batch's own counts."""
+        """The counts of one batch."""
         ids, targets, mask = batch.input_ids, batch.targets, batch.attention_mask
         ends = targets.new_zeros((), dtype=torch.int64)
         if batch.ends is not None:
@@ -66,7 +66,7 @@ class BatchCounts:
 
 
 def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """`tensor` on `device`; from pinned memory where that is CUDA, since any other copy would wait for the device."""
+    """`tensor` on `device`. To CUDA it goes from pinned memory, as another copy would wait for the device."""
     if device.type == "cuda" and not tensor.is_cuda:
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

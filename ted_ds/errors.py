@@ -1,17 +1,17 @@
-"""The errors a user of ted_ds can cause: each message says what, where, and what to do.
+"""The errors that a user of ted_ds can cause: each message says what is wrong, where, and what to do.
 
-The command line prints them without a stack trace; everything else is a bug and keeps its trace.
+The command line prints them without a stack trace. Any other error is a bug and keeps its trace.
 """
 
 
 class TedError(Exception):
-    """Base of every error that names a mistake of the user's and its remedy."""
+    """Base of the errors that name a mistake of the user and its remedy."""
 
     exit_code = 2
-    """Of the process that ends by it. 2: a person has to change something before another start can do better."""
+    """Of the process that it ends. 2: a person has to change something before the next start."""
 
     said_by_main = False
-    """True on a rank that got the error from rank 0, which says it."""
+    """True on a rank that got the error from rank 0, which prints it."""
 
 
 class ConfigError(TedError):
@@ -27,7 +27,7 @@ class ModelError(TedError):
 
 
 class NotFiniteError(ModelError):
-    """A model's outputs are nan or infinite: there is no score of them."""
+    """A model's outputs are nan or infinite, so they have no score."""
 
 
 class CheckpointError(TedError):
@@ -39,21 +39,21 @@ class TrainingError(TedError):
 
 
 class Stopped(TedError):
-    """A signal or the clock ended the run, its state saved: the same command goes on from there."""
+    """A signal or the clock ended the run, whose state is saved: the same command continues from there."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class RankLost(TedError):
-    """Another rank died, hangs, is cut off, or never came: the same command goes on from the last checkpoint."""
+    """Another rank died, hangs, is cut off or never came: the same command continues from the last checkpoint."""
 
     exit_code = 76
 
 
 def load_failure(error: Exception) -> str:
-    """The first line of what transformers says of a model that it does not load.
+    """The first line of transformers' message about a model that it does not load.
 
-    For code that is not trusted: what to do, which transformers says in its last line, by a name that no recipe has.
+    If the model has code that is not trusted: what to set in the recipe, as transformers names an argument of its own.
     """
     if "trust_remote_code" in str(error):
         return (

@@ -1,4 +1,4 @@
-"""`ted-ds doctor [--config RECIPE.yaml [--section.key=value ...]]`: is this machine, or this job, ready for a run?"""
+"""`ted-ds doctor [--config RECIPE.yaml [--section.key=value ...]]`: whether a machine or job is ready for a run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
+from ted_ds.doctor.finding import Finding
 from ted_ds.errors import ConfigError, RankLost, TedError
 from ted_ds.job.slurm import slurm_environment
 from ted_ds.job.versions import commit, versions
@@ -54,9 +54,7 @@ def _examine(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     return 2 if any(finding.status == "FAIL" for finding in [*own, *found]) else 0
 
 
-def _recipe(path: Path | None, overrides: Sequence[str]) -> tuple[RunConfig | None, list[Any]]:
-    from ted_ds.doctor.finding import Finding
-
+def _recipe(path: Path | None, overrides: Sequence[str]) -> tuple[RunConfig | None, list[Finding]]:
     if path is None:
         return None, []
     try:
@@ -65,12 +63,13 @@ def _recipe(path: Path | None, overrides: Sequence[str]) -> tuple[RunConfig | No
         return None, [Finding("FAIL", "recipe", line) for line in str(error).splitlines()]
 
 
-def _among_ranks(environment: Mapping[str, str], wait: timedelta, own: list[Any], run: RunConfig | None) -> list[Any]:
+def _among_ranks(
+    environment: Mapping[str, str], wait: timedelta, own: list[Finding], run: RunConfig | None
+) -> list[Finding]:
     """What the ranks find together, and on rank 0 whether the recipe fits.
 
-    Raises TedError on the ranks that do not speak where not all ranks come; rank 0 has it among its findings.
+    If some ranks do not come, rank 0 has that among its findings, and the others raise TedError.
     """
-    from ted_ds.doctor.finding import Finding
     from ted_ds.doctor.ranks import examine_ranks, whole_job
     from ted_ds.doctor.recipe import fit, share_of
     from ted_ds.job.world import init_world, lost_ranks_named, shut_down
@@ -98,5 +97,5 @@ def _among_ranks(environment: Mapping[str, str], wait: timedelta, own: list[Any]
     return found
 
 
-def _print(findings: Sequence[Any]) -> None:
+def _print(findings: Sequence[Finding]) -> None:
     print(*findings, sep="\n", file=sys.__stdout__, flush=True)

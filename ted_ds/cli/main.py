@@ -21,7 +21,7 @@ COMMANDS = {
     "report": "table and curves of finished runs, or of a sweep",
     "quickstart": "the whole pipeline on an embedded corpus",
 }
-GOALS = {"init-student": "student", "learn-filters": "filters", "distill": "distilled"}
+GOALS = {"export": "export", "init-student": "student", "learn-filters": "filters", "distill": "distilled"}
 
 
 def main() -> None:
@@ -41,7 +41,8 @@ def main() -> None:
 def _command(name: str) -> Callable[[Sequence[str]], int]:
     if name in GOALS:
         return partial(import_module("ted_ds.cli.pretrain").run_command, program=f"ted-ds {name}", goal=GOALS[name])
-    return import_module(f"ted_ds.cli.{name}").main
+    command: Callable[[Sequence[str]], int] = import_module(f"ted_ds.cli.{name}").main
+    return command
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`ted-ds sweep GRID.yaml --list | --missing | --index N [--section.key=value ...]`: the runs of a job array."""
+"""`ted-ds sweep GRID.yaml --list | --missing | --index N [--section.key=value ...]`: runs of a job array."""
 
 from __future__ import annotations
 

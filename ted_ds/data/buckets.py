@@ -76,7 +76,8 @@ class BucketedRows:
             steps = self._pool_of(step)
             self._pool = (steps, self._deal(steps))
         steps, rows = self._pool
-        return rows[step - steps.start]
+        chosen: np.ndarray = rows[step - steps.start]
+        return chosen
 
     def _batch(self, rows: np.ndarray, width: int) -> Batch:
         return replace(self._rows.batch(rows, width), rows=torch.from_numpy(rows))

@@ -104,7 +104,8 @@ class DistillationModel(nn.Module):
         mask = batch.attention_mask if self.loss.mask_padding else None
         with phase("loss"):
             target = self._teacher.target(pair, hidden_t)
-            return self.filters[pair](hidden_s, target, mask, error=self.layer_loss.kind.error)
+            error: torch.Tensor = self.filters[pair](hidden_s, target, mask, error=self.layer_loss.kind.error)
+        return error
 
     def _task_losses(self, batch: Batch, output: torch.Tensor, counts: BatchCounts) -> TaskLosses:
         """The teacher's forward past the waiting student, then CE and KL.

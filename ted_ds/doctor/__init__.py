@@ -1,1 +1,1 @@
-"""What `ted-ds doctor` looks at: the machine, the ranks among each other, whether a recipe fits."""
+"""The checks of `ted-ds doctor`: the machine, the ranks together, and whether a recipe fits."""

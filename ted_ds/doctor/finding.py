@@ -1,4 +1,4 @@
-"""A finding of the doctor, and its line."""
+"""A finding of the doctor and the line that it prints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found. status "": a figure that belongs to the finding after it. advice: what to change."""
+    """The result of one check. status "": a figure that belongs to the next finding. advice: what to change."""
 
     status: Status
     check: str
@@ -25,9 +25,7 @@ class Finding:
 
 
 def gib(size: float) -> str:
-    """Bytes in GiB; in MiB where that would be a small fraction."""
-    return f"{size / GIB:.1f} GiB" if size >= 10 * GIB else f"{size / GIB:.2f} GiB" if size >= GIB / 10 else _mib(size)
-
-
-def _mib(size: float) -> str:
-    return f"{size / 2**20:.1f} MiB"
+    """Bytes in GiB, or in MiB if they are less than 0.1 GiB."""
+    if size < GIB / 10:
+        return f"{size / 2**20:.1f} MiB"
+    return f"{size / GIB:.1f} GiB" if size >= 10 * GIB else f"{size / GIB:.2f} GiB"

@@ -1,4 +1,4 @@
-"""What one process sees by itself: versions, devices, memory, tools, disks, limits."""
+"""Checks that one process makes by itself: versions, devices, memory, tools, disks, limits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import shutil
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
@@ -20,18 +22,19 @@ from packaging.utils import canonicalize_name
 from torch.utils.cpp_extension import get_cxx_compiler
 
 from ted_ds.doctor.finding import GIB, Finding, Status, gib
+from ted_ds.job.files import write_atomically
 from ted_ds.job.versions import commit
-from ted_ds.telemetry.nvml import GpuCounters
+from ted_ds.telemetry.nvml import GpuCounters, load_nvml
 
 SHOWN = ("torch", "deepspeed", "transformers")
 """The packages that have lines of their own."""
 
 SHARED_MEMORY, CGROUPS = Path("/dev/shm"), Path("/sys/fs/cgroup")
 LEAST_SHARED_MEMORY = GIB
-"""Bytes of /dev/shm; NCCL takes some 10 MiB for each peer on the node, gloo and data workers more."""
+"""Bytes of /dev/shm. NCCL takes about 10 MiB for each other rank of the node, gloo and data workers more."""
 
 LEAST_FILES = 4096
-"""Enough for 512 ranks: two sockets to each, rank 0 some more, beside NCCL's own."""
+"""Enough for 512 ranks: two sockets to each other rank, some more on rank 0, and NCCL's own."""
 
 PROBE_BYTES, SLOW_PROBE_S = 1 << 20, 1.0
 
@@ -52,8 +55,7 @@ def versions() -> list[Finding]:
     ranges = {r.name: r.specifier for r in required if r.marker is None or r.marker.evaluate({"extra": ""})}
     found = {name: _package(name, ranges[name]) for name in ranges}
     others = [finding for name, finding in found.items() if name not in SHOWN]
-    python = _in_range("python", platform.python_version(), SpecifierSet(wanted or ""))
-    lines = [python, *(found[name] for name in SHOWN if name in found)]
+    lines = [_package("python", SpecifierSet(wanted or "")), *(found[name] for name in SHOWN if name in found)]
     if torch.cuda.is_available():
         lines.append(_package("triton", SpecifierSet()))
     bad = [finding for finding in others if finding.status != "ok"]
@@ -62,17 +64,14 @@ def versions() -> list[Finding]:
 
 
 def _package(name: str, wanted: SpecifierSet) -> Finding:
-    try:
-        return _in_range(canonicalize_name(name), metadata.version(name), wanted)
-    except metadata.PackageNotFoundError:
-        return Finding("FAIL", name, "is not installed", f'run `pip install "{name}{wanted}"`')
-
-
-def _in_range(name: str, version: str, wanted: SpecifierSet) -> Finding:
-    if wanted.contains(version, prereleases=True):
-        return Finding("ok", name, version)
     remedy = "use such a Python" if name == "python" else f'run `pip install "{name}{wanted}"`'
-    return Finding("FAIL", name, f"{version} is not {wanted}", remedy)
+    try:
+        version = platform.python_version() if name == "python" else metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return Finding("FAIL", name, "is not installed", remedy)
+    if wanted.contains(version, prereleases=True):
+        return Finding("ok", canonicalize_name(name), version)
+    return Finding("FAIL", canonicalize_name(name), f"{version} is not {wanted}", remedy)
 
 
 def devices() -> list[Finding]:
@@ -91,11 +90,10 @@ def _gpu(index: int, driver: str) -> Finding:
     card = torch.cuda.get_device_properties(index)
     name = f"{card.name}, {gib(card.total_memory)}, compute capability {card.major}.{card.minor}, {driver}"
     if card.major < 8:
-        return Finding(
-            "warn", f"cuda:{index}", f"{name}, no bfloat16", "set student.dtype and teacher.dtype to float32"
-        )
+        advice = "set student.dtype and teacher.dtype to float32"
+        return Finding("warn", f"cuda:{index}", f"{name}, no bfloat16", advice)
     used = GpuCounters(torch.device("cuda", index)).sample()[0]
-    if used > 0.1 * card.total_memory / GIB:  # False for nan, where NVML has no answer
+    if used > 0.1 * card.total_memory / GIB:  # False for nan: NVML has no answer
         busy = f"{name}, {used:.1f} GiB of it in use already"
         return Finding("warn", f"cuda:{index}", busy, "see with nvidia-smi whether another job has it")
     return Finding("ok", f"cuda:{index}", f"{name}, bfloat16")
@@ -103,19 +101,12 @@ def _gpu(index: int, driver: str) -> Finding:
 
 def _driver() -> str | None:
     """The version of NVIDIA's driver; None without one."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        return str(pynvml.nvmlSystemGetDriverVersion())
-    except ImportError:
-        return None
-    except pynvml.NVMLError:
-        return None
+    nvml = load_nvml()
+    return None if nvml is None else str(nvml.nvmlSystemGetDriverVersion())
 
 
 def host_memory() -> Finding:
-    """Memory that all processes of this job on this machine have together."""
+    """The memory that all processes of this job on this machine share."""
     total, free = host_limit(), psutil.virtual_memory().available
     what = f"{gib(total)} for this job, {gib(free)} free on the machine"
     if free < 0.1 * total:
@@ -124,8 +115,8 @@ def host_memory() -> Finding:
 
 
 def host_limit() -> int:
-    """Bytes: the machine's memory, or what the job's control groups (SLURM's --mem, a container's limit) leave."""
-    limits = [psutil.virtual_memory().total]
+    """Bytes: the machine's memory, or the limit of the job's control groups (SLURM's --mem, a container's limit)."""
+    limits = [int(psutil.virtual_memory().total)]
     path = CGROUPS / _own_cgroup()
     for folder in (path, *path.parents):
         if folder.is_relative_to(CGROUPS):
@@ -136,7 +127,7 @@ def host_limit() -> int:
 
 
 def _own_cgroup() -> str:
-    """This process's place in version 2's tree, "" where it is not known."""
+    """The path of this process in the tree of cgroups version 2, "" if it is not known."""
     try:
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -145,14 +136,14 @@ def _own_cgroup() -> str:
 
 
 def backend() -> Finding:
-    """What the ranks talk by."""
+    """The library by which the ranks communicate."""
     if torch.cuda.is_available():
         return Finding("ok", "communication", f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
     return Finding("ok", "communication", f"gloo of torch {torch.__version__}")
 
 
 def compiler() -> Finding:
-    """DeepSpeed compiles an op at the first start: on CPUs always, on GPUs where the optimizer is offloaded."""
+    """DeepSpeed compiles an op at the first start: always on CPUs, on GPUs if the optimizer is offloaded."""
     beside = os.pathsep.join([str(Path(sys.executable).parent), os.defpath])
     compiler = get_cxx_compiler()
     tools = {"ninja": shutil.which("ninja") or shutil.which("ninja", path=beside), compiler: shutil.which(compiler)}
@@ -165,7 +156,7 @@ def compiler() -> Finding:
 
 
 def shared_memory() -> Finding:
-    """The size of /dev/shm, by which ranks of a node exchange data."""
+    """The size of /dev/shm, through which the ranks of a node exchange data."""
     try:
         size = shutil.disk_usage(SHARED_MEMORY).total
     except OSError as error:
@@ -177,47 +168,44 @@ def shared_memory() -> Finding:
 
 
 def open_files() -> Finding:
-    """Descriptors: sockets to every rank, data files, checkpoints. A run raises its soft limit to the hard one."""
+    """File descriptors, for sockets, data files, checkpoints. A run raises its soft limit to the hard one."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= hard < LEAST_FILES:
-        advice = f"have `ulimit -Hn` raised to {LEAST_FILES}, for many ranks"
-        return Finding("warn", "limits", f"{hard} open files", advice)
+        return Finding(
+            "warn", "limits", f"{hard} open files", f"have `ulimit -Hn` raised to {LEAST_FILES}, for many ranks"
+        )
     return Finding("ok", "limits", f"{'unlimited' if hard < 0 else hard} open files")
 
 
 def writable(check: str, folder: Path) -> Finding:
-    """Whether a file can be written, flushed to disk and renamed where `folder` is or will be; it is removed."""
+    """Whether a file can be written, flushed to disk and renamed where `folder` is or will be."""
     started = time.perf_counter()
     try:
-        place = existing(folder)
-        free = shutil.disk_usage(place).free
-        _probe(place)
+        with probe_file(folder, PROBE_BYTES) as path:
+            free = shutil.disk_usage(path.parent).free
     except OSError as error:
         advice = "give another folder, make room, or see to the permissions"
         return Finding("FAIL", check, f"{folder}: {error.strerror or error}", advice)
     seconds = time.perf_counter() - started
-    what = f"{place} has {gib(free)} free, 1 MiB is written, flushed and renamed in {1000 * seconds:.0f} ms"
+    what = f"{path.parent} has {gib(free)} free, 1 MiB is written, flushed and renamed in {1000 * seconds:.0f} ms"
     if seconds > SLOW_PROBE_S:
-        return Finding(
-            "warn", check, what, "a busy or slow file system makes every checkpoint slow: give another folder"
-        )
+        advice = "a busy or slow file system makes every checkpoint slow: give another folder"
+        return Finding("warn", check, what, advice)
     return Finding("ok", check, what)
 
 
-def existing(folder: Path) -> Path:
-    """The folder, or the nearest one above it that is there."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
-def _probe(place: Path) -> None:
-    path = place / f".ted-ds-doctor-{uuid.uuid4().hex}"
-    renamed = path.with_suffix(".renamed")
+@contextmanager
+def probe_file(folder: Path, size: int) -> Iterator[Path]:
+    """A new file of `size` bytes where `folder` is or will be, written as a run writes, and removed in the end."""
+    path = existing(folder) / f".ted-ds-doctor-{uuid.uuid4().hex}"
     try:
-        with path.open("wb") as file:
-            file.write(bytes(PROBE_BYTES))
-            file.flush()
-            os.fsync(file.fileno())
-        path.rename(renamed)
+        write_atomically(path, "0" * size)
+        yield path
     finally:
-        path.unlink(missing_ok=True)
-        renamed.unlink(missing_ok=True)
+        for left in path.parent.glob(f"{path.name}*"):
+            left.unlink()
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest folder above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())

@@ -1,13 +1,12 @@
-"""What the ranks find out together: who is where, how fast they talk, whether all see the same."""
+"""Checks that need all ranks: where each one runs, how fast they communicate, whether they see the same."""
 
 from __future__ import annotations
 
 import os
 import socket
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -15,22 +14,22 @@ from statistics import median
 import torch
 
 from ted_ds.doctor.finding import Finding
-from ted_ds.doctor.machine import existing, host_limit
+from ted_ds.doctor.machine import host_limit, probe_file
 from ted_ds.job.world import World
 
 LARGE_BYTES = {"cuda": 64 << 20, "cpu": 16 << 20}
 SLOW_GB_S = {"cuda": 1.0, "cpu": 0.05}
-"""GB/s below which a step waits for the network more than it computes."""
+"""GB/s. Below it, a step waits for the network longer than it computes."""
 
 SMALL_REPEATS, LARGE_REPEATS = 20, 5
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a rank tells the others of itself.
+    """What a rank tells the others about itself.
 
-    gpu, gpu_bytes: UUID and free memory of its GPU, "" and 0 on CPUs. host_bytes: of all ranks of its node together.
-    cores: that it may run on. probe: of rank 0, the file that all look for.
+    gpu, gpu_bytes: UUID and free bytes of its GPU, "" and 0 on CPUs. host_bytes: memory that all ranks of its node
+    share. cores: those that it may run on. probe: the file that rank 0 wrote and all ranks look for; None on others.
     """
 
     rank: int
@@ -41,7 +40,7 @@ class Facts:
     host_bytes: int
     cores: frozenset[int]
     threads: int
-    versions: tuple[tuple[str, str], ...]
+    versions: dict[str, str]
     findings: tuple[Finding, ...]
     probe: Path | None
 
@@ -49,11 +48,15 @@ class Facts:
 def examine_ranks(
     world: World, findings: Iterable[Finding], versions: dict[str, str], shared: Path | None
 ) -> tuple[list[Finding], list[Facts]]:
-    """The checks between ranks, and every rank's facts; a collective.
+    """The checks between ranks, and the facts of every rank; a collective.
 
-    findings: this rank's own. shared: the folder that all nodes must see; None: not looked at.
+    findings: this rank's own. shared: the folder that all nodes must see; None: it is not checked.
     """
-    with _probe(shared if world.is_main else None) as probe:
+    with ExitStack() as stack:
+        probe = None
+        if shared is not None and world.is_main:
+            with suppress(OSError):
+                probe = stack.enter_context(probe_file(shared, size=0))
         facts = world.gather_objects(_facts(world, findings, versions, probe))
         seen = world.gather_objects(facts[0].probe is not None and facts[0].probe.exists())
     found = [*differing(facts), table(facts), cores(facts)]
@@ -74,14 +77,14 @@ def _facts(world: World, findings: Iterable[Finding], versions: dict[str, str], 
         host_bytes=host_limit(),
         cores=frozenset(os.sched_getaffinity(0)),
         threads=torch.get_num_threads(),
-        versions=tuple(sorted(versions.items())),
+        versions=versions,
         findings=tuple(findings),
         probe=probe,
     )
 
 
 def differing(facts: list[Facts]) -> list[Finding]:
-    """What other ranks found and rank 0 did not, once for all ranks that found it."""
+    """What other ranks found and rank 0 did not: one finding for all ranks that found the same."""
     known = set(facts[0].findings)
     ranks: dict[Finding, list[Facts]] = {}
     for fact in facts[1:]:
@@ -92,7 +95,7 @@ def differing(facts: list[Facts]) -> list[Finding]:
 
 
 MEASURED = ("host memory", "output_dir", "data.prepared", "working folder")
-"""Checks whose figures differ from moment to moment: of other ranks only what is not ok is shown."""
+"""Checks whose figures change all the time. Of other ranks these are shown only if they are not ok."""
 
 
 def _named(who: list[Facts]) -> str:
@@ -101,7 +104,7 @@ def _named(who: list[Facts]) -> str:
 
 
 def table(facts: list[Facts]) -> Finding:
-    """Which rank is where; two ranks on one GPU cannot talk by NCCL."""
+    """Host and device of each rank. Two ranks on one GPU cannot communicate by NCCL."""
     hosts = _by_host(facts)
     gpus = [fact.gpu for fact in facts if fact.gpu]
     rows = [f"{host} {' '.join(f'{f.rank}={f.device}' for f in own)}" for host, own in hosts.items()]
@@ -113,16 +116,16 @@ def table(facts: list[Facts]) -> Finding:
 
 
 def whole_job(environment: Mapping[str, str], world_size: int) -> list[Finding]:
-    """A warning where SLURM gave the job more tasks than there are ranks: a batch script's own shell, say."""
+    """A warning if this is one process of a SLURM job of several tasks, e.g. in the shell of the batch script."""
     tasks = int(environment.get("SLURM_NTASKS", "1"))
     if world_size > 1 or tasks == 1:
         return []
-    what = f"one process, SLURM gave the job {tasks} tasks"
-    return [Finding("warn", "ranks", what, "start it by srun to try all of them")]
+    advice = "start it by srun to try all of them"
+    return [Finding("warn", "ranks", f"one process, SLURM gave the job {tasks} tasks", advice)]
 
 
 def cores(facts: list[Facts]) -> Finding:
-    """Cores and threads, node by node. Beside a GPU a rank needs a core, and another for its copies and data."""
+    """Cores and threads of each node. A rank with a GPU needs one core, and another one for its copies and data."""
     said = []
     for host, own in _by_host(facts).items():
         available, threads = len(frozenset().union(*(f.cores for f in own))), own[0].threads
@@ -137,18 +140,17 @@ def cores(facts: list[Facts]) -> Finding:
 
 
 def same_versions(facts: list[Facts]) -> Finding:
-    """Ranks of other versions or another commit compute something else, or wait for ever."""
-    for fact in facts[1:]:
-        for (name, first), (_, own) in zip(facts[0].versions, fact.versions, strict=True):
-            if own != first:
-                others = [f for f in facts if dict(f.versions)[name] == own]
-                what = f"{_named(others)} has {name} {own}, rank 0 {first}"
-                return Finding("FAIL", "same versions", what, "start all ranks from one environment and one checkout")
+    """Ranks with other versions or another commit may compute different numbers, or wait forever."""
+    for name, first in facts[0].versions.items():
+        for own in (fact.versions[name] for fact in facts if fact.versions[name] != first):
+            others = [fact for fact in facts if fact.versions[name] == own]
+            what = f"{_named(others)} has {name} {own}, rank 0 {first}"
+            return Finding("FAIL", "same versions", what, "start all ranks from one environment and one checkout")
     return Finding("ok", "same versions", "on all ranks")
 
 
 def same_folder(folder: Path, facts: list[Facts], seen: list[bool]) -> Finding:
-    """Whether every rank sees what rank 0 has just written."""
+    """Whether every rank sees the file that rank 0 has just written."""
     if facts[0].probe is None:
         return Finding("FAIL", "shared folder", f"rank 0 cannot write to {folder}", "give another output_dir")
     blind = [fact for fact, sees in zip(facts, seen, strict=True) if not sees]
@@ -159,9 +161,9 @@ def same_folder(folder: Path, facts: list[Facts], seen: list[bool]) -> Finding:
 
 
 def all_reduce(world: World) -> list[Finding]:
-    """Latency of a small and bandwidth of a large all-reduce, whose sum is checked; a collective.
+    """Latency of a small all-reduce, bandwidth of a large one, whose sum is checked; a collective.
 
-    Bandwidth as nccl-tests give it (busbw): 2 (n - 1) / n bytes over a link for each byte of the tensor, in 10^9.
+    The bandwidth is the busbw of nccl-tests: 2 (n - 1) / n bytes cross a link for each byte of the tensor, in GB/s.
     """
     kind = world.device.type
     large = torch.full((LARGE_BYTES[kind] // 4,), world.rank + 1.0, device=world.device)
@@ -174,10 +176,8 @@ def all_reduce(world: World) -> list[Finding]:
     latency = max(world.gather_objects(_seconds(small, SMALL_REPEATS)))
     seconds = max(world.gather_objects(_seconds(large.zero_(), LARGE_REPEATS)))
     bandwidth = 2 * (world.size - 1) / world.size * LARGE_BYTES[kind] / seconds / 1e9
-    what = (
-        f"{LARGE_BYTES[kind] >> 20} MiB in {1000 * seconds:.1f} ms, {bandwidth:.2f} GB/s; "
-        f"4 bytes in {1e6 * latency:.0f} us"
-    )
+    what = f"{LARGE_BYTES[kind] >> 20} MiB in {1000 * seconds:.1f} ms, {bandwidth:.2f} GB/s; "
+    what += f"4 bytes in {1e6 * latency:.0f} us"
     if bandwidth < SLOW_GB_S[kind]:
         variable = "NCCL_SOCKET_IFNAME" if kind == "cuda" else "GLOO_SOCKET_IFNAME"
         advice = f"name the fast network in {variable}; NCCL_DEBUG=INFO says which one NCCL took"
@@ -185,33 +185,16 @@ def all_reduce(world: World) -> list[Finding]:
     return [Finding("ok", "all-reduce", what)]
 
 
-@contextmanager
-def _probe(folder: Path | None) -> Iterator[Path | None]:
-    """A new file where `folder` is or will be, removed afterwards; None without a folder, or where it cannot be."""
-    path = None
-    if folder is not None:
-        with suppress(OSError):
-            path = existing(folder) / f".ted-ds-doctor-{uuid.uuid4().hex}"
-            path.touch()
-    try:
-        yield path if path is not None and path.exists() else None
-    finally:
-        if path is not None:
-            path.unlink(missing_ok=True)
-
-
 def _seconds(values: torch.Tensor, repeats: int) -> float:
-    """The median time of an all-reduce."""
-
-    def once() -> float:
+    """The median time of an all-reduce; the first one does not count."""
+    times = []
+    for _ in range(repeats + 1):
         started = time.perf_counter()
         torch.distributed.all_reduce(values)
         if values.is_cuda:
             torch.cuda.synchronize(values.device)
-        return time.perf_counter() - started
-
-    once()
-    return median(once() for _ in range(repeats))
+        times.append(time.perf_counter() - started)
+    return median(times[1:])
 
 
 def _counted(number: int, what: str) -> str:

@@ -1,1 +1,1 @@
-"""One process among the ranks of a job: the process group, lost ranks, requests to stop, SLURM, locks, whole files."""
+"""One process of a job: the process group, lost ranks, requests to stop, SLURM, locks, atomic files."""

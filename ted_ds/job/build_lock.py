@@ -1,4 +1,4 @@
-"""One process at a time builds an operator of DeepSpeed, under a lock that dies with its holder."""
+"""Lets one process at a time build an operator of DeepSpeed, under a lock that the end of its holder releases."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from filelock import FileLock, Timeout
 
 
 class BuildLock:
-    """Stands for torch's `FileBaton`, whose file a killed process leaves behind: every later start would wait for ever.
+    """Replaces torch's `FileBaton`: a killed process leaves its file behind, and every later start waits forever.
 
-    A process that waited then builds too: it finds all of it built, unless the one before it was killed.
+    A process that waited builds too. It finds everything built, unless the process before it was killed.
     """
 
     def __init__(self, lock_file_path: str, **_: Any) -> None:
@@ -19,23 +19,22 @@ class BuildLock:
         self._lock = FileLock(f"{lock_file_path}.held")
 
     def try_acquire(self) -> bool:
-        """Waits until nobody else builds; says so if it has to."""
+        """Waits until no other process builds, and says so."""
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
-            print(
-                f"[ted_ds] another process builds an operator of DeepSpeed ({self._path})", file=sys.stderr, flush=True
-            )
+            said = f"[ted_ds] another process builds an operator of DeepSpeed ({self._path})"
+            print(said, file=sys.stderr, flush=True)
             self._lock.acquire()
         return True
 
     def release(self) -> None:
-        """Lets the next one build."""
+        """Lets the next process build."""
         self._lock.release()
 
 
 def build_under_a_lock() -> None:
-    """From now on torch builds C++ extensions in this process under a `BuildLock`."""
+    """Makes torch build C++ extensions in this process under a `BuildLock`."""
     from torch.utils import cpp_extension
 
     cpp_extension.FileBaton = BuildLock  # type: ignore[misc, assignment]

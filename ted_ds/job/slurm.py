@@ -1,4 +1,4 @@
-"""SLURM's description of a step of `srun` in the words of torch's launchers: one task is one rank."""
+"""Turns SLURM's variables of a task of `srun` into those that torch's launchers set: one task is one rank."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from collections.abc import Mapping
 def slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, LOCAL_SIZE, MASTER_ADDR, MASTER_PORT of a task of `srun`.
 
-    A variable that `environ` has already is left out of the result: whoever set it knows better. The result is
-    empty where there is nothing to say: outside a step (a batch script has SLURM_PROCID too, but nothing named
-    SLURM_STEP_*), under another launcher, which sets WORLD_SIZE, and in a step of one task that has no RANK, which
-    may be an interactive shell with several commands at once.
+    The result leaves out variables that `environ` has already. It is empty outside of a step (a batch script has
+    SLURM_PROCID too, but no SLURM_STEP_*), under another launcher, which sets WORLD_SIZE, and in a step of one task
+    without RANK, which may be an interactive shell with several commands at once.
 
-    The ranks meet on the step's first node, at a port that follows from the job's id (two jobs may share a node) and
-    lies below the range that Linux gives out by itself. LOCAL_RANK is 0 where a task sees one GPU alone
-    (--gpus-per-task=1). LOCAL_SIZE is LOCAL_WORLD_SIZE in DeepSpeed's words.
+    The ranks meet on the step's first node, at a port that is computed from the job's id, as two jobs may share a node,
+    and lies below Linux's range of automatic ports. LOCAL_RANK is 0 if a task sees a single GPU (--gpus-per-task=1).
+    LOCAL_SIZE is DeepSpeed's name of LOCAL_WORLD_SIZE.
 
     Source: "OUTPUT ENVIRONMENT VARIABLES" of srun(1).
     """

@@ -1,4 +1,4 @@
-"""Ending a run early, by a signal or by the clock: all ranks agree on the step after which they save and leave."""
+"""Ends a run early, by a signal or the clock: all ranks agree on the step after which they save and end."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """SIGUSR1 is SLURM's usual warning before the time limit, SIGINT a terminal's Ctrl-C."""
 
 CLOCK = 1
-"""In a request's place for a signal: `train.max_minutes` are over (signal 1, SIGHUP, is none of SIGNALS)."""
+"""The code of a request because `train.max_minutes` are over; it is no number of SIGNALS (1 is SIGHUP)."""
 
 SAME_S = 1.0
-"""Signals within this many seconds of the first are the same request: a launcher and SLURM may each send it on."""
+"""Signals within these seconds after the first are the same request: a launcher and SLURM may both pass it on."""
 
 FOLLOW_S = 0.5
 
 
 class StopRequest:
-    """A request to end the run, as this rank has it.
+    """The request to end the run that this rank has got.
 
-    While a loop of steps runs (`postponed`) it is kept until the ranks agree; at any other time, when there is
-    nothing to save, a signal raises Stopped where the program is. A second one ends the process at once.
+    While a loop of steps runs (`postponed`), it waits until the ranks agree. At other times there is nothing to save:
+    a signal raises Stopped at once. A second signal ends the process.
     """
 
     def __init__(self, max_minutes: float | None = None) -> None:
@@ -41,7 +41,7 @@ class StopRequest:
         self._postponed = self._listens = False
 
     def listen(self) -> None:
-        """From here on signals are requests, and so is the launcher's end; in the main thread."""
+        """From now on signals are requests, and so is the end of the launcher. To be called in the main thread."""
         self._listens = True
         for number in SIGNALS:
             signal.signal(number, self._receive)
@@ -50,7 +50,7 @@ class StopRequest:
 
     @contextmanager
     def postponed(self) -> Iterator[None]:
-        """A signal is a request that waits for `Agreement.reached`."""
+        """A context in which a signal waits for `Agreement.reached`."""
         self._postponed = True
         try:
             yield
@@ -58,9 +58,10 @@ class StopRequest:
             self._postponed = False
 
     def leave(self) -> None:
-        """The process is ending, and says why: a launcher that ends its other ranks does not change that.
+        """Ignores signals from now on: the process is ending, and has an exit code that says why.
 
-        Nor does SLURM's warning: a handler of Python's would be gone before the interpreter is, and kill it.
+        A launcher signals the other ranks when one ends. Python removes its handlers before the interpreter ends, so a
+        signal of SLURM at that time would kill it.
         """
         if self._listens:
             for number in SIGNALS:
@@ -74,7 +75,7 @@ class StopRequest:
         return CLOCK if self._deadline is not None and time.monotonic() > self._deadline else 0
 
     def _follow(self, launchers: list[psutil.Process]) -> None:
-        """Asks this process to end once a launcher is gone, unless it was asked before."""
+        """Asks this process to end as soon as a launcher is gone, unless it was asked before."""
         while all(map(_lives, launchers)):
             time.sleep(FOLLOW_S)
         if not self._signal:
@@ -86,7 +87,7 @@ class StopRequest:
             self._signal, self._since = number, now
             if not self._postponed:
                 raise Stopped(f"{name} outside of the training steps: nothing is lost, the same command goes on")
-            # not by print: the signal may have come while this thread was printing
+            # not by print: the signal may have interrupted a print of this thread
             os.write(2, f"ted_ds: {name}: the run saves and ends after this step\n".encode())
         elif now - self._since > SAME_S:
             os.write(2, f"ted_ds: {name} again: the run ends at once; the last checkpoint is whole\n".encode())
@@ -94,14 +95,14 @@ class StopRequest:
 
 
 def _launchers() -> list[psutil.Process]:
-    """The processes of deepspeed's or torch's launcher that this rank hangs from: one that dies leaves it running.
+    """The processes of deepspeed's or torch's launcher that started this rank, which does not end when they die.
 
-    deepspeed is two, of which the outer one, that a user knows, dies by SIGTERM and tells nobody (0.19.8, runner.py).
+    deepspeed has two. The outer one, which a user sees, dies by SIGTERM and tells nobody (0.19.8, runner.py).
     """
-    above = psutil.Process().parents()[:2]
+    above: list[psutil.Process] = psutil.Process().parents()[:2]
     try:
         command = " ".join(above[0].cmdline()) if above else ""
-    except psutil.Error:  # another user's: no launcher
+    except psutil.Error:  # a process of another user is no launcher
         return []
     if "deepspeed.launcher.launch" in command:
         return above
@@ -110,16 +111,16 @@ def _launchers() -> list[psutil.Process]:
 
 def _lives(process: psutil.Process) -> bool:
     try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
 
 
 class Agreement:
-    """All ranks leave after the same step: each step's requests are exchanged while the next one runs.
+    """Makes all ranks end after the same step: the requests of each step are exchanged while the next step runs.
 
-    On the host, over `group`: no rank's GPU is waited for, and where a rank is gone this is where the others notice.
-    group: None where there is one rank alone.
+    group: a gloo group, so that no rank waits for its GPU; None for a single rank. If a rank is gone, the exchange is
+    what fails on the others.
     """
 
     def __init__(self, request: StopRequest, group: torch.distributed.ProcessGroup | None) -> None:
@@ -128,7 +129,7 @@ class Agreement:
         self._work: torch.distributed.Work | None = None
 
     def reached(self) -> str | None:
-        """Why all ranks end here, the same on each; None: they go on. Once a step; a collective."""
+        """Why all ranks end now, the same on each; None: they go on. To be called once a step; a collective."""
         if self._group is None:
             return _reason(self._request.code)
         code = self._exchanged()
@@ -139,7 +140,7 @@ class Agreement:
         return _reason(code)
 
     def now(self) -> str | None:
-        """The same without waiting for a step: after an evaluation, which takes minutes. A collective."""
+        """The same, but with the requests of this moment: after an evaluation, which takes minutes. A collective."""
         return self.reached() or (_reason(self._exchanged()) if self._group is not None else None)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Which code runs: the commit of this copy of ted_ds, and the versions of what it stands on."""
+"""Which code runs: the git commit of this copy of ted_ds, and the versions of the libraries below it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The git commit of the code that runs; None outside a checkout of it.
+    """The git commit of the code that runs; None outside of its own checkout.
 
-    An installed copy may lie in an environment within a checkout of something else, whose commit says nothing.
+    An installed copy may lie within the checkout of another project, whose commit says nothing.
     """
     package = Path(__file__).resolve().parents[1]
     call = ["git", "-C", str(package), "rev-parse", "HEAD", "--show-prefix"]

@@ -1,4 +1,4 @@
-"""Ranks, reductions and rank-0 logging: the only owner of the process group."""
+"""The process group and what a rank does with it: collectives, work on rank 0 only, logging on rank 0."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import resource
-import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import torch
 from datasets.utils import logging as datasets_logging
@@ -32,17 +31,16 @@ T = TypeVar("T")
 logger = logging.getLogger("ted_ds")
 
 TIMEOUT = timedelta(minutes=30)
-"""Of collectives, where no recipe says otherwise: DeepSpeed's own."""
+"""Of collectives, if no recipe sets another one. It is DeepSpeed's default."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: its rank, the number of ranks, its device.
+    """This process among all ranks: its rank, their number, its device.
 
-    host: a gloo group of all ranks that waits for days: preparing a large corpus on rank 0 takes hours,
-    where a collective of the training must fail within minutes.
-    control: another one, that waits no longer than the training's; None where there is one rank.
-    stop: what this rank was asked by a signal or the clock.
+    host: a gloo group of all ranks with a time-out of days: the others may wait for hours while rank 0 prepares a large
+    corpus. control: a gloo group with the time-out of training; None for a single rank.
+    stop: the request to end that this rank got from a signal or the clock. watch: None for a single rank.
     """
 
     rank: int
@@ -55,7 +53,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes files and talks."""
+        """True on rank 0, which writes files and prints."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -70,46 +68,49 @@ class World:
         torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
         return least
 
+    def _own_copy(self, values: torch.Tensor) -> torch.Tensor:
+        moved = on_device(values, self.device)
+        return moved.clone() if moved is values else moved
+
     def gather(self, values: torch.Tensor) -> torch.Tensor:
-        """Every rank's `values` ([n, ..], as many on each), one after another in one tensor; a collective."""
+        """The `values` [n, ..] of every rank (n is the same), concatenated in order of ranks; a collective."""
         parts = [torch.empty_like(values) for _ in range(self.size)]
         torch.distributed.all_gather(parts, values.contiguous())
         return torch.cat(parts)
 
     def gather_objects(self, value: T) -> list[T]:
-        """Every rank's `value` (small, picklable), in order; a collective."""
-        parts: list[Any] = [None] * self.size
+        """The `value` (small, picklable) of every rank, in order; a collective."""
+        parts = [value] * self.size
         torch.distributed.all_gather_object(parts, value, group=self.host)
         return parts
 
-    def _own_copy(self, values: torch.Tensor) -> torch.Tensor:
-        moved = on_device(values, self.device)
-        return moved.clone() if moved is values else moved
-
     def on_main(self, work: Callable[[], T]) -> T:
-        """Rank 0's result (small, picklable) of `work` on every rank, or its error; a collective.
+        """Runs `work` on rank 0; its result (small, picklable) or its error is that of every rank; a collective.
 
-        An OSError (a full disk, no permission) becomes a TedError. Any other error is a bug: it keeps its
-        trace on rank 0, and ends the other ranks too.
+        An OSError (a full disk, no permission) becomes a TedError. Any other error is a bug: it keeps its trace on
+        rank 0, and ends the other ranks too.
         """
-        outcome: list[Any] = [None, None]
+        result: T | None = None
+        fault: TedError | None = None
         bug: Exception | None = None
         if self.is_main:
             try:
-                outcome[0] = work()
+                result = work()
             except TedError as error:
-                outcome[1] = error
+                fault = error
             except OSError as error:
-                outcome[1] = TedError(f"{error}: make room, or see to the permissions, and start again")
+                fault = TedError(f"{error}: make room, or see to the permissions, and start again")
             except Exception as error:
-                bug, outcome[1] = error, TedError(f"rank 0 failed: {type(error).__name__}: {error}")
+                bug, fault = error, TedError(f"rank 0 failed: {type(error).__name__}: {error}")
+        outcome = [result, fault]
         torch.distributed.broadcast_object_list(outcome, src=0, group=self.host)
+        result, fault = cast(tuple[T, TedError | None], outcome)
         if bug is not None:
             raise bug
-        if outcome[1] is not None:
-            outcome[1].said_by_main = not self.is_main
-            raise outcome[1]
-        return outcome[0]
+        if fault is not None:
+            fault.said_by_main = not self.is_main
+            raise fault
+        return result
 
     def barrier(self) -> None:
         """Waits for every rank; a collective."""
@@ -117,12 +118,12 @@ class World:
 
 
 def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) -> World:
-    """Joins the process group that the launcher or SLURM described, or makes a group of one without them.
+    """Joins the process group that the launcher or SLURM described; without either makes a group of one rank.
 
-    timeout: how long a collective waits for the other ranks. stop: None: nothing asks this run to end.
-    The accelerator and its back end (NCCL on CUDA, gloo on CPU) are DeepSpeed's choice. The interpreter's
-    own folder goes on PATH because DeepSpeed compiles an op at the first start and looks for ninja there.
-    Raises RankLost where the ranks do not all come within `timeout`.
+    timeout: how long a collective waits for the other ranks. stop: None: nothing can ask this run to end.
+    DeepSpeed chooses the accelerator and its back end (NCCL on CUDA, gloo on CPU). The folder of the Python interpreter
+    goes on PATH: DeepSpeed compiles an op at the first start and looks for ninja there.
+    Raises RankLost if the ranks do not all come within `timeout`.
     """
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -131,8 +132,8 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     os.environ.update(slurm_environment(os.environ))
     if "RANK" not in os.environ:
-        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update(alone, MASTER_PORT=str(_free_port()))
+        # port 0: the system chooses a free one
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     accelerator = get_accelerator()
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     accelerator.set_device(local_rank)
@@ -151,21 +152,21 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
         ) from error
     device = torch.device(accelerator.current_device_name())
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        # the ranks of a node share its cores; every one of them would start a thread a core
+        # the ranks of a node share its cores, but each would start as many threads as there are cores
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     _quiet(rank)
     stop = stop or StopRequest()
-    with _named(watch, stop):  # a group's members wait for each other as long as it will
+    with _named(watch, stop):  # making a group waits for all ranks, as long as the group's time-out
         host = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
         control = torch.distributed.new_group(backend="gloo", timeout=timeout) if size > 1 else None
-        # ZeRO's collectives: the clone of the world that DeepSpeed would make waits as long as the back end's default
+        # for ZeRO's collectives: the group that DeepSpeed would make has the back end's default time-out
         groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
     return World(rank, size, device, host, control, stop, watch)
 
 
 def _allow_open_files() -> None:
-    """Up to the hard limit: in each of gloo's groups every rank holds a socket to every other."""
+    """Raises the limit to the hard one: in each gloo group a rank has a socket to each other rank."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -176,7 +177,7 @@ def _master() -> tuple[str, int]:
 
 
 def shut_down(world: World) -> None:
-    """Leaves the process group; ranks that leave at different times would log errors otherwise."""
+    """Leaves the process group, all ranks together: otherwise those that are still there would log errors."""
     world.stop.leave()
     torch.distributed.barrier()
     if world.watch is not None:
@@ -185,9 +186,9 @@ def shut_down(world: World) -> None:
 
 
 def lost_ranks_named(world: World) -> AbstractContextManager[None]:
-    """Where an error is another rank's doing, names that rank and ends the process; else leaves without the others.
+    """A context: if another rank caused an error in it, names that rank and ends the process; else raises the error.
 
-    At exit the threads of a process group that is still there may abort the interpreter, and its exit code is lost.
+    It leaves the process group first: at exit, the group's threads may abort the interpreter and change its exit code.
     """
     return _named(world.watch, world.stop)
 
@@ -200,25 +201,19 @@ def _named(watch: RankWatch | None, stop: StopRequest) -> Iterator[None]:
         stop.leave()
         if watch is not None:
             watch.failed(error)
-        if not torch.cuda.is_available():  # NCCL's waits for what others no longer send; see `cli.common.guarded`
+        if not torch.cuda.is_available():  # NCCL would wait for other ranks that have gone; see `cli.common.guarded`
             torch.distributed.destroy_process_group()
         raise
 
 
 def seed_everything(seed: int) -> None:
-    """The same seed on every rank: parameters that are created, not loaded, must be equal everywhere."""
+    """Seeds every rank alike: new parameters must be equal on all ranks."""
     random.seed(seed)
     torch.manual_seed(seed)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def _quiet(rank: int) -> None:
-    """Rank 0 speaks; DeepSpeed's progress, and torch's remarks on the collectives that it calls, do not."""
+    """Logging on rank 0 only, without DeepSpeed's progress and torch's warnings about DeepSpeed's collectives."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
     for library in (transformers_logging, datasets_logging):

@@ -57,6 +57,7 @@ def load_model(
     if head_dropout is not None:
         set_head_dropout(config, head_dropout)
     try:
+        model: PreTrainedModel
         model, found = AUTO_CLASSES[kind].from_pretrained(
             name_or_path,
             config=config,
@@ -99,23 +100,28 @@ def meta_model(name_or_path: str, kind: Kind, *, trust_remote_code: bool = False
         raise ModelError(f"model {name_or_path!r}, a {config.model_type}, has no head for {kind}") from error
 
 
-def on_meta(config: PreTrainedConfig, kind: Kind, *, trust_remote_code: bool = False) -> Any:
+def on_meta(config: PreTrainedConfig, kind: Kind, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model of a config, without weights; ValueError if its family has no such head."""
     with torch.device("meta"):
-        return AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = AUTO_CLASSES[kind].from_config(config, trust_remote_code=trust_remote_code)
+    return model
 
 
 def sharded_init(deepspeed_config: dict[str, Any] | None) -> AbstractContextManager[Any]:
     """A context in which new modules are sharded as they are made, if the configuration shards parameters."""
-    if is_sharded(deepspeed_config):
-        return deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
-    return nullcontext()
+    if not is_sharded(deepspeed_config):
+        return nullcontext()
+    context: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=deepspeed_config)
+    return context
 
 
 def gathered(parameters: list[nn.Parameter], *, write: bool = False) -> AbstractContextManager[Any]:
     """The parameters whole inside the context, on every rank; with `write`, rank 0's changes are kept."""
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None, enabled=bool(sharded))
+    rank = 0 if write else None
+    context: AbstractContextManager[Any]
+    context = deepspeed.zero.GatheredParameters(sharded, modifier_rank=rank, enabled=bool(sharded))
+    return context
 
 
 def whole_tensors(module: nn.Module, *, keep: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -172,9 +178,10 @@ def resident_readout(
 def load_config(name_or_path: str, trust_remote_code: bool) -> PreTrainedConfig:
     """The config of a folder or hub model; ModelError if there is none."""
     try:
-        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {name_or_path!r} could not be found: {load_failure(error)}") from error
+    return config
 
 
 def _resident(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:

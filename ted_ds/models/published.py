@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import PreTrainedConfig, PreTrainedModel
 
-from ted_ds.errors import CheckpointError, ModelError
+from ted_ds.errors import CheckpointError
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.weight_files import INDEX, PICKLED, SINGLE, WeightReader, copy_companions, find_file
 
@@ -67,7 +66,7 @@ def is_published(name_or_path: str) -> bool:
     if path is None:
         return False
     try:
-        return json.loads(path.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE)
     except (ValueError, AttributeError):
         return False  # whoever loads it as a plain model says what is wrong with it
 
@@ -95,25 +94,6 @@ def read_published(name_or_path: str) -> PublishedModel:
     plan = _plan(name_or_path, config, options, own) if own else None
     filters = {ours: own[name] for ours, name in _their_names(plan).items()} if plan else {}
     return PublishedModel(config, options, weights, plan, filters, heads)
-
-
-def write_published(model: PublishedModel, folder: Path) -> None:
-    """Writes the authors' layout: their config.json and model.safetensors; renamed into place.
-
-    Raises CheckpointError where `folder` exists, or the options do not describe the filters: the layout has no
-    place for filters that are not on every n-th layer, say.
-    """
-    theirs = {**model.config, **model.options, "model_type": MODEL_TYPE}
-    if model.config.get("architectures"):
-        theirs["architectures"] = [f"TED{name}" for name in model.config["architectures"]]
-    names = _their_names(model.plan) if model.plan else {}
-    own = {names[ours]: tensor for ours, tensor in model.filters.items()}
-    if own:
-        _plan(str(folder), model.config, model.options, own)
-    temporary = _temporary(folder)
-    _write_json(theirs, temporary / "config.json")
-    _write_tensors({**model.weights, **own, **model.heads}, temporary / SINGLE)
-    temporary.rename(folder)
 
 
 def unpack_published(name_or_path: str, folder: Path) -> None:
@@ -156,43 +136,6 @@ def _read_config(name_or_path: str) -> dict[str, Any]:
     if found != MODEL_TYPE:
         raise CheckpointError(f"{name_or_path} has model_type {found!r}, not {MODEL_TYPE!r}: load it as a plain model")
     return dict(config)
-
-
-def published_options(config: PreTrainedConfig, plan: FilterPlan | None) -> dict[str, Any]:
-    """What the authors' config says of filters of shape `plan`.
-
-    Raises ModelError for another family than DeBERTa-v2, and for filters that are not on every n-th block.
-    """
-    if config.model_type != PLAIN_TYPE:
-        raise ModelError(f"the authors' layout holds a {PLAIN_TYPE}, the student is a {config.model_type}: use export")
-    if plan is None:
-        return {"filter_disabled": True, "train_filters": False}
-    interval = plan.blocks[0] + 1
-    if plan.blocks != tuple(range(interval - 1, config.num_hidden_layers, interval)):
-        raise ModelError(
-            f"the authors' layout has filters on every n-th block, these are on blocks {list(plan.blocks)}: use export"
-        )
-    return {
-        "filter_disabled": False,
-        "filter_interval": interval,
-        "filter_nonlinear": plan.nonlinear,
-        "filter_output_dim": plan.output_dim,
-        "train_filters": False,
-    }
-
-
-def published_model(
-    student: PreTrainedModel,
-    options: dict[str, Any],
-    weights: dict[str, torch.Tensor],
-    plan: FilterPlan | None,
-    filters: dict[str, torch.Tensor],
-) -> PublishedModel:
-    """A student of ours as a checkpoint of theirs after Stage II; position ids are as their code expects them."""
-    config = student.config.to_diff_dict() | {"architectures": [type(student).__name__]}
-    ids = torch.arange(student.config.max_position_embeddings).expand(1, -1)
-    weights = {**weights, "deberta.embeddings.position_ids": ids}
-    return PublishedModel(config, options, weights, plan, filters, {})
 
 
 def _read_tensors(name_or_path: str) -> dict[str, torch.Tensor]:

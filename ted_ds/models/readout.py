@@ -49,7 +49,8 @@ class LogitHead(Readout):
             output = self._backbone[0](
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, return_dict=True
             )
-        return output.last_hidden_state
+        hidden: torch.Tensor = output.last_hidden_state
+        return hidden
 
     def forward(self, output: torch.Tensor, *, use: Callable[[torch.Tensor, Head], T]) -> T:
         """`use(output, head)` with `head.weight` [V, D] whole; output: of `read`."""

@@ -97,7 +97,7 @@ def find_structure(model: Any) -> LMStructure:
     )
 
 
-def block_output(output: Any) -> torch.Tensor:
+def block_output(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The hidden state [B, S, D] in what a block's forward returned: a tensor, or a tuple that starts with it."""
     return output[0] if isinstance(output, tuple) else output
 

@@ -71,7 +71,8 @@ class WeightReader:
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU, in the file's dtype."""
-        return self._open(self._file_of[name]).get_tensor(name)
+        tensor: torch.Tensor = self._open(self._file_of[name]).get_tensor(name)
+        return tensor
 
     def read_all(self) -> dict[str, torch.Tensor]:
         """Every tensor by name."""

@@ -8,9 +8,6 @@ import math
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,20 +16,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 
 from ted_ds.config.continuation import first_change
 from ted_ds.errors import CheckpointError
 from ted_ds.job.files import sync_folder, write_atomically
 from ted_ds.job.world import World, logger
+from ted_ds.pipeline.universal import convert_to_universal, loads_universal
 
 CARD, LATEST = "ted_ds.json", "latest"
 
 TAG = re.compile(r"step-\d{8}")
-
-MERGING = 8
-"""Processes at most that convert a checkpoint for another number of ranks; each holds some parameters in memory."""
 
 
 @dataclass(frozen=True)
@@ -267,30 +261,9 @@ def _load(engine: Any, folder: Path, tag: str, card: Card, world: World) -> None
     converted = f"{tag}.universal"
     if _whole(folder / converted, world, []) is None:
         logger.info("%s was written by %d ranks: converting it for %d", folder / tag, card.world_size, world.size)
-        world.on_main(lambda: _convert_alone(folder, tag, converted, card))
-    optimizer = engine.optimizer.optimizer
-    decays = [group["weight_decay"] for group in optimizer.param_groups]
-    engine._config.load_universal_checkpoint = True  # DeepSpeed reads it of its file, before anyone knows the ranks
-    try:
+        world.on_main(lambda: _convert(folder, tag, converted, card))
+    with loads_universal(engine):
         _load_states(engine, folder, converted)
-    finally:
-        engine._config.load_universal_checkpoint = False
-    # DeepSpeed 0.19.8 gives every group the first one's options (stage3.py,
-    # load_hp_checkpoint_state_from_checkpoint_dir_stage3)
-    for group, decay in zip(optimizer.param_groups, decays, strict=True):
-        group["weight_decay"] = decay
-    _own_steps(optimizer)
-
-
-def _own_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Every state's `step` on its parameter's device, a tensor of its own.
-
-    DeepSpeed's universal loader gives all states one tensor, so that each group's update would move it, on the device
-    that it was saved from: fused AdamW refuses one that is not where its parameter is.
-    """
-    for parameter, state in optimizer.state.items():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].to(parameter.device, copy=True)
 
 
 def _load_states(engine: Any, folder: Path, tag: str) -> None:
@@ -299,41 +272,13 @@ def _load_states(engine: Any, folder: Path, tag: str) -> None:
         raise CheckpointError(f"DeepSpeed finds no states in {folder / tag}: was it written with other ds_configs?")
 
 
-def _convert_alone(folder: Path, tag: str, name: str, card: Card) -> None:
-    """`_convert`, unless another job (an export beside the run, say) has done it meanwhile."""
+def _convert(folder: Path, tag: str, name: str, card: Card) -> None:
+    """Makes `name` of `tag`, unless another job (an export beside the run, say) has done it meanwhile; on one rank."""
     with FileLock(folder / "converting.lock"):
         if _read_card(folder / name) is None:
-            _convert(folder, tag, name, card)
-
-
-def _convert(folder: Path, tag: str, name: str, card: Card) -> None:
-    """Makes `name`, a universal checkpoint, of `tag`; on one rank. Raises CheckpointError where DeepSpeed cannot."""
-    temporary = folder / f"{name}.{os.getpid()}.tmp"
-    workers = str(min(MERGING, len(os.sched_getaffinity(0))))
-    options = ["--num_extract_workers", workers, "--num_merge_workers", workers, "--inject_missing_state"]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-    places = ["--input_folder", str(folder / tag), "--output_folder", str(temporary)]
-    # a session of its own: its workers can be ended with it, which they are not by themselves
-    with subprocess.Popen(
-        [*command, *places, *options],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        text=True,
-        start_new_session=True,
-    ) as converter:
-        try:
-            _, said = converter.communicate()
-        except BaseException:
-            os.killpg(converter.pid, signal.SIGKILL)
-            raise
-    if converter.returncode:
-        reason = (said.strip().splitlines() or ["no message"])[-1]
-        raise CheckpointError(
-            f"DeepSpeed cannot convert checkpoint {folder / tag} for another number of ranks ({reason}): start it with "
-            f"{card.world_size} ranks"
-        )
-    (folder / "latest_universal").unlink(missing_ok=True)  # its own `latest`, which nobody reads
-    _name(folder, temporary.name, name, card, {})
+            temporary = folder / f"{name}.{os.getpid()}.tmp"
+            convert_to_universal(folder / tag, temporary, card.world_size)
+            _name(folder, temporary.name, name, card, {})
 
 
 def _card_text(card: Card) -> str:

@@ -7,11 +7,11 @@ from typing import Any, Protocol
 
 from ted_ds.config.schema import RunConfig
 from ted_ds.data.encoded import EncodedRows
+from ted_ds.data.loader import Rows
 from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.job.world import World
 from ted_ds.pipeline.example_data import ExampleData, ensure_task_tokenizer, prepare_examples
-from ted_ds.pipeline.loop import Rows
 from ted_ds.pipeline.text_data import TextData, ensure_text_tokenizer, prepare_text
 from ted_ds.tasks.base import DisposableHead, Task
 from ted_ds.teacher.frozen import FrozenModel

@@ -1,8 +1,9 @@
-"""The loop: it knows steps, records and callbacks, and no mathematics."""
+"""The loop of steps: it knows steps, records, and when a stage evaluates and saves; it knows no mathematics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,60 +22,80 @@ from ted_ds.telemetry.recorder import Recorder
 from ted_ds.telemetry.timeline import phase
 
 
+class Hooks:
+    """What a stage adds to the loop; each method is called on every rank."""
+
+    def inputs(self, step: int) -> dict[str, Any]:
+        """What the module's forward gets beside batch and counts at the 0-based `step`."""
+        return {}
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Scores after `step` steps, which are recorded."""
+        return {}
+
+    def save(self, step: int) -> None:
+        """Saves all after `step` steps; everything was recorded before."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """From `start` steps that are done to `end`. What is due every so many steps is due at the end too; 0: only there.
+
+    seed: with the step and the micro-batch it decides what dropout draws, so that a resumed run draws the same, on any
+    number of ranks. max_skipped: see `FiniteGuard`.
+    """
+
+    start: int
+    end: int
+    log_every: int
+    evaluate_every: int = 0
+    save_every: int = 0
+    seed: int = 0
+    max_skipped: int = 0
+
+    def due(self, done: int, every: int) -> bool:
+        """Whether what happens every `every` steps happens after `done` of them."""
+        return done == self.end or (every > 0 and done % every == 0)
+
+
 def run_steps(
     engine: Any,
     rows: Rows,
     world: World,
     recorder: Recorder,
+    steps: Steps,
+    hooks: Hooks,
     *,
     names: Sequence[str],
-    start: int,
-    steps: int,
-    log_every: int,
-    seed: int,
-    max_skipped: int,
-    evaluate: tuple[int, Callable[[int], dict[str, float]]] = (0, lambda step: {}),
-    save: tuple[int, Callable[[int], None]] = (0, lambda step: None),
-    step_inputs: Callable[[int], dict[str, Any]] = lambda step: {},
     meters: Meters | None = None,
 ) -> None:
-    """Trains from step `start` (0-based, steps already done) to `steps`.
+    """Trains, records, evaluates and saves; a collective.
 
     names: of the terms that the engine's module reports first; further terms are the pairs'.
-    evaluate, save: (every, call): after every `every` steps and the last one, `call(steps done)` on every
-    rank; what `evaluate` returns is recorded, and everything is recorded before it is saved.
-    seed: with the step and the micro-batch it decides what dropout draws, so that a resumed run draws the same,
-    on any number of ranks.
-    max_skipped: see `FiniteGuard`.
     meters: what is measured and recorded beside the losses; None: all that needs no count of FLOPs.
-    Raises TrainingError where more steps than `max_skipped` had a loss or a gradient that is not finite, at the
-    latest when it would be logged or saved, and Stopped where `world.stop` was asked to end, after saving.
+    Raises TrainingError if more steps than `max_skipped` had a loss or a gradient that is not finite, at the
+    latest when it would be logged or saved, and Stopped if `world.stop` was asked to end, after saving.
     """
     meters = meters or Meters(world)
-    guard = FiniteGuard(engine, names, world, budget=max_skipped)
+    guard = FiniteGuard(engine, names, world, budget=steps.max_skipped)
     engine.train()  # loaded models come in eval mode: without dropout, and without activation checkpointing
-    tokens = sum(rows.tokens(step) for step in range(start))
+    tokens = sum(rows.tokens(step) for step in range(steps.start))
     with world.stop.postponed(), meters.running():
         agreement = Agreement(world.stop, world.control)
-        for step in range(start, steps):
+        for step in range(steps.start, steps.end):
             learning_rate = float(engine.get_lr()[0])
             with phase("data"):
                 batches = rows.micro_batches(step)
             done = step + 1
-            terms = train_step(
-                engine,
-                batches,
-                world,
-                before=partial(_seed, seed, step, world),
-                watch=partial(guard.watch, done),
-                **step_inputs(step),
-            )
+            before, watch = partial(_seed, steps.seed, step, world), partial(guard.watch, done)
+            terms = train_step(engine, batches, world, before=before, watch=watch, **hooks.inputs(step))
             tokens += rows.tokens(step)
             meters.add_step(batches, rows.tokens(step))
             guard.after_step(done)
             recorder.advance()
             ends = agreement.reached()
-            evaluates, saves, logs = (_due(done, every, steps) for every in (evaluate[0], save[0], log_every))
+            every = (steps.evaluate_every, steps.save_every, steps.log_every)
+            evaluates, saves, logs = (steps.due(done, e) for e in every)
             if not (evaluates or saves or logs or ends):
                 continue
             values = world.sum(terms).tolist()
@@ -83,14 +104,14 @@ def run_steps(
                 record = {"step": done, "tokens": tokens, **_terms(names, values), "lr": learning_rate}
                 record |= {"grad_norm": _grad_norm(engine), **_skipped(engine), **meters.read()}
                 if evaluates:
-                    record |= evaluate[1](done)
+                    record |= hooks.evaluate(done)
                     ends = ends or agreement.now()
                 world.on_main(partial(recorder.log, record))
             if saves or ends:
-                save[1](done)
+                hooks.save(done)
                 ends = ends or agreement.now()
             if ends:
-                raise Stopped(f"{ends}: saved after step {done} of {steps}, the same command goes on from there")
+                raise Stopped(f"{ends}: saved after step {done} of {steps.end}, the same command goes on from there")
             meters.restart()
         agreement.close()
 
@@ -120,7 +141,3 @@ def _grad_norm(engine: Any) -> float | None:
     """The last step's global gradient norm before clipping; None under ZeRO-0 in float32, where DeepSpeed has none."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
-
-
-def _due(done: int, every: int, steps: int) -> bool:
-    return done == steps or (every > 0 and done % every == 0)

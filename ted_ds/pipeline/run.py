@@ -21,17 +21,15 @@ from ted_ds.pipeline.checkpoints import latest_tag
 from ted_ds.pipeline.data import open_data, open_tokenizer
 from ted_ds.pipeline.stage0 import check_models, ensure_models
 from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
-from ted_ds.pipeline.stage2 import Plan, distill, export_checkpoint, export_published
+from ted_ds.pipeline.stage2 import Plan, distill, export_checkpoint
 from ted_ds.runs.progress import finished
 from ted_ds.teacher.hosting import HOSTS
 
 LOCK = "run.lock"
 """In an output folder: held by the run that writes there."""
 
-Goal = Literal["student", "filters", "distilled", "export", "export-published"]
+Goal = Literal["student", "filters", "distilled", "export"]
 """Stage 0 done; Stage I done; all done; the last checkpoint exported, whether or not all is done."""
-
-EXPORTS = {"export": export_checkpoint, "export-published": export_published}
 
 
 def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[str, Any] | None:
@@ -42,7 +40,7 @@ def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[s
     Raises a TedError, on every rank, where recipe, data or models are wrong.
     """
     _check_engines(run, world)
-    if goal in EXPORTS:
+    if goal == "export":
         return _run(run, world, goal)
     busy = (
         f"{run.output_dir} has a run going on (it holds {LOCK}): wait until its processes have ended, or give another "
@@ -53,12 +51,12 @@ def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[s
 
 
 def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
-    world.on_main(lambda: _claim(run, export=goal in EXPORTS))
+    world.on_main(lambda: _claim(run, export=goal == "export"))
     _check_shared(run.output_dir / "config.yaml", world)
     summary = world.on_main(lambda: finished(run))
-    if summary is not None and goal == "export":
-        raise ConfigError(f"{run.output_dir} is complete: its student is in {run.output_dir / 'student'}")
-    if summary is not None and goal not in EXPORTS:
+    if summary is not None:
+        if goal == "export":
+            raise ConfigError(f"{run.output_dir} is complete: its student is in {run.output_dir / 'student'}")
         logger.info("%s is complete (%d steps); nothing to do", run.output_dir, summary["steps"])
         return summary
     tokenizer = open_tokenizer(run, world)
@@ -73,7 +71,8 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
     filters = learn_filters(resolved, world, data, pairs, models) if pairs else {}
     if goal == "filters":
         return None
-    return EXPORTS.get(goal, distill)(resolved, world, data, Plan(models, pairs, filters))
+    last_stage = export_checkpoint if goal == "export" else distill
+    return last_stage(resolved, world, data, Plan(models, pairs, filters))
 
 
 def _check_engines(run: RunConfig, world: World) -> None:

@@ -30,7 +30,7 @@ from ted_ds.models.loading import meta_model, whole_tensors
 from ted_ds.models.structure import ModelStructure, find_blocks
 from ted_ds.pipeline.data import RunData
 from ted_ds.pipeline.flops import stage1_flops
-from ted_ds.pipeline.loop import run_steps
+from ted_ds.pipeline.loop import Hooks, Steps, run_steps
 from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
 from ted_ds.pipeline.stage0 import ModelPaths
@@ -210,6 +210,21 @@ def _learning(settings: FiltersConfig) -> dict[str, Any]:
     return {f"filters.{name}": value for name, value in settings.model_dump(mode="json").items()}
 
 
+class FilterHooks(Hooks):
+    """Stage I in the loop: the step picks the positions that filters see."""
+
+    def __init__(self, checkpoints: Checkpoints, recorder: Recorder) -> None:
+        self._checkpoints, self._recorder = checkpoints, recorder
+
+    def inputs(self, step: int) -> dict[str, Any]:
+        """The step."""
+        return {"step": step}
+
+    def save(self, step: int) -> None:
+        """A checkpoint of the filters."""
+        self._checkpoints.save(step, self._recorder)
+
+
 def _load_and_learn(
     run: ResolvedRun, world: World, data: RunData, plan: FilterPlan, folder: Path, side: str, path: str, trusted: bool
 ) -> None:
@@ -248,23 +263,19 @@ def _learn(
     temporary = folder.with_name(folder.name + ".tmp")
     checkpoints = Checkpoints(engine, temporary, run, data, world, rows)
     recorder = Recorder(temporary, title=f"Stage I {folder.name}", steps=steps, tensorboard=False)
+    loop = Steps(
+        checkpoints.start,
+        steps,
+        run.logging.every,
+        save_every=run.train.save_every,
+        seed=run.seed,
+        max_skipped=run.train.max_skipped_steps,
+    )
     with recorder:
         checkpoints.open(recorder)
-        run_steps(
-            engine,
-            data.training_rows(run, world, batch_size),
-            world,
-            recorder,
-            names=("loss",),
-            start=checkpoints.start,
-            steps=steps,
-            log_every=run.logging.every,
-            seed=run.seed,
-            max_skipped=run.train.max_skipped_steps,
-            save=(run.train.save_every, lambda step: checkpoints.save(step, recorder)),
-            step_inputs=lambda step: {"step": step},
-            meters=meters,
-        )
+        hooks = FilterHooks(checkpoints, recorder)
+        training = data.training_rows(run, world, batch_size)
+        run_steps(engine, training, world, recorder, loop, hooks, names=("loss",), meters=meters)
     tensors = dict(whole_tensors(learner.filters(), keep=world.is_main))
 
     def write() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,18 +19,17 @@ from ted_ds.data.loader import Rows
 from ted_ds.distill.distillation_model import TERMS, DistillationModel
 from ted_ds.distill.engine import build_trained_engine
 from ted_ds.errors import NotFiniteError, TrainingError
-from ted_ds.job.files import replace_folder, write_atomically
+from ted_ds.job.files import write_atomically
 from ted_ds.job.world import World, logger, seed_everything
 from ted_ds.models.filter_files import load_filters, new_filters
 from ted_ds.models.fit import fit_to_run
 from ted_ds.models.layer_map import LayerMap
-from ted_ds.models.loading import checkpoint_activations, load_model, whole_tensors
-from ted_ds.models.published import published_model, published_options, write_published
+from ted_ds.models.loading import checkpoint_activations, load_model
 from ted_ds.pipeline.best import BestStudent
 from ted_ds.pipeline.data import RunData
 from ted_ds.pipeline.export import export_student
 from ted_ds.pipeline.flops import stage2_flops
-from ted_ds.pipeline.loop import run_steps
+from ted_ds.pipeline.loop import Hooks, Steps, run_steps
 from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
 from ted_ds.pipeline.stage0 import ModelPaths
@@ -85,31 +83,6 @@ def export_checkpoint(run: ResolvedRun, world: World, data: RunData, plan: Plan)
     export_student(module.student, data.tokenizer, folder, world)
     engine.destroy()
     return {"steps": steps, "student": str(folder)}
-
-
-def export_published(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> dict[str, Any]:
-    """Writes the last checkpoint's student *with its filters* in the layout of the paper's authors; a collective.
-
-    Returns {"steps", "published"}. Raises ModelError for models and layer maps that the layout cannot express.
-    """
-    module, engine = _build_student(run, world, data, plan)
-    filters = plan.pairs.student if plan.pairs else None
-    options = published_options(module.student.config, filters)
-    steps = Checkpoints(engine, run.output_dir, run, data, world, run.train.global_batch_size).start
-    folder = run.output_dir / "student_published"
-    weights, bank = (dict(whole_tensors(part, keep=world.is_main)) for part in (module.student, module.filters))
-
-    def write() -> None:
-        model = published_model(module.student, options, weights, filters, bank)
-        new = folder.with_name(folder.name + ".new")
-        shutil.rmtree(new, ignore_errors=True)
-        write_published(model, new)
-        data.tokenizer.save(new)
-        replace_folder(folder, new)
-
-    world.on_main(write)
-    engine.destroy()
-    return {"steps": steps, "published": str(folder)}
 
 
 def build_distillation_engine(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> Any:
@@ -181,58 +154,73 @@ def _mean_squares(run: ResolvedRun, world: World, data: RunData, teacher: Teache
     return (world.sum(sums) / (tokens * teacher.target_width)).float()
 
 
-def _train(run: ResolvedRun, world: World, data: RunData, plan: Plan, engine: Any, best: BestStudent | None) -> None:
-    checkpoints = Checkpoints(engine, run.output_dir, run, data, world, run.train.global_batch_size)
-    start, score = checkpoints.start, (0, 0.0)  # the last evaluation's step, and how well it went
-    if best is not None:
-        best.go_back(checkpoints.card.best if checkpoints.card else None, run.train.steps)
+class DistillationHooks(Hooks):
+    """Stage II in the loop: held-out scores, the best weights so far, checkpoints.
 
-    def evaluate(step: int) -> dict[str, float]:
-        nonlocal score
-        with scorable(step, world):
-            scores = data.evaluate(engine, run, world)
-            metric = f"validation_{run.spec.best}" if run.spec.best else "validation_loss"
+    best: None for a task without a metric that chooses.
+    """
+
+    def __init__(
+        self,
+        run: ResolvedRun,
+        world: World,
+        data: RunData,
+        engine: Any,
+        best: BestStudent | None,
+        checkpoints: Checkpoints,
+        recorder: Recorder,
+    ) -> None:
+        self._run, self._world, self._data, self._engine = run, world, data, engine
+        self._best, self._checkpoints, self._recorder = best, checkpoints, recorder
+        self._scored_at, self._score = 0, 0.0  # the last evaluation's step, and its score, the higher the better
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Scores of the held-out data; the student is kept if it is the best so far."""
+        with scorable(step, self._world):
+            scores = self._data.evaluate(self._engine, self._run, self._world)
+            chooses = self._run.spec.best
+            metric = f"validation_{chooses}" if chooses else "validation_loss"
             if metric in scores:
-                score = step, scores[metric] if run.spec.best else -scores[metric]
-            if best is not None and step and best.beaten_by(step, scores):
-                scores |= data.evaluate_extra(engine, run, world)
-                best.keep(engine.module.student, step, scores)
+                self._scored_at, self._score = step, scores[metric] if chooses else -scores[metric]
+            if self._best is not None and step and self._best.beaten_by(step, scores):
+                scores |= self._data.evaluate_extra(self._engine, self._run, self._world)
+                self._best.keep(self._engine.module.student, step, scores)
         return scores
 
-    def save(step: int) -> None:
-        card = None if best is None else best.card
-        checkpoints.save(step, recorder, card, score[1] if score[0] == step else None)
+    def save(self, step: int) -> None:
+        """A checkpoint of the student and its filters."""
+        card = None if self._best is None else self._best.card
+        self._checkpoints.save(step, self._recorder, card, self._score if self._scored_at == step else None)
 
+
+def _train(run: ResolvedRun, world: World, data: RunData, plan: Plan, engine: Any, best: BestStudent | None) -> None:
+    train = run.train
+    checkpoints = Checkpoints(engine, run.output_dir, run, data, world, train.global_batch_size)
+    if best is not None:
+        best.go_back(checkpoints.card.best if checkpoints.card else None, train.steps)
     rows: Rows = data.training_rows(run, world)
     if (teacher := engine.module.teacher) is not None:
         rows = AnnouncedRows(rows, teacher)
-    logger.info("Stage II: %s, steps %d to %d", run.method, start, run.train.steps)
-    recorder = Recorder(
-        run.output_dir,
-        title=f"Stage II {run.method}",
-        steps=run.train.steps,
-        tensorboard=run.logging.tensorboard,
+    logger.info("Stage II: %s, steps %d to %d", run.method, checkpoints.start, train.steps)
+    title = f"Stage II {run.method}"
+    recorder = Recorder(run.output_dir, title=title, steps=train.steps, tensorboard=run.logging.tensorboard)
+    hooks = DistillationHooks(run, world, data, engine, best, checkpoints, recorder)
+    steps = Steps(
+        checkpoints.start,
+        train.steps,
+        run.logging.every,
+        train.evaluate_every,
+        train.save_every,
+        run.seed,
+        train.max_skipped_steps,
     )
     with recorder:
         checkpoints.open(recorder)
-        if start == 0:
-            first = {"step": 0, "tokens": 0, **evaluate(0)}
+        if steps.start == 0:
+            first = {"step": 0, "tokens": 0, **hooks.evaluate(0)}
             world.on_main(lambda: recorder.log(first))
-        run_steps(
-            engine,
-            rows,
-            world,
-            recorder,
-            names=TERMS,
-            start=start,
-            steps=run.train.steps,
-            log_every=run.logging.every,
-            seed=run.seed,
-            max_skipped=run.train.max_skipped_steps,
-            evaluate=(run.train.evaluate_every, evaluate),
-            save=(run.train.save_every, save),
-            meters=Meters(world, _flops(run, data, plan)),
-        )
+        meters = Meters(world, _flops(run, data, plan))
+        run_steps(engine, rows, world, recorder, steps, hooks, names=TERMS, meters=meters)
 
 
 @contextmanager
@@ -279,4 +267,6 @@ def _summarise(run: ResolvedRun, best: dict[str, Any] | None) -> dict[str, Any]:
 def _training_seconds(lines: list[dict[str, Any]]) -> float:
     """Seconds spent in steps: without evaluation, saving and starting up."""
     steps = [0, *(line["step"] for line in lines)]
-    return sum(line.get("step_ms", 0.0) * (b - a) for line, (a, b) in zip(lines, pairwise(steps), strict=True)) / 1000
+    spans = zip(lines, pairwise(steps), strict=True)
+    milliseconds: float = sum(line.get("step_ms", 0.0) * (b - a) for line, (a, b) in spans)
+    return milliseconds / 1000

@@ -1,1 +1,1 @@
-"""Folders of runs as they are found: how far each is, grids of runs, tables and plots."""
+"""Readers of runs' folders: progress, grids of runs, tables and plots."""

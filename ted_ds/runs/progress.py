@@ -1,4 +1,4 @@
-"""How far a run is, read from its folder: without torch, so that a table of a hundred runs costs nothing."""
+"""Reads a run's progress from its folder, without torch, so that a table of a hundred runs costs little."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ted_ds.errors import CheckpointError
 
 
 def finished(run: RunConfig) -> dict[str, Any] | None:
-    """The run's summary.json where it is complete: summary and student are there and its steps reached; else None.
+    """The run's summary.json if it is complete: summary and student exist and it has its steps; else None.
 
-    Raises CheckpointError where summary.json cannot be read.
+    Raises CheckpointError if summary.json cannot be read.
     """
     path = run.output_dir / "summary.json"
     if not path.exists() or not (run.output_dir / "student").exists():
@@ -24,12 +24,12 @@ def finished(run: RunConfig) -> dict[str, Any] | None:
         raise CheckpointError(
             f"{path} cannot be read ({error}): delete it and start the run again, which writes it anew"
         ) from error
-    # what a recipe in epochs comes to is known with its data alone, and one folder holds one number of epochs
+    # the steps of a recipe in epochs depend on its data; a folder is of one number of epochs
     return summary if run.train.epochs or summary["steps"] >= run.train.steps else None
 
 
 def saved_step(run: RunConfig) -> int | None:
-    """The step of Stage II that another start goes on from, 0 before the first checkpoint; None: never started."""
+    """The step of Stage II from which the next start continues, 0 before the first checkpoint; None: never started."""
     latest = run.output_dir / "checkpoints" / "latest"
     named = latest.read_bytes().decode(errors="replace") if latest.exists() else ""
     if tag := re.fullmatch(r"step-(\d+)\s*", named):

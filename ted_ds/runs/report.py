@@ -1,4 +1,4 @@
-"""Finished runs side by side: a table and their curves; a sweep's runs: mean and spread over their seeds."""
+"""Compares runs: a table and curves of finished runs, and the mean and spread of a sweep's runs over their seeds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import csv
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +19,8 @@ from ted_ds.runs.sweep import SweepRun
 from ted_ds.telemetry.recorder import read_metrics
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-BEFORE, AFTER = ("run", "method", "steps", "tokens"), ("seconds", "peak GiB")
 SPREAD = ("mean", "sd", "lowest", "highest")
 PERPLEXITY, SEED = "validation_perplexity", "seed"
 
@@ -28,21 +28,22 @@ NO_SCORES = ("task", "method", "steps", "tokens", "wall_seconds", "stage1_second
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """A run's summary.json; DataError where the run is not finished."""
+    """A run's summary.json. Raises DataError if the run is not finished."""
     path = folder / "summary.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}): finish the run in {folder} first") from error
+    return summary
 
 
 def summary_table(folders: Sequence[Path]) -> str:
-    """One line a run, with a column for each score; one for the initial student above the first run from it."""
+    """A line for each run with all its scores, and a line for each initial student above the first run from it."""
     summaries = [read_summary(folder) for folder in folders]
-    names = list(dict.fromkeys(name for summary in summaries for name in _scores(summary)))
-    # a `ce` run has an initial student of interest only where other methods started from the same one
+    names = _all(_scores(summary) for summary in summaries)
+    # the initial student of a `ce` run is shown only if runs of other methods started from the same one
     shared = {_cells(s, names, "initial_") for s in summaries if s["method"] != "ce"} - {("-",) * len(names)}
-    rows: list[tuple[str, ...]] = [(*BEFORE, *map(_column, names), *AFTER)]
+    rows = [("run", "method", "steps", "tokens", *map(_column, names), "seconds", "peak GiB")]
     for folder, summary in zip(folders, summaries, strict=True):
         initial = _cells(summary, names, "initial_")
         if initial in shared:
@@ -56,9 +57,9 @@ def summary_table(folders: Sequence[Path]) -> str:
 
 @dataclass
 class Group:
-    """Runs that are alike but for their seed: their task and settings, dotted key -> value as text.
+    """Runs that differ only in their seed: their task and settings, dotted key -> value as text.
 
-    finished: the summary of each complete run. unfinished: how many are not.
+    finished: the summary of each complete run. unfinished: the number of the others.
     """
 
     task: str
@@ -67,23 +68,40 @@ class Group:
     unfinished: int = 0
 
     def values(self, score: str) -> list[float]:
-        """The score of each finished run that has it; null, of what was not finite, is nan."""
+        """The score of each finished run that has it; nan for null, which stands for a value that was not finite."""
         found = (summary[score] for summary in self.finished if score in summary)
         return [math.nan if value is None else value for value in found]
 
+    def spread(self, score: str) -> tuple[float | None, float | None, float | None, float | None]:
+        """Mean, sample standard deviation (None for one value), lowest, highest; None if there are no values.
+
+        All are nan if one value is not finite: a run that failed must not look like a run that was left out.
+        """
+        values = self.values(score)
+        if not values:
+            return None, None, None, None
+        if not all(map(math.isfinite, values)):
+            return math.nan, math.nan, math.nan, math.nan
+        deviation = statistics.stdev(values) if len(values) > 1 else None
+        return statistics.mean(values), deviation, min(values), max(values)
+
+    def cells(self, score: str) -> Iterator[str]:
+        """The spread as text."""
+        return ("-" if number is None else f"{number:.4f}" for number in self.spread(score))
+
 
 def spread_table(folders: Sequence[Path]) -> str:
-    """A line a task, method and score: over its runs (seeds, say) the mean, the standard deviation and the range."""
+    """A line for each task, method and score: mean, standard deviation and range over the runs (of several seeds)."""
     summaries = [read_summary(folder) for folder in folders]
     groups: dict[tuple[str, str], Group] = {}
     for s in summaries:
         groups.setdefault((s["task"], s["method"]), Group(s["task"], {"method": s["method"]})).finished.append(s)
-    names = list(dict.fromkeys(name for summary in summaries for name in _scores(summary)))
     rows: list[tuple[str, ...]] = [("task", "method", "runs", "score", *SPREAD)]
-    for group in groups.values():
+    names = _all(_scores(summary) for summary in summaries)
+    for (task, method), group in groups.items():
         for name in names:
             if values := group.values(name):
-                rows.append((group.task, *group.settings.values(), str(len(values)), _column(name), *_cells_of(values)))
+                rows.append((task, method, str(len(values)), _column(name), *group.cells(name)))
     return aligned(rows, left=2)
 
 
@@ -97,15 +115,15 @@ def sweep_groups(sweep: Sequence[SweepRun]) -> list[Group]:
             group.unfinished += 1
         else:
             group.finished.append(summary)
-    tasks = list(dict.fromkeys(group.task for group in groups.values()))
+    tasks = [group.task for group in groups.values()]
     return sorted(groups.values(), key=lambda group: tasks.index(group.task))
 
 
 def sweep_table(groups: Sequence[Group]) -> str:
-    """A line a group: its runs, and of its task's main score the mean, the standard deviation and the range.
+    """A line for each group: its runs, and mean, standard deviation and range of its task's main score.
 
-    The columns of settings are those that vary within a task. `2/3` runs: one of three is not finished. The best
-    mean of each task is marked by `*`.
+    The columns of settings are those that vary within a task. Runs `2/3`: one of three is not finished. `*` marks the
+    best mean of each task.
     """
     keys, best = _varying(groups), _best(groups)
     rows = [("task", *keys, "runs", "score", *SPREAD, "")]
@@ -113,29 +131,28 @@ def sweep_table(groups: Sequence[Group]) -> str:
         score, done = main_score(group.task), len(group.finished)
         runs = f"{done}/{done + group.unfinished}" if group.unfinished else str(done)
         settings = (group.settings.get(key, "-") for key in keys)
-        mark = "*" if group in best else ""
-        rows.append((group.task, *settings, runs, _column(score), *_cells_of(group.values(score)), mark))
+        rows.append((group.task, *settings, runs, _column(score), *group.cells(score), "*" * (group in best)))
     return aligned(rows, left=1 + len(keys))
 
 
 def write_sweep_csv(groups: Sequence[Group], path: Path) -> None:
-    """A line a group, with every setting of the grid but `seed`, and mean, sd, lowest and highest of every score.
+    """A line for each group, with every setting of the grid but `seed`, and the spread of every score.
 
-    Scores have the names of summary.json. Empty cells: a setting that the group has not, a score that none of its
-    runs has, the sd of a single run. Raises DataError where `path` cannot be written.
+    Scores have the names of summary.json. A cell is empty if the group has no such setting, none of its runs has the
+    score, or it is the deviation of a single run. Raises DataError if `path` cannot be written.
     """
-    keys = dict.fromkeys(key for group in groups for key in group.settings)
-    main = dict.fromkeys(main_score(group.task) for group in groups)
-    names = main | dict.fromkeys(n for g in groups for summary in g.finished for n in _all_scores(summary))
-    columns = [f"{name}_{what}" for name in names for what in SPREAD]
+    keys = _all(group.settings for group in groups)
+    main = [main_score(group.task) for group in groups]
+    names = _all([main, *(_all_scores(summary) for group in groups for summary in group.finished)])
     best = _best(groups)
 
     def write(temporary: Path) -> None:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             table = csv.writer(file, lineterminator="\n")
+            columns = (f"{name}_{what}" for name in names for what in SPREAD)
             table.writerow(["task", *keys, "runs", "unfinished", "best", *columns])
             for group in groups:
-                numbers = [number for name in names for number in _spread(group.values(name))]
+                numbers = [number for name in names for number in group.spread(name)]
                 settings = [group.settings.get(key) for key in keys]
                 counts = [len(group.finished), group.unfinished, int(group in best)]
                 table.writerow([group.task, *settings, *counts, *numbers])
@@ -148,48 +165,32 @@ def main_score(task: str) -> str:
     return f"validation_{TASKS[task].best}" if TASKS[task].best else PERPLEXITY
 
 
+def _by_task(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    return {task: list(own) for task, own in groupby(groups, lambda group: group.task)}
+
+
 def _best(groups: Sequence[Group]) -> list[Group]:
-    """Of each task the group with the best mean: the lowest perplexity, the highest of other scores; never nan."""
-    best: dict[str, tuple[float, Group]] = {}
-    for group in groups:
-        score = main_score(group.task)
-        mean = _spread(group.values(score))[0]
-        if mean is None or math.isnan(mean):
-            continue
-        worth = -mean if score == PERPLEXITY else mean
-        if group.task not in best or worth > best[group.task][0]:
-            best[group.task] = (worth, group)
-    return [group for _, group in best.values()]
+    """The group of each task with the best mean: the lowest perplexity, the highest of other scores; never nan."""
+    best = []
+    for task, own in _by_task(groups).items():
+        score = main_score(task)
+        means = [
+            (mean, group) for group in own if (mean := group.spread(score)[0]) is not None and not math.isnan(mean)
+        ]
+        if means:
+            best.append((min if score == PERPLEXITY else max)(means, key=lambda pair: pair[0])[1])
+    return best
 
 
 def _varying(groups: Sequence[Group]) -> list[str]:
     """The settings that have several values, or one and none, within a task; `method` first."""
-    values: dict[tuple[str, str], set[str | None]] = {}
-    keys = dict.fromkeys(("method", *(key for group in groups for key in group.settings)))
-    for group in groups:
-        for key in keys:
-            values.setdefault((group.task, key), set()).add(group.settings.get(key))
-    return [key for key in keys if any(len(v) > 1 for (_, other), v in values.items() if other == key)]
-
-
-def _spread(values: Sequence[float]) -> tuple[float | None, float | None, float | None, float | None]:
-    """Mean, sample standard deviation (None of a single value), lowest, highest; None of no values.
-
-    All are nan where a value is not finite: a run that failed is not to look like one that was left out.
-    """
-    if not values:
-        return None, None, None, None
-    if not all(map(math.isfinite, values)):
-        return math.nan, math.nan, math.nan, math.nan
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, min(values), max(values)
-
-
-def _cells_of(values: Sequence[float]) -> tuple[str, ...]:
-    return tuple("-" if number is None else f"{number:.4f}" for number in _spread(values))
+    keys = _all([["method"], *(group.settings for group in groups)])
+    tasks = _by_task(groups).values()
+    return [key for key in keys if any(len({group.settings.get(key) for group in own}) > 1 for own in tasks)]
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
-    """Rows of cells as text, all but the first `left` columns flush right."""
+    """Rows of cells as text, the first `left` columns aligned to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -198,22 +199,24 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int) -> str:
     return "\n".join(lines)
 
 
+def _all(names: Iterable[Iterable[str]]) -> list[str]:
+    """Each name once, in the order of first occurrence."""
+    return list(dict.fromkeys(chain.from_iterable(names)))
+
+
 def _column(name: str) -> str:
     return name.removeprefix("validation_")
 
 
 def _scores(summary: dict[str, Any]) -> list[str]:
-    """The names of a run's scores: of a text's the perplexity alone, of a task's all that its held-out sets have."""
+    """The names of a run's scores: only the perplexity of text, all held-out scores of other tasks."""
     return [PERPLEXITY] if PERPLEXITY in summary else _all_scores(summary)
 
 
 def _all_scores(summary: dict[str, Any]) -> list[str]:
     """The names of all scores on held-out data."""
-    return [
-        name
-        for name in summary
-        if name not in NO_SCORES and not name.startswith(("initial_", "final_")) and not name.endswith("_thresh")
-    ]
+    others = [name for name in summary if not name.startswith(("initial_", "final_")) and not name.endswith("_thresh")]
+    return [name for name in others if name not in NO_SCORES]
 
 
 def _cells(summary: dict[str, Any], names: Sequence[str], prefix: str) -> tuple[str, ...]:
@@ -222,64 +225,61 @@ def _cells(summary: dict[str, Any], names: Sequence[str], prefix: str) -> tuple[
 
 
 def plot_curves(folders: Sequence[Path], path: Path) -> None:
-    """A held-out score (perplexity for text) and each loss term over steps, one line a run, as a PNG.
+    """A PNG of a held-out score (perplexity for text) and each loss term over steps, with a line for each run.
 
-    Raises DataError where `path` cannot be written.
+    Raises DataError if `path` cannot be written.
     """
     from matplotlib.figure import Figure
 
     records = [(folder.name, read_metrics(folder)) for folder in folders]
     score = main_score(read_summary(folders[0])["task"])
-    panels = (score, "pred_loss", "kl_loss", "layer_loss")
     figure = Figure(figsize=(12, 7), layout="constrained")
-    for axes, name in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    panels = zip(figure.subplots(2, 2).flat, (score, "pred_loss", "kl_loss", "layer_loss"), strict=True)
+    for axes, name in panels:
         for i, (run, lines) in enumerate(records):
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
             if points:
-                marker = "." if name == panels[0] else None
+                marker = "." if name == score else None
                 axes.plot(*zip(*points, strict=True), color=f"C{i}", marker=marker, label=run)
         axes.set(title=name, xlabel="step", yscale="log" if name == PERPLEXITY else "linear")
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    _put(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
+    _save(figure, path)
 
 
 def plot_sweep(groups: Sequence[Group], path: Path) -> None:
-    """A panel a task: of each group the mean with its standard deviation, and each run as a point, as a PNG.
+    """A PNG with a panel for each task: each group's mean with its standard deviation, and each run as a point.
 
-    Raises DataError where `path` cannot be written.
+    Raises DataError if `path` cannot be written.
     """
     from matplotlib.figure import Figure
 
-    keys, tasks = _varying(groups), list(dict.fromkeys(group.task for group in groups))
-    panels = [[group for group in groups if group.task == task] for task in tasks]
-    heights = [1 + 0.4 * len(panel) for panel in panels]  # inches
+    keys, tasks = _varying(groups), _by_task(groups)
+    heights = [1 + 0.4 * len(own) for own in tasks.values()]  # inches
     figure = Figure(figsize=(8, sum(heights)), layout="constrained")
-    for axes, panel in zip(
-        figure.subplots(len(panels), squeeze=False, height_ratios=heights).flat, panels, strict=True
-    ):
-        _draw(axes, panel, keys)
+    panels = zip(figure.subplots(len(tasks), squeeze=False, height_ratios=heights).flat, tasks.items(), strict=True)
+    for axes, (task, own) in panels:
+        score = main_score(task)
+        for row, group in enumerate(own):
+            mean, deviation, *_ = group.spread(score)
+            if mean is not None:
+                axes.errorbar(mean, row, xerr=deviation, fmt="o", capsize=4, color="C0")
+                values = group.values(score)
+                axes.plot(values, [row] * len(values), ".", color="C1", zorder=3)  # above the mean
+        labels = [", ".join(f"{key}={group.settings[key]}" for key in keys if key in group.settings) for group in own]
+        axes.set(title=task, xlabel=_column(score), ylim=(len(own) - 0.5, -0.5))  # the first group on top
+        axes.set_yticks(range(len(own)), labels)
+        axes.grid(alpha=0.3, axis="x")
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     _put(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
-def _draw(axes: Axes, groups: Sequence[Group], keys: Sequence[str]) -> None:
-    """One task's groups, the first one on top."""
-    score = main_score(groups[0].task)
-    for row, group in enumerate(groups):
-        values = group.values(score)
-        mean, deviation, *_ = _spread(values)
-        if mean is not None:
-            axes.errorbar(mean, row, xerr=deviation, fmt="o", capsize=4, color="C0")
-            axes.plot(values, [row] * len(values), ".", color="C1", zorder=3)  # above the mean
-    labels = [", ".join(f"{key}={group.settings[key]}" for key in keys if key in group.settings) for group in groups]
-    axes.set(title=groups[0].task, xlabel=_column(score), ylim=(len(groups) - 0.5, -0.5))
-    axes.set_yticks(range(len(groups)), labels)
-    axes.grid(alpha=0.3, axis="x")
-
-
 def _put(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a file under a temporary name and renames it; DataError where that cannot be."""
+    """Writes a file under a temporary name and renames it. Raises DataError if that is not possible."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         write(temporary)

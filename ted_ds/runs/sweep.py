@@ -1,4 +1,4 @@
-"""A grid of settings over recipes: what each index of a job array runs, in which folder, and how far it is."""
+"""A grid of settings of recipes: the run of each index of a job array, its folder, and its progress."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Mappings = Annotated[
 
 
 class GridFile(Section):
-    """A grid file: which recipe, which settings on top of it, and where the runs' folders lie."""
+    """A grid file: a recipe, settings on top of it, and the folder of the runs' folders."""
 
     config: str | None = Field(default=None, description="recipe of all mappings that have no `config` of their own")
     output_dir: Path = Field(description="each run has a folder of its own below it")
@@ -46,7 +46,7 @@ class GridFile(Section):
 class SweepRun:
     """One index of a sweep.
 
-    settings: dotted key -> value as text, what the grid sets, in alphabetical order; numbers in one spelling.
+    settings: what the grid sets, dotted key -> value as text, in alphabetical order; equal numbers have equal texts.
     """
 
     index: int
@@ -57,12 +57,12 @@ class SweepRun:
 def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[SweepRun, ...]:
     """The runs of the grid file at `path`, by index, `overrides` (see `load_config`) applied to all of them.
 
-    As in sklearn's `ParameterGrid`, a mapping stands for every combination of its values, its keys taken in
-    alphabetical order, the last of them varying fastest; a list of mappings for the first one's, then the next
-    one's. A run's folder is named by its settings, not by its index: it stays when the grid grows.
+    As in sklearn's `ParameterGrid`, a mapping stands for all combinations of its values, with its keys in alphabetical
+    order, of which the last varies fastest; a list of mappings stands for the combinations of one after the other.
+    A run's folder is named by its settings, not by its index, so it stays the same if the grid grows.
 
     Raises ConfigError for a faulty grid file, for the first index whose recipe is faulty, and for two indices with
-    one folder: nothing is to be started before all of them can run.
+    one folder: no run starts before all of them can run.
     """
     grid = _read_grid(path)
     extra = [key for key, _ in split_overrides(overrides)]
@@ -82,7 +82,7 @@ def read_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[SweepRun, ...
 
 
 def state(run: RunConfig) -> str:
-    """`complete`, `step N of M` (M of a recipe in epochs is known with its data alone) or `missing`."""
+    """`complete`, `step N of M` or `missing`. For a recipe in epochs, M depends on the data and is not shown."""
     if finished(run) is not None:
         return "complete"
     step, train = saved_step(run), run.train
@@ -92,16 +92,16 @@ def state(run: RunConfig) -> str:
 
 
 def unfinished(sweep: Sequence[SweepRun]) -> str:
-    """The indices that are not complete, as `sbatch --array=` takes them, e.g. `0,3-5`; "" where all are."""
+    """The indices that are not complete, as `sbatch --array=` takes them, e.g. `0,3-5`; "" if all are complete."""
     indices = [entry.index for entry in sweep if finished(entry.run) is None]
-    # in a stretch without gaps, an index less its place in the list is the same
-    stretches = itertools.groupby(enumerate(indices), lambda pair: pair[1] - pair[0])
-    ends = [[index for _, index in stretch] for _, stretch in stretches]
-    return ",".join(f"{i[0]}-{i[-1]}" if len(i) > 1 else f"{i[0]}" for i in ends)
+    # in a range without gaps, an index minus its place in the list is constant
+    ranges = itertools.groupby(enumerate(indices), lambda pair: pair[1] - pair[0])
+    parts = [[index for _, index in part] for _, part in ranges]
+    return ",".join(f"{i[0]}-{i[-1]}" if len(i) > 1 else f"{i[0]}" for i in parts)
 
 
 def _points(grid: Sequence[Mapping[str, Sequence[Any]]]) -> Iterator[dict[str, Any]]:
-    """`ParameterGrid(grid)`, without the second or two that importing sklearn takes."""
+    """sklearn's `ParameterGrid(grid)`; importing sklearn would take a second."""
     for mapping in grid:
         keys = sorted(mapping)
         for values in itertools.product(*(mapping[key] for key in keys)):
@@ -138,12 +138,12 @@ def _refuse_twice(path: Path, grid: GridFile, extra: Sequence[str]) -> None:
 
 
 def _overlap(a: str, b: str) -> bool:
-    """Whether two dotted keys are one, or one lies within the other."""
+    """Whether two dotted keys are equal, or one contains the other."""
     return f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.")
 
 
 def _folder_name(path: Path, index: int, settings: Mapping[str, str]) -> str:
-    """`method=ted,seed=1`; what might mean something to a file system or a shell is percent-encoded."""
+    """`method=ted,seed=1`; characters that are special to a file system or a shell are percent-encoded."""
     name = ",".join(f"{key}={quote(value, safe='+')}" for key, value in settings.items())
     if len(name) > LONGEST_NAME:
         raise ConfigError(
@@ -154,7 +154,7 @@ def _folder_name(path: Path, index: int, settings: Mapping[str, str]) -> str:
 
 
 def _text(key: str, value: Any) -> str:
-    """A value as people write it: a recipe by its name; 10, 10.0 and 1e1 alike; else YAML on one line."""
+    """The text of a value: a recipe's name; the same text for 10, 10.0 and 1e1; else YAML on one line."""
     if key == CONFIG:
         return Path(str(value)).stem
     if isinstance(value, str | float):
@@ -170,7 +170,7 @@ def _yaml(value: Any) -> str:
 
 
 def _recipe(path: Path, index: int, values: Mapping[str, Any], overrides: Sequence[str]) -> RunConfig:
-    """The recipe `values["config"]` with the other values on top; ConfigError says of which index and key."""
+    """The recipe `values["config"]` with the other values on top. A ConfigError names the index and the key."""
     config, keys = values[CONFIG], [key for key in values if key != CONFIG]
     where = f"{path}: index {index}"
     if not isinstance(config, str):

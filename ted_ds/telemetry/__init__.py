@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard, the progress bar, memory."""
+"""Measures a run (time, FLOPs, memory, GPU counters) and writes metrics.jsonl, TensorBoard and the progress bar."""

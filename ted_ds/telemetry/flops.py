@@ -1,4 +1,4 @@
-"""Model FLOPs, counted by running models without weights, and what devices can do at most."""
+"""Counts model FLOPs by running models without weights, and knows the peak FLOP/s of devices."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ BFLOAT16_PEAKS = {
     r"GeForce RTX 4090": 165.2e12,
     r"GeForce RTX 3090": 71e12,
 }
-"""What a device calls itself after "NVIDIA" -> dense bfloat16 FLOP/s with float32 sums (NVIDIA's data sheets; half of
-what those give with sparsity). Slices of a GPU (MIG, vGPU) have longer names, and no entry."""
+"""A pattern of a device's name without "NVIDIA" -> dense bfloat16 FLOP/s with float32 sums (NVIDIA's data sheets; half
+of the figure with sparsity). Slices of a GPU (MIG, vGPU) have longer names, and no entry."""
 
 
 def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
-    """Peak dense FLOP/s of a device by its name in `dtype`; None, never a guess, for what is not in the table."""
+    """Peak dense FLOP/s of a device in `dtype`, by its name; None, never a guess, if the table has no entry."""
     if dtype != torch.bfloat16:
         return None
     name = device_name.removeprefix("NVIDIA ")
@@ -46,10 +46,10 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 @dataclass(frozen=True)
 class BatchFlops:
-    """What a micro-batch of a run costs, by its padded length: `count(S)` model FLOPs of its B rows.
+    """The cost of a micro-batch of a run: `count(S)` model FLOPs of its B rows, S being their padded length.
 
-    Model FLOPs, as MFU wants them: recomputation, element-wise math, optimizer and collectives are not counted;
-    attention is counted whole, though causal kernels skip half. dtype: of the GEMMs, None where it is not one.
+    Model FLOPs are those of MFU: without recomputation, element-wise operations, optimizer and collectives, and with
+    the whole attention, though causal kernels skip half. dtype: of the GEMMs; None if there are several.
     """
 
     count: Callable[[int], float]
@@ -59,8 +59,8 @@ class BatchFlops:
 def count_flops(model: torch.nn.Module, run: Callable[[], Any]) -> int:
     """FLOPs of the GEMMs, convolutions and attention of `run()`, a forward of `model` on the meta device.
 
-    model: without weights; it comes back in bfloat16 and eval mode (grouped GEMMs of experts want the former).
-    Fake tensors let pass what would look at values. Raises RuntimeError where a model's forward depends on them.
+    model: without weights; afterwards it is in bfloat16 (which grouped GEMMs of experts need) and eval mode.
+    Raises RuntimeError if the forward depends on values of tensors.
     """
     model.to(torch.bfloat16).eval()
     mapping = {torch.ops.aten._grouped_mm: _grouped_mm_flops}
@@ -73,8 +73,8 @@ def count_flops(model: torch.nn.Module, run: Callable[[], Any]) -> int:
 def polynomial(values: dict[int, int]) -> Callable[[int], float]:
     """The polynomial of degree len(values) - 1 through the points S -> value.
 
-    A forward's FLOPs are a quadratic polynomial in S (linear layers are linear, attention is quadratic), so counts at
-    three lengths give those at every length exactly.
+    The FLOPs of a forward are a quadratic polynomial in S (linear layers are linear, attention is quadratic), so counts
+    at three lengths give the count at every length exactly.
     """
 
     def at(length: int) -> float:
@@ -85,20 +85,20 @@ def polynomial(values: dict[int, int]) -> Callable[[int], float]:
 
 
 def count_lengths(longest: int) -> Sequence[int]:
-    """Three lengths that fix the polynomial up to `longest`; fewer where there are no three."""
+    """Three lengths up to `longest`, which determine the polynomial; fewer if `longest` is too small."""
     return sorted({longest, -(-longest // 2), -(-longest // 4)})
 
 
 def gemm_flops(tokens: int, inputs: int, outputs: int) -> int:
-    """A linear layer's forward over `tokens`; so much again costs each gradient, its input's and its weight's."""
+    """The forward of a linear layer over `tokens`. Each gradient, of its input and of its weight, costs the same."""
     return 2 * tokens * inputs * outputs
 
 
 def logit_loss_flops(tokens: int, vocab: int, width_s: int, width_t: int | None = None) -> int:
-    """CE + KL: student logits, d_hidden and d_weight, teacher logits (width_t None: there are none)."""
+    """CE + KL: student logits, d_hidden and d_weight, teacher logits (width_t None: there is no teacher)."""
     return 3 * gemm_flops(tokens, width_s, vocab) + (0 if width_t is None else gemm_flops(tokens, width_t, vocab))
 
 
 def _grouped_mm_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
-    """[tokens, D] through the expert that each token was sent to, of [experts, D, F]."""
+    """[tokens, D] by [experts, D, F]: each token goes through one expert."""
     return gemm_flops(a[0], a[1], b[-1])

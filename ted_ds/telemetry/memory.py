@@ -1,4 +1,4 @@
-"""Peak memory of this process."""
+"""Measures the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def reset_peak(device: torch.device) -> None:
-    """Starts the peaks anew."""
+    """Resets the peaks."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        with suppress(OSError):  # a kernel or container without it: the peak is since the process began
+        with suppress(OSError):  # some containers do not allow it: the peak is then that of the whole process
             CLEAR_REFS.write_text("5")  # sets VmHWM to what is resident now
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak since `reset_peak`: allocated device memory on CUDA, resident memory of the process on the CPU."""
+    """GiB at the peak since `reset_peak`: allocated on the device on CUDA, resident memory of the process on CPUs."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     lines = STATUS.read_text(encoding="utf-8").splitlines()
@@ -28,5 +28,5 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def peak_reserved_gib(device: torch.device) -> float:
-    """Peak since `reset_peak` of what torch's allocator held on CUDA, unused parts of its blocks included."""
+    """GiB at the peak since `reset_peak` that torch's allocator held on CUDA, unused parts of its blocks included."""
     return torch.cuda.max_memory_reserved(device) / 2**30

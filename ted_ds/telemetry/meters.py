@@ -1,4 +1,4 @@
-"""What a run measures of itself as it trains: time, throughput, memory, the GPU's counters."""
+"""Measures a run as it trains: time, throughput, memory, the GPU's counters."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ted_ds.telemetry.timeline import Timeline, recording
 
 
 class Meters:
-    """One loop's meters: they run over the steps between two lines of metrics.jsonl.
+    """The meters of one loop, over the steps between two lines of metrics.jsonl.
 
-    flops: of a micro-batch; None where nobody counted them.
+    flops: of a micro-batch; None if they are not known.
     """
 
     def __init__(self, world: World, flops: BatchFlops | None = None) -> None:
@@ -33,14 +33,14 @@ class Meters:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """The loop's time: peaks begin anew, and phases are written down."""
+        """The context of the loop: resets the peaks of memory, and records phases."""
         reset_peak(self._world.device)
         self.restart()
         with recording(self._timeline):
             yield
 
     def restart(self) -> None:
-        """The next steps begin now: what passed since `read` (evaluation, checkpoints) is not theirs."""
+        """The next steps begin now: the time since `read` (evaluation, checkpoints) does not count."""
         self._steps = self._tokens = 0
         self._work = 0.0
         self._joules = self._gpu.sample()[-1] if self._gpu else 0.0
@@ -54,12 +54,11 @@ class Meters:
             self._work += sum(self._flops.count(batch.input_ids.shape[1]) for batch in batches)
 
     def read(self) -> dict[str, Any]:
-        """The fields of metrics.jsonl that are measured, over the steps since `restart`; a collective and a sync.
+        """The measured fields of metrics.jsonl, over the steps since `restart`; a collective and a sync.
 
-        Memory is the peak since the loop began, evaluation and checkpoints included.
-
-        phase_ms is this rank's, a step's mean; model_tflops (TFLOP/s of a rank) and mfu are every rank's, for ranks
-        have micro-batches of one shape. Memory is the highest of any rank; for the GPU's counters see `gpu_fields`.
+        phase_ms: this rank's mean per step. model_tflops (TFLOP/s of a rank) and mfu: the same on every rank, as their
+        micro-batches have one shape. Memory: the highest of any rank since the loop began, evaluation and checkpoints
+        included. For the GPU's counters see `gpu_fields`.
         """
         seconds = time.perf_counter() - self._since
         rate = None if self._flops is None else self._work / seconds

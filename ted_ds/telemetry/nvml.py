@@ -1,4 +1,4 @@
-"""NVIDIA's own counters of this rank's GPU: memory, utilisation, power, energy."""
+"""NVIDIA's counters of this rank's GPU: memory, utilisation, power, energy."""
 
 from __future__ import annotations
 
@@ -9,58 +9,61 @@ from typing import Any
 import torch
 
 FIELDS = ("gpu_memory_gib", "gpu_utilization_percent", "gpu_power_w", "gpu_energy_j")
-"""What a sample holds, in its order; nan where it is not known. Memory is what all processes use; utilisation is the
-share of the driver's last sampling period (at most a second) in which a kernel ran; energy since the driver loaded."""
+"""The values of a sample, in this order; nan if one is not known. Memory is that of all processes; utilisation is the
+share of the driver's last sampling period (at most a second) in which a kernel ran; energy counts since the driver was
+loaded."""
+
+
+def load_nvml() -> Any:
+    """The module pynvml, initialised; None without the package or NVIDIA's driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    return pynvml
 
 
 class GpuCounters:
-    """The counters of one CUDA device; without NVML, a driver or a counter there is nothing known, and no error."""
+    """The counters of one CUDA device. Without NVML, a driver or a counter the values are nan; there is no error."""
 
     def __init__(self, device: torch.device) -> None:
-        self._nvml: Any = None
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-        except ImportError:
-            return
-        except pynvml.NVMLError:
-            return
-        self._nvml = pynvml
-        # by UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's. A MIG slice's finds nothing.
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        self._handle = self._ask(pynvml.nvmlDeviceGetHandleByUUID, uuid)
+        self._nvml, self._handle = load_nvml(), None
+        if self._nvml is not None:
+            # by UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's. The UUID of a MIG slice finds nothing
+            uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+            self._handle = self._ask(self._nvml.nvmlDeviceGetHandleByUUID, uuid)
 
     def sample(self) -> list[float]:
-        """The present values, see `FIELDS`; of energy only differences mean anything."""
-        if self._nvml is None or self._handle is None:
+        """The present values, see `FIELDS`. Only differences of the energy mean something."""
+        if self._handle is None:
             return [math.nan] * len(FIELDS)
-        nvml, handle = self._nvml, self._handle
-        memory, rates = (
-            self._ask(f, handle) for f in (nvml.nvmlDeviceGetMemoryInfo, nvml.nvmlDeviceGetUtilizationRates)
-        )
-        milliwatts = self._ask(nvml.nvmlDeviceGetPowerUsage, handle)
-        millijoules = self._ask(nvml.nvmlDeviceGetTotalEnergyConsumption, handle)
-        return [
-            math.nan if memory is None else memory.used / 2**30,
-            math.nan if rates is None else float(rates.gpu),
-            math.nan if milliwatts is None else milliwatts / 1000,
-            math.nan if millijoules is None else millijoules / 1000,
+        nvml = self._nvml
+        queries: list[tuple[Callable[[Any], Any], Callable[[Any], float]]] = [
+            (nvml.nvmlDeviceGetMemoryInfo, lambda memory: memory.used / 2**30),
+            (nvml.nvmlDeviceGetUtilizationRates, lambda rates: float(rates.gpu)),
+            (nvml.nvmlDeviceGetPowerUsage, lambda milliwatts: milliwatts / 1000),
+            (nvml.nvmlDeviceGetTotalEnergyConsumption, lambda millijoules: millijoules / 1000),
         ]
+        found = [(self._ask(query, self._handle), value) for query, value in queries]
+        return [math.nan if answer is None else value(answer) for answer, value in found]
 
-    def _ask(self, call: Callable[..., Any], argument: Any) -> Any:
-        """What NVML answers, or None where this card or driver has no answer."""
+    def _ask(self, query: Callable[[Any], Any], argument: Any) -> Any:
+        """NVML's answer, or None if this card or driver has none."""
         try:
-            return call(argument)
+            return query(argument)
         except self._nvml.NVMLError:
             return None
 
 
 def gpu_fields(samples: torch.Tensor, tokens: int) -> dict[str, float | None]:
-    """The fields of a line of metrics.jsonl, over all ranks; None where any rank does not know its part.
+    """The fields of a line of metrics.jsonl, over all ranks; None if any rank does not know its value.
 
-    samples: [ranks, 4] float64, each rank's `FIELDS`, energy being that of the `tokens` of all ranks. Of memory the
-    highest, of utilisation the mean, of power and energy the sum: a sum over some of the GPUs would be no run's.
+    samples: [ranks, 4] float64, each rank's `FIELDS`; its energy is what the `tokens` tokens of all ranks took.
+    The result: the highest memory, the mean utilisation, the sum of power, the sum of energy per 10^6 tokens.
     """
     memory, utilization, power, energy = samples.unbind(1)
     values = (memory.amax(), utilization.mean(), power.sum(), energy.sum() / tokens * 1e6)

@@ -1,9 +1,8 @@
-"""The record of a run: metrics.jsonl, TensorBoard and one progress bar, all on rank 0."""
+"""Writes a run's metrics.jsonl, TensorBoard files and progress bar, on rank 0, and reads metrics.jsonl."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ METRICS = "metrics.jsonl"
 class Recorder:
     """Writes a run's metrics on the rank that opens it; on the others it does nothing.
 
-    folder: gets metrics.jsonl and tensorboard/.
+    folder: where metrics.jsonl and tensorboard/ go.
     """
 
     def __init__(self, folder: Path, *, title: str, steps: int, tensorboard: bool) -> None:
@@ -29,10 +28,10 @@ class Recorder:
         self._board: Any = None
 
     def open(self, start_step: int, kept_bytes: int) -> None:
-        """Goes on after the first `kept_bytes` of metrics.jsonl, written when `start_step` steps were done.
+        """Continues after the first `kept_bytes` of metrics.jsonl, which were there when `start_step` steps were done.
 
-        What a run that died after its last checkpoint wrote beyond them is dropped.
-        Raises CheckpointError where the file is shorter.
+        Later lines, of a run that died after its last checkpoint, are dropped.
+        Raises CheckpointError if the file is shorter.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / METRICS
@@ -60,8 +59,9 @@ class Recorder:
         )
 
     def sync(self) -> int:
-        """All that was logged is on the disk; returns metrics.jsonl's bytes."""
-        assert self._metrics is not None
+        """Flushes everything to the disk; returns the size of metrics.jsonl in bytes, 0 on the other ranks."""
+        if self._metrics is None:
+            return 0
         os.fsync(self._metrics.fileno())
         if self._board is not None:
             self._board.flush()
@@ -83,13 +83,14 @@ class Recorder:
             self._bar.update()
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, one point in every TensorBoard curve; `metrics` has `step`.
+        """Writes a line of metrics.jsonl and a point of every TensorBoard curve. `metrics` has `step`.
 
-        Of a field that is a dict, every part has a curve: `phase_ms/data`. What is not finite is null.
+        A field that is a dict has a curve for each part: `phase_ms/data`. Values that are not finite become null.
         """
         if self._metrics is None:
             return
-        self._metrics.write(json.dumps(_finite(metrics), allow_nan=False) + "\n")
+        finite = json.loads(json.dumps(metrics), parse_constant=lambda name: None)
+        self._metrics.write(json.dumps(finite, allow_nan=False) + "\n")
         parts = {key: value for key, value in metrics.items() if isinstance(value, dict)}
         flat = metrics | {f"{key}/{name}": value for key, part in parts.items() for name, value in part.items()}
         scalars = {key: value for key, value in flat.items() if isinstance(value, float)}
@@ -100,17 +101,8 @@ class Recorder:
         self._bar.set_postfix({key: f"{scalars[key]:.4g}" for key in shown if key in scalars}, refresh=False)
 
 
-def _finite(value: Any) -> Any:
-    """JSON has no nan and no infinity."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, oldest first; the torn last line of a killed run is none."""
+    """The lines of a run's metrics.jsonl, oldest first, without the torn last line of a killed run."""
     path = folder / METRICS
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,52 +1,79 @@
-"""Where a step's time goes: phases that nest and partition it, without a synchronisation."""
+"""Measures the time of a step's phases, which may nest and do not overlap, without synchronising with the device."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 
 PHASES = ("data", "student_forward", "teacher_forward", "loss", "backward", "step")
-"""data: rows, counts and copies of micro-batches, always host time (on CUDA it may overlap what the device still does).
-student_forward: the engine's forward but for what is nested in it. teacher_forward: the frozen model's, in Stage I too.
-loss: CE, KL and layer losses, the gradients that they compute in the forward included. step: the optimizer."""
+"""data: rows, counts and copies of micro-batches, always host time (on CUDA the device may still work meanwhile).
+student_forward: the engine's forward without the phases inside it. teacher_forward: of the frozen model, also in
+Stage I. loss: CE, KL and layer losses, with the gradients that their forward computes. step: the optimizer."""
 
 
 class Timeline:
     """Milliseconds of each phase since the last `read`.
 
-    A phase inside another pauses it, so no time is counted twice. On CUDA, events on the current stream are what
-    begins and ends a phase: a phase has the time in which its kernels were next, the host's delays included.
+    A phase inside another one pauses it, so no time counts twice. On CUDA a phase begins and ends by events on the
+    current stream: its time is that in which its kernels were next, with the delays of the host.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._host = HostClock()
-        self._device = CudaClock() if device.type == "cuda" else self._host
+        self._host = _Clock(_HostEvent)
+        on_cuda = device.type == "cuda"
+        self._device = _Clock(partial(torch.cuda.Event, enable_timing=True)) if on_cuda else self._host
 
     def phase(self, name: str) -> AbstractContextManager[None]:
         """The context of a phase, one of `PHASES`."""
         return (self._host if name == "data" else self._device).phase(name)
 
     def read(self) -> dict[str, float]:
-        """The milliseconds of every phase, by name, then anew; outside of phases. On CUDA it waits for the device."""
+        """The milliseconds of every phase by name; resets them. Outside of phases. On CUDA it waits for the device."""
         totals = self._device.read()
         return totals if self._host is self._device else totals | {"data": self._host.read()["data"]}
 
 
-class HostClock:
-    """Phases by the host's clock."""
+class _HostEvent:
+    """`torch.cuda.Event`, by the host's clock."""
 
-    def __init__(self) -> None:
+    def record(self) -> None:
+        self._seconds = time.perf_counter()
+
+    def elapsed_time(self, end: _HostEvent) -> float:
+        return 1000 * (end._seconds - self._seconds)
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _Clock:
+    """Phases between events, each of which is read after the device has passed it.
+
+    Passed events are used again, so there are only as many as the host runs ahead of the device. An event costs the
+    host some microseconds.
+    """
+
+    def __init__(self, make_event: Callable[[], Any]) -> None:
+        self._make_event = make_event
         self._open: list[str] = []
         self._totals = dict.fromkeys(PHASES, 0.0)
-        self._since = 0.0
+        self._marks: deque[tuple[str | None, Any]] = deque()  # events, each with the phase that ends there
+        self._free: list[Any] = []
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """See `Timeline`."""
+        if not self._open:
+            self._settle()
         self._mark()
         self._open.append(name)
         try:
@@ -57,45 +84,20 @@ class HostClock:
 
     def read(self) -> dict[str, float]:
         """See `Timeline`."""
+        if self._marks:
+            self._marks[-1][1].synchronize()
+        self._settle()
         totals, self._totals = self._totals, dict.fromkeys(PHASES, 0.0)
         return totals
 
     def _mark(self) -> None:
-        """What passed since the last mark belongs to the innermost open phase."""
-        now = time.perf_counter()
-        if self._open:
-            self._totals[self._open[-1]] += 1000 * (now - self._since)
-        self._since = now
-
-
-class CudaClock(HostClock):
-    """Phases by CUDA events: a mark is an event, read once the device has passed it.
-
-    Passed events are taken up again, so their number is bounded by how far the host runs ahead of the device. A mark
-    costs some microseconds of the host.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._marks: deque[tuple[str | None, torch.cuda.Event]] = deque()  # the phase that each of them ends
-        self._free: list[torch.cuda.Event] = []
-
-    def read(self) -> dict[str, float]:
-        """See `Timeline`."""
-        if self._marks:
-            self._marks[-1][1].synchronize()
-        self._settle()
-        return super().read()
-
-    def _mark(self) -> None:
-        if not self._open:
-            self._settle()
-        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+        """The time since the last mark belongs to the innermost open phase."""
+        event = self._free.pop() if self._free else self._make_event()
         event.record()
         self._marks.append((self._open[-1] if self._open else None, event))
 
     def _settle(self) -> None:
-        """Adds up the times between marks that the device has passed; asks, and never waits."""
+        """Adds up the times between marks that the device has passed; never waits."""
         while len(self._marks) > 1 and self._marks[1][1].query():
             _, begin = self._marks.popleft()
             name, end = self._marks[0]
@@ -109,7 +111,7 @@ _current: Timeline | None = None
 
 @contextmanager
 def recording(timeline: Timeline) -> Iterator[None]:
-    """The time in which `phase`, wherever it is called, writes to `timeline`."""
+    """The context in which all calls of `phase` write to `timeline`."""
     global _current
     before, _current = _current, timeline
     try:
@@ -119,5 +121,5 @@ def recording(timeline: Timeline) -> Iterator[None]:
 
 
 def phase(name: str) -> AbstractContextManager[None]:
-    """A phase of the timeline that is recording; nothing where none is."""
+    """The context of a phase of the timeline that is recording; without one, it does nothing."""
     return nullcontext() if _current is None else _current.phase(name)

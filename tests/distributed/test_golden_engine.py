@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from ted_ds.models.published import read_published
 from ted_ds.telemetry.recorder import read_metrics
@@ -83,29 +84,14 @@ def step_recipe(project: Path, case: Path, **changes: Any) -> Path:
     return case_recipe(case, project, task="sst2", data=data, train=train, **changes)
 
 
-def test_published_checkpoints_run_a_step_from_a_recipe_and_are_written_back(
-    tmp_path: Path, workers: Callable[[int], Workers]
-) -> None:
+def test_published_checkpoints_run_a_step_from_a_recipe(tmp_path: Path, workers: Callable[[int], Workers]) -> None:
     project, case = published_project(tmp_path)
-    path = step_recipe(project, case, optimizer__learning_rate=1e-30)
-    workers(2).run(pretrain_recipe, path)
+    workers(2).run(pretrain_recipe, step_recipe(project, case, optimizer__learning_rate=1e-30))
     assert read_metrics(project / "run")[-1]["layer_loss"] > 0
-    assert workers(2).run(pretrain_recipe, path, (), "export-published")[0]["steps"] == 1
-    before, after = read_published(str(case / "student")), read_published(str(project / "run/student_published"))
-    assert after.plan == before.plan
-    assert after.heads == {} and before.heads
-    for ours, theirs in ((after.weights, before.weights), (after.filters, before.filters)):
-        assert ours.keys() == theirs.keys()
-        # a step of 1e-30 moves nothing that float32 can hold
-        assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
-    assert {**before.options, "train_filters": False} == after.options
-    # and what was written is a student to go on from
-    again = step_recipe(
-        project, case, student__model=str(project / "run/student_published"), output_dir=str(project / "b")
-    )
-    workers(2).run(pretrain_recipe, again)
-    losses = [read_metrics(project / name)[-1]["loss"] for name in ("run", "b")]
-    assert losses[0] == losses[1]
+    before, after = read_published(str(case / "student")), load_file(project / "run/student/model.safetensors")
+    # a step of 1e-30 moves nothing that float32 can hold
+    assert all(torch.equal(tensor, before.weights[name]) for name, tensor in after.items())
+    assert len(before.weights) - len(after) <= 1  # position ids
 
 
 def test_published_filters_that_do_not_fit_are_named(tmp_path: Path, workers: Callable[[int], Workers]) -> None:

@@ -82,7 +82,8 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_has_what_lies_beside_the_package(clone: Path, wheel: Path) -> None:
     files = {path for name in ("ds_configs", "launchers") for path in (clone / name).rglob("*") if path.is_file()}
-    assert {f"ted_ds/shipped/{path.relative_to(clone)}" for path in files} <= contents(wheel).keys()
+    shipped = {f"ted_ds/shipped/{path.relative_to(clone)}" for path in files}
+    assert shipped | {"ted_ds/py.typed"} <= contents(wheel).keys()
 
 
 def test_an_sdist_builds_the_same_wheel(clone: Path, wheel: Path, tmp_path: Path) -> None:

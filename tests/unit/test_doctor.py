@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM
 from ted_ds.config.schema import RunConfig
 from ted_ds.doctor import machine, ranks
 from ted_ds.doctor import recipe as fitting
+from ted_ds.doctor.estimate import Estimate, Line, Machine, estimate
 from ted_ds.doctor.finding import GIB, Finding
 from ted_ds.doctor.machine import writable
-from ted_ds.doctor.memory import Estimate, FilterShape, Line, ModelShape, estimate, model_shape
 from ted_ds.doctor.ranks import Facts
-from ted_ds.doctor.recipe import Machine
+from ted_ds.doctor.shapes import NO_FILTERS, FilterShape, ModelShape, Shapes, model_shape, run_shapes, saved_bytes
 from ted_ds.errors import ConfigError
 from tests.project import make_project, recipe, write_recipe
 from tests.tiny_models import tiny_config
@@ -184,7 +184,7 @@ def test_a_folder_is_tried_and_left_as_it_was(monkeypatch: pytest.MonkeyPatch, t
 
 
 def facts(rank: int, host: str = "n1", **changed: Any) -> Facts:
-    same = Facts(rank, host, "cuda:0", f"gpu-{rank}", 0, 0, frozenset(range(8)), 1, (("torch", "2.13"),), (), None)
+    same = Facts(rank, host, "cuda:0", f"gpu-{rank}", 0, 0, frozenset(range(8)), 1, {"torch": "2.13"}, (), None)
     return replace(same, **changed)
 
 
@@ -212,7 +212,7 @@ def test_cores_are_shared_by_the_ranks_of_a_node() -> None:
 
 
 def test_ranks_that_differ() -> None:
-    other = facts(2, "n2", versions=(("torch", "2.11"),))
+    other = facts(2, "n2", versions={"torch": "2.11"})
     assert ranks.same_versions([facts(0), facts(1)]).status == "ok"
     found = ranks.same_versions([facts(0), facts(1), other])
     assert found.status == "FAIL" and found.what == "rank 2 (n2) has torch 2.11, rank 0 2.13"
@@ -250,10 +250,8 @@ class Toy(nn.Module):
 
 
 def test_what_autograd_keeps_is_counted_by_hand() -> None:
-    from ted_ds.doctor.memory import _saved_bytes
-
     toy = Toy()
-    with _saved_bytes(toy, toy.blocks) as saved:
+    with saved_bytes(toy, toy.blocks) as saved:
         toy(torch.ones(5, 8))
     each = 5 * 8 * 4
     # a block's tanh keeps its output, which is the next block's input and is not counted twice; the first keeps its
@@ -280,6 +278,11 @@ def test_a_shape_is_that_of_the_real_model() -> None:
 STUDENT = ModelShape(1000, 300, blocks=2, width=4, vocab=10, saved=700, saved_outside=100, saved_in_block=300)
 TEACHER = ModelShape(8000, 900, blocks=4, width=8, vocab=10, saved=0, saved_outside=0, saved_in_block=500)
 FILTERS = FilterShape(pairs=2, output_dim=8, student=40, teacher=72)
+SHAPES = Shapes(STUDENT, TEACHER, FILTERS)
+
+
+def on(ranks: int, device: torch.device = CPU, idle: float = 0.0) -> Machine:
+    return Machine(ranks, device, 0.0, 0.0, idle)
 
 
 def a_run(folder: Path, zero: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
@@ -291,14 +294,14 @@ def a_run(folder: Path, zero: dict[str, Any] | None = None, **changes: Any) -> R
 
 
 def sizes(run: RunConfig, world_size: int, device: torch.device = CPU) -> dict[str, float]:
-    found = estimate(run, STUDENT, TEACHER, FILTERS, world_size=world_size, device=device)
+    found = estimate(run, SHAPES, on(world_size, device))
     return {re.sub(r",? [0-9.]+ (M|rows|pairs).*", "", line.what): line.size for line in found.lines}
 
 
 def test_an_estimate_by_hand(tmp_path: Path) -> None:
     # trained: 1000 + 2 * 40 = 1080; frozen: 8000 + 2 * 72 = 8144; 36 tokens a micro-batch
     replicated = a_run(tmp_path, teacher__sharding="replicated")
-    found = estimate(replicated, STUDENT, TEACHER, FILTERS, world_size=2, device=CPU, idle=50.0)
+    found = estimate(replicated, SHAPES, on(2, idle=50.0))
     assert [(line.size, line.passing) for line in found.lines] == [
         (50, False),
         (4 * 1080, False),  # weights
@@ -327,7 +330,7 @@ def test_sharding_and_precision(tmp_path: Path) -> None:
     assert four["the teacher's shard"] == 4 * 8144 / 4
     assert four["the teacher's weights gathered at a time"] == 4 * 8144  # the shipped file fetches 50 M ahead
     assert "weights gathered at a time" not in sizes(run, 1)
-    larger = estimate(run, replace(STUDENT, parameters=10_000), TEACHER, FILTERS, world_size=4, device=CPU)
+    larger = estimate(run, Shapes(replace(STUDENT, parameters=10_000), TEACHER, FILTERS), on(4))
     (step,) = [line for line in larger.lines if "for the optimizer" in line.what]
     assert step.passing and step.size == 10_080 - (2100 + 2304)  # activations and residuals are gone by then
     half = sizes(a_run(tmp_path, zero, student__dtype="bfloat16"), 4)
@@ -356,7 +359,7 @@ def test_activations_and_residuals_follow_the_recipe(tmp_path: Path) -> None:
 )
 def test_a_checkpoint_by_hand(tmp_path: Path, stage: int, dtype: str, bytes_each: int) -> None:
     run = a_run(tmp_path, {"stage": stage}, student__dtype=dtype)
-    found = estimate(run, STUDENT, TEACHER, FILTERS, world_size=4, device=CPU)
+    found = estimate(run, SHAPES, on(4))
     assert found.checkpoint == bytes_each * 1080  # two moments, float32 copies, and below ZeRO-3 the weights
 
 
@@ -364,11 +367,13 @@ OFFLOAD = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": 
 
 
 def test_what_is_offloaded_lies_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ted_ds.doctor.memory._logit_bytes", lambda *arguments: 1.0)  # would ask a GPU for its size
+    monkeypatch.setattr(
+        "ted_ds.doctor.estimate._logit_bytes", lambda *arguments, **sides: 1.0
+    )  # would ask a GPU for its size
     run = a_run(tmp_path, OFFLOAD)
     on_host = {
         line.what.split(",")[0]
-        for line in estimate(run, STUDENT, TEACHER, FILTERS, world_size=2, device=torch.device("cuda")).lines
+        for line in estimate(run, SHAPES, on(2, torch.device("cuda"))).lines
         if line.place == "host"
     }
     assert on_host == {
@@ -378,7 +383,7 @@ def test_what_is_offloaded_lies_on_the_host(tmp_path: Path, monkeypatch: pytest.
         "gradients",
         "gradients in float32 for the optimizer",
     }
-    assert estimate(run, STUDENT, TEACHER, FILTERS, world_size=2, device=CPU).total("host") == 0
+    assert estimate(run, SHAPES, on(2)).total("host") == 0
 
 
 # --- whether it fits -------------------------------------------------------------------------------------------------
@@ -394,7 +399,7 @@ def project_run(project: Path, **changes: Any) -> RunConfig:
 
 
 def test_a_student_that_stage_0_has_yet_to_cut(project: Path) -> None:
-    student, teacher, filters = fitting.shapes(project_run(project, filters__output_dim=6))
+    student, teacher, filters = run_shapes(project_run(project, filters__output_dim=6))
     assert teacher is not None and (student.blocks, teacher.blocks) == (2, 4)
     whole = AutoModelForCausalLM.from_pretrained(project / "teacher")
     own = [sum(p.numel() for p in block.parameters()) for block in whole.model.layers]
@@ -402,16 +407,16 @@ def test_a_student_that_stage_0_has_yet_to_cut(project: Path) -> None:
     assert student.parameters == teacher.parameters - own[0] - own[1]
     assert filters == FilterShape(2, 6, 16 * 6 + 6, 16 * 6 + 6)
     random = {"model_type": "llama", "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
-    start = fitting.shapes(project_run(project, method="kd", student__init={"config": random}))[0]
+    start = run_shapes(project_run(project, method="kd", student__init={"config": random}))[0]
     assert (start.width, start.vocab) == (8, 61)
-    assert fitting.shapes(project_run(project, method="ce"))[1:] == (None, FilterShape(0, 0, 0, 0))
+    assert run_shapes(project_run(project, method="ce"))[1:] == (None, NO_FILTERS)
 
 
 def the_machine(gib: float, ranks: int = 2, host_gib: float = 0.0) -> Machine:
     return Machine(ranks, CPU, gib * GIB, host_gib * GIB, idle=0.0)
 
 
-def megabytes(run: RunConfig, world_size: int, **shapes: Any) -> Estimate:
+def megabytes(run: RunConfig, world_size: int) -> Estimate:
     """A made-up estimate: 1 GiB a row, halved by checkpointing, and 2 GiB of teacher over the ranks or whole."""
     rows = run.train.micro_batch_size * (0.5 if run.student.activation_checkpointing else 1)
     assert run.teacher is not None
@@ -421,8 +426,8 @@ def megabytes(run: RunConfig, world_size: int, **shapes: Any) -> Estimate:
 
 @pytest.fixture
 def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fitting, "shapes", lambda run: (STUDENT, TEACHER, FILTERS))
-    monkeypatch.setattr(fitting, "estimate", lambda run, *shapes, world_size, device, idle: megabytes(run, world_size))
+    monkeypatch.setattr(fitting, "run_shapes", lambda run: SHAPES)
+    monkeypatch.setattr(fitting, "estimate", lambda run, shapes, machine: megabytes(run, machine.world_size))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100 * GIB))
 
 
@@ -447,10 +452,10 @@ def test_what_would_make_it_fit(project: Path, made_up: None) -> None:
 def test_a_change_that_does_not_divide_the_batch_is_not_advised(
     project: Path, made_up: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(run: RunConfig, *shapes: Any, world_size: int, **options: Any) -> Estimate:
-        if world_size > 4:
+    def refuse(run: RunConfig, shapes: Shapes, machine: Machine) -> Estimate:
+        if machine.world_size > 4:
             raise ConfigError("does not divide")
-        return megabytes(run, world_size)
+        return megabytes(run, machine.world_size)
 
     monkeypatch.setattr(fitting, "estimate", refuse)
     sharded = project_run(project, teacher__sharding="zero3", student__activation_checkpointing=True)
@@ -464,7 +469,7 @@ def test_a_change_that_does_not_divide_the_batch_is_not_advised(
 
 def test_the_host_of_what_is_offloaded(project: Path, made_up: None, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = (Line("weights", GIB, "host"), Line("rows", GIB))
-    monkeypatch.setattr(fitting, "estimate", lambda *shapes, **options: Estimate(lines, GIB))
+    monkeypatch.setattr(fitting, "estimate", lambda *arguments: Estimate(lines, GIB))
     run = project_run(project)
     enough, short = (fitting.fit(run, the_machine(9, host_gib=gib)) for gib in (2.0, 0.5))
     assert only(enough, "host memory").status == "ok" and only(short, "host memory").status == "FAIL"
@@ -487,7 +492,7 @@ def test_models_that_cannot_be_looked_at(project: Path, monkeypatch: pytest.Monk
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("data-dependent\nmore")
 
-    monkeypatch.setattr(fitting, "model_shape", fail)
+    monkeypatch.setattr("ted_ds.doctor.shapes.model_shape", fail)
     (found,) = fitting.fit(project_run(project), the_machine(9))
     assert (found.status, found.what) == ("warn", "not estimated: data-dependent")
 
@@ -543,7 +548,7 @@ def engine_bytes(world: Any, project: Path) -> tuple[float, float]:
     engine.step()
     held = live_bytes() - before
     shape = replace(STUDENT, parameters=6 * 128 * 128)
-    lines = estimate(run, shape, None, FilterShape(0, 0, 0, 0), world_size=world.size, device=CPU).lines
+    lines = estimate(run, Shapes(shape, None, NO_FILTERS), on(world.size)).lines
     engine.destroy()
     names = ("weights, ", "their", "AdamW", "gradients", "bucket")
     return held, sum(line.size for line in lines if line.what.startswith(names) and not line.passing)

@@ -34,9 +34,10 @@ def test_every_folder_says_in_one_sentence_what_it_is_for():
         if folder != PACKAGE:
             text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
             assert text and "\n\n" not in text and text.endswith("."), folder
-            assert "." not in text[:-1].replace("e.g.", ""), folder
+            assert ". " not in text, folder
 
 
 def test_a_file_stem_occurs_once():
-    stems = [path.stem for path in FILES if path.stem != "__init__"]
+    """A file of cli/ has the name of its command."""
+    stems = [path.stem for path in FILES if path.stem != "__init__" and path.parent.name != "cli"]
     assert not {stem for stem in stems if stems.count(stem) > 1}

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from ted_ds.batch import Batch
 from ted_ds.errors import Stopped, TrainingError
 from ted_ds.job.stop import SIGNALS, StopRequest
-from ted_ds.pipeline.loop import run_steps
+from ted_ds.pipeline.loop import Hooks, Steps, run_steps
 from ted_ds.telemetry.flops import BatchFlops
 from ted_ds.telemetry.meters import Meters
 from ted_ds.telemetry.nvml import GpuCounters
@@ -81,24 +82,17 @@ def last(engine: Engine) -> dict[str, Any]:
 
 
 def run(engine: Engine, world: Any = None, **options: int) -> dict[str, Any]:
-    def evaluate(step: int) -> dict[str, float]:
-        engine.events.append(("evaluate", step))
-        return {"validation_loss": 1.0}
+    class Events(Hooks):
+        def evaluate(self, step: int) -> dict[str, float]:
+            engine.events.append(("evaluate", step))
+            return {"validation_loss": 1.0}
 
-    run_steps(
-        engine,
-        engine,
-        world or Alone(),
-        engine,
-        names=NAMES,
-        start=0,
-        steps=len(engine.losses),
-        log_every=options.get("log", 1),
-        seed=0,
-        max_skipped=options.get("max_skipped", 0),
-        evaluate=(options.get("evaluate", 0), evaluate),
-        save=(options.get("save", 0), lambda step: engine.events.append(("save", step))),
-    )
+        def save(self, step: int) -> None:
+            engine.events.append(("save", step))
+
+    steps = Steps(0, len(engine.losses), 1)
+    steps = replace(steps, **{f"{k}_every" if k != "max_skipped" else k: v for k, v in options.items()})
+    run_steps(engine, engine, world or Alone(), engine, steps, Events(), names=NAMES)
     return last(engine)
 
 
@@ -227,21 +221,9 @@ def test_a_line_says_where_the_time_of_its_steps_went(monkeypatch: pytest.Monkey
     engine = Timed([3.0, 2.0, 1.0])
     monkeypatch.setattr(time, "perf_counter", lambda: engine.now)
     meters = Meters(Alone(), BatchFlops(lambda length: 1.4e9 * length, torch.bfloat16))
-    run_steps(
-        engine,
-        engine,
-        Alone(),
-        engine,
-        names=NAMES,
-        start=0,
-        steps=3,
-        log_every=2,
-        seed=0,
-        max_skipped=0,
-        evaluate=(2, engine.aside),
-        save=(2, engine.aside),
-        meters=meters,
-    )
+    hooks = Hooks()
+    hooks.evaluate = hooks.save = engine.aside  # type: ignore[method-assign]
+    run_steps(engine, engine, Alone(), engine, Steps(0, 3, 2, 2, 2), hooks, names=NAMES, meters=meters)
     phases = {"data": 3, "student_forward": 20, "teacher_forward": 0, "loss": 0, "backward": 40, "step": 7}
     records = [event[1] for event in engine.events if event[0] == "log"]
     assert [record["step"] for record in records] == [2, 3]

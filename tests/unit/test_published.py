@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClas
 from ted_ds.errors import CheckpointError
 from ted_ds.models.filter_files import read_plan
 from ted_ds.models.filters import FilterPlan
-from ted_ds.models.published import is_published, read_published, unpack_published, write_published
+from ted_ds.models.published import is_published, read_published, unpack_published
 
 WIDTH, OUTPUT, LABELS = 8, 6, 3
 LAYER = "deberta.encoder.layer"
@@ -118,10 +117,7 @@ def test_what_is_read_and_written_is_the_same(case: str, kind: str, tmp_path: Pa
     assert model.options == {key: value for key, value in config.items() if "filter" in key}
     _assert_same(model.weights, {name: t for name, t in tensors.items() if "filter" not in name})
     _assert_same(model.heads, {name: t for name, t in tensors.items() if name.startswith("filter_")})
-    write_published(model, tmp_path / "ours")
-    assert json.loads((tmp_path / "ours/config.json").read_text()) == config
-    _assert_same(load_file(tmp_path / "ours/model.safetensors"), tensors)
-    assert {path.name for path in tmp_path.iterdir()} == {"theirs", "ours"}
+    assert {path.name for path in tmp_path.iterdir()} == {"theirs"}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -173,8 +169,6 @@ def test_without_filters(stage: str, tmp_path: Path) -> None:
     source = _save(config, tensors, tmp_path / "theirs")
     model = read_published(source)
     assert model.plan is None and not model.filters and not model.heads
-    write_published(model, tmp_path / "ours")
-    _assert_same(load_file(tmp_path / "ours/model.safetensors"), tensors)
     unpack_published(source, tmp_path / "new")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model"]
 
@@ -185,9 +179,6 @@ def test_stage_two_has_filters_but_no_heads_and_absent_options_have_their_defaul
     tensors = {name: t for name, t in tensors.items() if not name.startswith("filter_")}
     model = read_published(_save(config, tensors, tmp_path / "theirs"))
     assert model.plan == FilterPlan((0, 1, 2), WIDTH, WIDTH) and not model.heads and not model.options
-    write_published(model, tmp_path / "ours")
-    assert json.loads((tmp_path / "ours/config.json").read_text()) == config
-    _assert_same(load_file(tmp_path / "ours/model.safetensors"), tensors)
 
 
 def test_tensors_that_are_views_are_written(tmp_path: Path) -> None:
@@ -196,8 +187,7 @@ def test_tensors_that_are_views_are_written(tmp_path: Path) -> None:
     source = _save(config, tensors, tmp_path / "theirs", "bin")
     assert not all(t.is_contiguous() for t in read_published(source).filters.values())
     unpack_published(source, tmp_path / "new")
-    write_published(read_published(source), tmp_path / "ours")
-    _assert_same(load_file(tmp_path / "ours/model.safetensors"), tensors)
+    _assert_same(load_file(tmp_path / "new/filters/filters.safetensors"), read_published(source).filters)
 
 
 def _drop(*names: str) -> Callable[[dict[str, Any], Tensors], None]:
@@ -314,23 +304,10 @@ def test_folders_that_are_not_whole(tmp_path: Path) -> None:
     refused(r"/shards lacks pytorch_model-00002-of-00002\.bin, which its pytorch_model\.bin\.index\.json", str(sharded))
 
 
-def test_what_the_layout_cannot_hold_is_not_written(tmp_path: Path) -> None:
+def test_a_folder_that_exists_is_not_written_over(tmp_path: Path) -> None:
     config, tensors = _theirs()
     source = _save(config, tensors, tmp_path / "theirs")
-    model = read_published(source)
-    assert model.plan is not None
-    moved = replace(
-        model,
-        plan=replace(model.plan, blocks=(0, 2)),
-        filters={name: t for name, t in model.filters.items() if not name.startswith("2.")},
-    )
-    with pytest.raises(CheckpointError, match=r"filter_interval 1\) filters are on layers \[0, 1, 2\].*\[0, 2\]"):
-        write_published(moved, tmp_path / "ours")
-    for call in (
-        lambda: write_published(model, tmp_path / "theirs"),
-        lambda: unpack_published(source, tmp_path / "theirs"),
-    ):
-        with pytest.raises(CheckpointError, match=r"/theirs exists already: delete it, or choose another folder"):
-            call()
+    with pytest.raises(CheckpointError, match=r"/theirs exists already: delete it, or choose another folder"):
+        unpack_published(source, tmp_path / "theirs")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
     _assert_same(load_file(tmp_path / "theirs/model.safetensors"), tensors)

@@ -8,6 +8,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import pytest
@@ -21,7 +22,6 @@ from ted_ds.pipeline.checkpoints import (
     Card,
     Identity,
     Retention,
-    _own_steps,
     _read_card,
     _values_digest,
     latest_tag,
@@ -29,6 +29,7 @@ from ted_ds.pipeline.checkpoints import (
     save_checkpoint,
     write_atomically,
 )
+from ted_ds.pipeline.universal import loads_universal
 from tests.alone import Alone
 
 T = TypeVar("T")
@@ -312,7 +313,10 @@ def test_steps_of_a_universal_checkpoint_are_where_their_parameters_are() -> Non
     shared = torch.tensor(7.0)
     for parameter in parameters:
         optimizer.state[parameter] = {"step": shared}
-    _own_steps(optimizer)
+    engine: Any = SimpleNamespace(optimizer=SimpleNamespace(optimizer=optimizer), _config=SimpleNamespace())
+    with loads_universal(engine):
+        assert engine._config.load_universal_checkpoint
+    assert not engine._config.load_universal_checkpoint
     steps = [optimizer.state[parameter]["step"] for parameter in parameters]
     assert [step.device.type for step in steps] == ["meta", "cpu", "cpu"]
     steps[1].add_(1)

@@ -1,4 +1,4 @@
-"""A student of ours in the authors' layout, and filters of theirs in a run of ours."""
+"""Filters of the paper's authors in a run of ours."""
 
 from __future__ import annotations
 
@@ -7,102 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoConfig, PreTrainedConfig
 
 from ted_ds.config.load import load_config
 from ted_ds.errors import ModelError
 from ted_ds.models.filters import FilterPlan
-from ted_ds.models.loading import load_model, whole_tensors
-from ted_ds.models.published import (
-    published_model,
-    published_options,
-    read_published,
-    unpack_published,
-    write_published,
-)
 from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.pipeline.stage1 import PairPlan, plan_pairs
 from tests.task_project import make_task_project, write_task_recipe
-from tests.tiny_encoders import encoder_config, tiny_encoder
-
-
-def config(family: str = "deberta-v2", blocks: int = 4) -> PreTrainedConfig:
-    return AutoConfig.for_model(**encoder_config(family, blocks=blocks))
-
-
-@pytest.mark.parametrize(
-    ("blocks", "filtered", "interval"),
-    [(4, (0, 1, 2, 3), 1), (4, (1, 3), 2), (5, (1, 3), 2), (4, (3,), 4), (6, (2, 5), 3), (5, (2,), 3)],
-)
-def test_the_interval_is_that_of_the_plan(blocks: int, filtered: tuple[int, ...], interval: int) -> None:
-    plan = FilterPlan(filtered, 16, 24, nonlinear=interval == 2)
-    assert published_options(config(blocks=blocks), plan) == {
-        "filter_disabled": False,
-        "filter_interval": interval,
-        "filter_nonlinear": interval == 2,
-        "filter_output_dim": 24,
-        "train_filters": False,
-    }
-
-
-def test_without_filters_they_are_disabled() -> None:
-    assert published_options(config(), None) == {"filter_disabled": True, "train_filters": False}
-
-
-@pytest.mark.parametrize(("blocks", "filtered"), [(4, (0, 2)), (4, (1,)), (4, (1, 2)), (4, (0, 1)), (6, (1, 5))])
-def test_filters_that_are_not_on_every_nth_block_are_refused(blocks: int, filtered: tuple[int, ...]) -> None:
-    with pytest.raises(ModelError, match=rf"every n-th block, these are on blocks \[{filtered[0]}.*: use export"):
-        published_options(config(blocks=blocks), FilterPlan(filtered, 16, 24))
-
-
-@pytest.mark.parametrize("plan", [None, FilterPlan((1, 3), 16, 24)])
-def test_another_family_is_refused(plan: FilterPlan | None) -> None:
-    with pytest.raises(ModelError, match=r"holds a deberta-v2, the student is a bert: use export"):
-        published_options(config("bert"), plan)
-
-
-@pytest.mark.parametrize("nonlinear", [False, True])
-def test_what_is_written_is_theirs_and_reads_as_ours(nonlinear: bool, tmp_path: Path) -> None:
-    tiny_encoder("deberta-v2", blocks=4).save_pretrained(tmp_path / "student")
-    student = load_model(str(tmp_path / "student"), "classification", dtype="float32")
-    plan = FilterPlan((1, 3), 16, 24, nonlinear)
-    bank = plan.build()
-    model = published_model(
-        student,
-        published_options(student.config, plan),
-        dict(whole_tensors(student, keep=True)),
-        plan,
-        dict(whole_tensors(bank, keep=True)),
-    )
-    write_published(model, tmp_path / "theirs")
-    written = json.loads((tmp_path / "theirs/config.json").read_text())
-    assert written["architectures"] == ["TEDDebertaV2ForSequenceClassification"]
-    assert written["model_type"] == "ted-deberta-v2" and written["filter_interval"] == 2
-    assert (written["num_hidden_layers"], written["hidden_size"]) == (4, 16)
-
-    read = read_published(str(tmp_path / "theirs"))
-    assert read.plan == plan and not read.heads
-    expected = dict(bank.named_parameters())
-    assert read.filters.keys() == expected.keys()
-    assert all(torch.equal(read.filters[name], tensor) for name, tensor in expected.items())
-    # a buffer of their transformers, [1, positions]
-    assert torch.equal(read.weights["deberta.embeddings.position_ids"], torch.arange(66)[None])
-
-    unpack_published(str(tmp_path / "theirs"), tmp_path / "new")
-    again = load_model(str(tmp_path / "new/model"), "classification", dtype="float32")
-    assert all(torch.equal(p, again.get_parameter(name)) for name, p in student.named_parameters())
-
-
-def test_a_student_without_filters_is_written_without(tmp_path: Path) -> None:
-    student = tiny_encoder("deberta-v2")
-    weights = dict(whole_tensors(student, keep=True))
-    write_published(
-        published_model(student, published_options(student.config, None), weights, None, {}), tmp_path / "x"
-    )
-    read = read_published(str(tmp_path / "x"))
-    assert read.plan is None and not read.filters and read.options["filter_disabled"]
-    assert read.config["architectures"] == [type(student).__name__]  # whatever the model's config said
 
 
 @pytest.fixture(scope="module")
