@@ -18,9 +18,10 @@ from ted_ds.batch import Batch
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.loading import resident_readout
 from ted_ds.models.structure import find_structure
-from ted_ds.teacher.cache_layout import UNFINISHED, Field, Manifest, plan_shards, state_field
+from ted_ds.tasks.base import CachedOutput, Field
+from ted_ds.tasks.causal_lm import LastHiddenStates, TopLogits
+from ted_ds.teacher.cache_layout import UNFINISHED, Manifest, plan_shards, state_field
 from ted_ds.teacher.frozen import FrozenModel
-from ted_ds.teacher.outputs import CachedOutput, LastHiddenStates, TopLogits
 from ted_ds.teacher.recorded import CachedTeacher, ShardReader, load_head
 from ted_ds.teacher.recording import record_batch, record_shards, write_head
 

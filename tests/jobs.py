@@ -20,14 +20,14 @@ from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.errors import TedError
 from ted_ds.job.world import World
 from ted_ds.models.loading import gathered
-from ted_ds.pipeline.data import RunData, open_data, open_tokenizer
 from ted_ds.pipeline.run import Goal, run_recipe
 from ted_ds.pipeline.stage0 import ensure_models
 from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
 from ted_ds.pipeline.stage2 import Plan, build_distillation_engine
 from ted_ds.pipeline.step import global_counts, train_step
-from ted_ds.tasks.base import Task
+from ted_ds.tasks.base import RunData, Task
 from ted_ds.tasks.classification import Regression
+from ted_ds.tasks.registry import open_data, open_tokenizer
 from ted_ds.teacher.hosting import load_frozen
 from tests.golden.check import Case
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ted_ds.cli.common import printed
-from ted_ds.config.tasks import TASKS
+from ted_ds.config.tasks import KINDS, TASKS
 from ted_ds.errors import NotFiniteError
 
 OWN_COLUMNS = ("classification", "regression")
@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
     if arguments.lambada and arguments.task != "causal-lm":
         parser.error(f"--lambada is for causal LMs, --task is {arguments.task}")
     if arguments.sequence_length is None:
-        arguments.sequence_length = {"causal-lm": 1024, "question-answering": 384}.get(TASKS[arguments.task].kind, 256)
+        arguments.sequence_length = KINDS[TASKS[arguments.task].kind].sequence_length
     printed(lambda: _named(arguments))
     return 0
 
@@ -66,6 +66,7 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from ted_ds.job.world import init_world
     from ted_ds.models.fit import check_fit
     from ted_ds.models.loading import load_model
+    from ted_ds.tasks.registry import TASK_CLASSES
 
     world, kind, trusted = init_world(), TASKS[arguments.task].kind, arguments.trust_remote_code
     with _plain_model(arguments.model) as path:
@@ -76,8 +77,16 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     check_fit("model", arguments.model, model, kind, tokenizer, length, trust_remote_code=trusted)
     results: dict[str, Any] = {"model": arguments.model}
     if arguments.data:
-        score = _perplexity if kind == "causal-lm" else _task_scores
-        results |= score(arguments, model, tokenizer, world)
+        task = TASK_CLASSES[kind].from_spec(TASKS[arguments.task], world, tokenizer.vocab_size)
+        results |= task.score_files(
+            model,
+            tokenizer,
+            arguments.data,
+            world,
+            length=length,
+            stride=arguments.doc_stride,
+            batch_size=arguments.batch_size,
+        )
     if arguments.lambada:
         with BadRows(skip=None) as bad:
             passages = iter_pieces([arguments.lambada], text_column="text", by_line=True, bad=bad)
@@ -98,47 +107,3 @@ def _plain_model(name_or_path: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         unpack_published(name_or_path, Path(folder) / "plain")
         yield str(Path(folder) / "plain/model")
-
-
-def _perplexity(arguments: argparse.Namespace, model: Any, tokenizer: Any, world: Any) -> dict[str, Any]:
-    from ted_ds.data.documents import iter_documents
-    from ted_ds.evaluation.perplexity import document_perplexity
-    from ted_ds.job.world import logger
-
-    logger.info("each document is scored by itself (a run's validation_perplexity: in rows, after other documents)")
-    return document_perplexity(
-        model,
-        tokenizer,
-        iter_documents(arguments.data, tokenizer),
-        length=arguments.sequence_length,
-        batch_size=arguments.batch_size,
-        device=world.device,
-    )
-
-
-def _task_scores(arguments: argparse.Namespace, model: Any, tokenizer: Any, world: Any) -> dict[str, float]:
-    from ted_ds.data.buckets import ScoringRows
-    from ted_ds.data.encoding import ensure_encoded
-    from ted_ds.evaluation.outputs import collect_outputs
-    from ted_ds.models.fit import check_ids, vocabulary_rows
-    from ted_ds.pipeline.example_data import make_task, score_outputs
-
-    spec, length = TASKS[arguments.task], arguments.sequence_length
-    model.config.pad_token_id = tokenizer.pad_id
-    with tempfile.TemporaryDirectory() as folder:
-        split = Path(folder) / "rows"
-        options = {"max_length": length, "stride": arguments.doc_stride, "training": False, "skip_bad_rows": None}
-        rows = ensure_encoded(arguments.data, spec, tokenizer, split, **options)
-        check_ids(tokenizer, vocabulary_rows(model, spec.kind), {"held-out": rows})
-        batches = ScoringRows(rows, batch_size=arguments.batch_size, rank=world.rank, world_size=world.size)
-        outputs = collect_outputs(_scorer(model, make_task(spec, world)), batches, len(rows), world)
-        return score_outputs(spec, rows, outputs)
-
-
-def _scorer(model: Any, task: Any) -> Any:
-    from torch import nn
-
-    from ted_ds.config.sections import LossConfig
-    from ted_ds.distill.distillation_model import DistillationModel
-
-    return DistillationModel(model, nn.ModuleList(), LossConfig(kl_alpha=0.0, mse_alpha=0.0), task=task)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ted_ds.config.data_section import DataConfig
 from ted_ds.config.load import load_config, load_section
+from ted_ds.config.tasks import TASKS
 from ted_ds.errors import ConfigError
 
 
@@ -31,24 +32,17 @@ def main(argv: Sequence[str]) -> int:
         overrides.append(f"--data.train_tokenizer={arguments.train_tokenizer}")
     if arguments.config:
         run = load_config(arguments.config, overrides)
-        data, folder = run.data, run.prepared_folder
+        data, spec, folder = run.data, run.spec, run.prepared_folder
     else:
-        data = load_section(DataConfig, overrides)
+        data, spec = load_section(DataConfig, overrides), TASKS["causal-lm"]
         if data.prepared is None:
             raise ConfigError("ted-ds prepare without --config needs --data.prepared=FOLDER to write to")
         folder = data.prepared
 
-    if arguments.config and run.task != "causal-lm":
-        from ted_ds.pipeline.example_data import ensure_task_tokenizer, prepare_examples
+    from ted_ds.tasks.registry import TASK_CLASSES, ensure_tokenizer
 
-        for split, rows in prepare_examples(run, ensure_task_tokenizer(run)).items():
-            print(f"{folder / split}: {len(rows)} rows, {rows.lengths.sum()} tokens")
-        return 0
-
-    from ted_ds.pipeline.text_data import ensure_text_tokenizer, prepare_text
-
-    for split, blocks in prepare_text(data, ensure_text_tokenizer(data), folder).items():
-        print(f"{folder / split}: {len(blocks)} blocks of {data.sequence_length} tokens")
+    for split, rows in TASK_CLASSES[spec.kind].prepare(data, spec, ensure_tokenizer(data, spec), folder).items():
+        print(f"{folder / split}: {rows.described()}")
     return 0
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ted_ds.cli.common import guarded, printed, recipe_from
 from ted_ds.config.schema import RunConfig
+from ted_ds.config.tasks import KINDS
 from ted_ds.errors import ConfigError
 
 
@@ -22,7 +23,7 @@ def run_command(argv: Sequence[str], program: str, goal: Any) -> int:
     Raises ConfigError where a launcher is given the other one's recipe.
     """
     run = recipe_from(argv, program)
-    fitting = "pretrain" if run.task == "causal-lm" else "finetune"
+    fitting = "pretrain" if KINDS[run.spec.kind].lm_head else "finetune"
     if program in ("pretrain", "finetune") and program != fitting:
         raise ConfigError(f"task: {run.task} is for launchers/{fitting}.sh, this is {program}.sh: start that one")
     run_to(run, goal)

@@ -14,6 +14,7 @@ from typing import Any
 from ted_ds.config.choices import Dtype
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.shipped import find_file, shipped_folder
+from ted_ds.config.tasks import KINDS
 from ted_ds.errors import ConfigError
 
 QUIET = 10**9
@@ -64,7 +65,7 @@ def trained_engine_config(
         world_size,
         section="filters" if global_batch_size else "train",
     )
-    if run.spec.kind == "regression" and run.loss.kl_alpha and accumulation > 1 and global_batch_size is None:
+    if KINDS[run.spec.kind].compares_rows and run.loss.kl_alpha and accumulation > 1 and global_batch_size is None:
         raise ConfigError(
             f"task: {run.task} with loss.kl_alpha {run.loss.kl_alpha:g} compares a step's rows with each other, but "
             f"they are split into {accumulation} micro-batches: set train.micro_batch_size to "

@@ -10,6 +10,33 @@ Kind = Literal["causal-lm", "classification", "regression", "question-answering"
 
 
 @dataclass(frozen=True)
+class KindTraits:
+    """What all tasks of a kind have in common, as far as it is data; the rest is in its class in `ted_ds.tasks`.
+
+    auto_class: of transformers, which puts the head on a model. lm_head: that head is the LM head, whose weight the
+    losses read; other kinds have a task head, which a pre-trained model lacks. outputs: of the task head, None for as
+    many as there are labels. padded: rows are of different lengths. compares_rows: the KL compares the rows of a step
+    with each other, so that they must lie in one micro-batch. sequence_length: tokens a row in `ted-ds evaluate`.
+    """
+
+    auto_class: str
+    lm_head: bool = False
+    outputs: int | None = None
+    padded: bool = True
+    compares_rows: bool = False
+    sequence_length: int = 256
+
+
+KINDS: dict[Kind, KindTraits] = {
+    "causal-lm": KindTraits("AutoModelForCausalLM", lm_head=True, padded=False, sequence_length=1024),
+    "classification": KindTraits("AutoModelForSequenceClassification"),
+    "regression": KindTraits("AutoModelForSequenceClassification", outputs=1, compares_rows=True),
+    "question-answering": KindTraits("AutoModelForQuestionAnswering", outputs=2, sequence_length=384),
+}
+"""The kinds of tasks; `ted_ds.tasks.registry` has the class of each."""
+
+
+@dataclass(frozen=True)
 class Tsv:
     """GLUE's official TSV files of a task, which are tab-separated without any quoting.
 

@@ -81,6 +81,10 @@ class EncodedRows:
     def __len__(self) -> int:
         return int(self._firsts[-1])
 
+    def described(self) -> str:
+        """Its size in words."""
+        return f"{len(self)} rows, {self.lengths.sum()} tokens"
+
     def batch(self, rows: np.ndarray, pad_to: int | None = None) -> Batch:
         """The rows [B], padded on the right to `pad_to` tokens (None: to the longest); `Batch.rows` is left out."""
         pad_to = int(self.lengths[rows].max()) if pad_to is None else pad_to

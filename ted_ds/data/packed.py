@@ -87,6 +87,10 @@ class PackedBlocks:
     def __len__(self) -> int:
         return self.manifest.rows
 
+    def described(self) -> str:
+        """Its size in words."""
+        return f"{len(self)} blocks of {self.manifest.sequence_length} tokens"
+
     def rows(self, indices: np.ndarray) -> np.ndarray:
         """[len(indices), S] int64 token ids."""
         size = len(self._batches[0])

@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.schema import RunConfig
+from ted_ds.config.tasks import KINDS
 from ted_ds.doctor.shapes import FilterShape, ModelShape, Shapes
 from ted_ds.models.loading import DTYPES
 from ted_ds.ops.logit_gemms import default_chunk_tokens
@@ -156,7 +157,7 @@ def _teacher_lines(run: RunConfig, teacher: ModelShape | None, filters: FilterSh
     elements = teacher.parameters + filters.pairs * filters.teacher
     named = f"{elements / 1e6:.1f} M"
     if run.teacher.cache is not None:
-        if run.loss.kl_alpha and run.loss.kl_top_k is None and run.task == "causal-lm":
+        if run.loss.kl_alpha and run.loss.kl_top_k is None and KINDS[run.spec.kind].lm_head:
             yield Line("the cached teacher's LM head", item * teacher.vocab * teacher.width)
     elif (host := HOSTS[run.teacher.sharding]).whole_copy:
         yield Line(f"the teacher's copy, {named}", item * elements)
@@ -190,7 +191,7 @@ def _passing_lines(run: RunConfig, shapes: Shapes, device: torch.device) -> Iter
         yield Line("a teacher's block and its state", rows * (shapes.teacher.saved_in_block + state), passing=True)
     recomputed = 2 if run.student.activation_checkpointing else 1
     yield Line("a block's backward", recomputed * rows * student.saved_in_block, passing=True)
-    if run.task == "causal-lm":
+    if KINDS[run.spec.kind].lm_head:
         compared = bool(run.loss.kl_alpha) and (live or run.loss.kl_top_k is None)
         widened = compared and run.loss.kl_top_k is not None
         size = _logit_bytes(run, student, device, sides=1 + compared, widened=widened)

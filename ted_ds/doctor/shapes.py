@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.sections import TeacherConfig
-from ted_ds.config.tasks import Kind
+from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.data.tokenizers import load_tokenizer
 from ted_ds.models.loading import DTYPES, meta_model
 from ted_ds.models.pooler import set_head_dropout
@@ -106,7 +106,7 @@ def _student_config(run: RunConfig) -> PreTrainedConfig:
         assert name is not None
         return meta_model(name, kind, trust_remote_code=student.trust_remote_code).config
     if student.init.config is not None:
-        fields = {"vocab_size": _vocabulary(run)} | ({} if run.task == "causal-lm" else label_fields(run.spec))
+        fields = {"vocab_size": _vocabulary(run)} | label_fields(run.spec)
         return AutoConfig.for_model(**{**fields, **student.init.config})
     assert run.teacher is not None
     return plan_cut(run.teacher.model, student.init, kind, run.teacher.trust_remote_code).config
@@ -133,7 +133,7 @@ def model_shape(
         structure = find_blocks(model)
         ids = torch.zeros(1, length, dtype=torch.int64)
         with saved_bytes(model, structure.blocks) as saved:
-            if kind == "causal-lm":
+            if KINDS[kind].lm_head:
                 structure.backbone(input_ids=ids, use_cache=False)
             else:
                 model(input_ids=ids)  # without a mask: the model would look at its values, and it adds almost nothing

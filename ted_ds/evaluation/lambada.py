@@ -14,7 +14,7 @@ import torch
 
 from ted_ds.batch import IGNORED
 from ted_ds.errors import DataError
-from ted_ds.evaluation.scores import perplexity
+from ted_ds.evaluation.perplexity import perplexity
 from ted_ds.models.structure import find_structure
 from ted_ds.ops import Head, token_scores
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,35 @@ import torch
 from ted_ds.batch import IGNORED, Batch
 from ted_ds.data.documents import Document, beginning, window_batches
 from ted_ds.data.tokenizers import Tokenizer
-from ted_ds.errors import DataError
-from ted_ds.evaluation.scores import perplexity
+from ted_ds.errors import DataError, NotFiniteError
 from ted_ds.job.world import World
 from ted_ds.models.structure import find_structure
 from ted_ds.ops import Head, token_scores
+
+_LARGEST_EXPONENT = 700.0
+"""exp of more overflows a float; a diverged model's perplexity stays a number that JSON can hold."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """loss: mean nats a token; perplexity: exp(loss), at most exp(700); tokens: how many were predicted."""
+
+    loss: float
+    perplexity: float
+    tokens: int
+
+
+def perplexity(nll_sum: float, count: int) -> Perplexity:
+    """nll_sum: sum of -log p(token), in nats, over `count` predicted tokens.
+
+    DataError if count is 0, NotFiniteError if the sum is nan or infinite.
+    """
+    if count < 1:
+        raise DataError("perplexity: no token to predict; the data is empty or its sequences have one token")
+    if not math.isfinite(nll_sum):
+        raise NotFiniteError(f"the loss of {count} tokens is {nll_sum}, which is not finite")
+    loss = nll_sum / count
+    return Perplexity(loss, math.exp(min(loss, _LARGEST_EXPONENT)), count)
 
 
 def held_out_perplexity(

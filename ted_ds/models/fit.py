@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ted_ds.config.schema import RunConfig
-from ted_ds.config.tasks import Kind, TaskSpec
+from ted_ds.config.tasks import KINDS, Kind, TaskSpec
 from ted_ds.data.encoded import EncodedRows
 from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import Tokenizer, holds_tokenizer, load_tokenizer
@@ -23,9 +23,9 @@ from ted_ds.models.structure import find_structure
 
 def check_outputs(role: str, path: str, model: PreTrainedModel, spec: TaskSpec) -> None:
     """Raises ModelError for a head of another number of outputs, or other labels, than the task's."""
-    if spec.kind == "classification":
+    if spec.labels:
         label_order(model.config, spec.labels)
-    wanted = {"regression": 1, "question-answering": 2}.get(spec.kind)
+    wanted = KINDS[spec.kind].outputs
     if wanted is not None and model.config.num_labels != wanted:
         raise ModelError(
             f"the {role} {path} has {model.config.num_labels} outputs, task: {spec.name} has {wanted}: use a model of "
@@ -77,7 +77,7 @@ def check_fit(
 def vocabulary_rows(model: PreTrainedModel, kind: Kind) -> int:
     """Ids that a model has rows for, in its LM head or, of other tasks, its embeddings."""
     embeddings: Any = model.get_input_embeddings()
-    return find_structure(model).vocab_rows if kind == "causal-lm" else embeddings.num_embeddings
+    return find_structure(model).vocab_rows if KINDS[kind].lm_head else embeddings.num_embeddings
 
 
 def check_ids(tokenizer: Tokenizer, rows: int, splits: Mapping[str, PackedBlocks | EncodedRows]) -> None:
@@ -99,7 +99,7 @@ def check_ids(tokenizer: Tokenizer, rows: int, splits: Mapping[str, PackedBlocks
 
 def fit_to_run(model: PreTrainedModel, run: RunConfig, tokenizer: Tokenizer) -> None:
     """Padding as the run has it: a decoder that classifies takes the last token that is not of this id."""
-    if run.task == "causal-lm":
+    if not KINDS[run.spec.kind].padded:
         return
     model.config.pad_token_id = tokenizer.pad_id
     if not run.loss.mask_padding:

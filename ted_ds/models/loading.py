@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from ted_ds.config.tasks import Kind
+from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.errors import CheckpointError, ModelError, load_failure
 from ted_ds.models.families import family_of
 from ted_ds.models.pooler import set_head_dropout
@@ -69,7 +69,7 @@ def load_model(
         raise ModelError(f"model {name_or_path!r} could not be loaded: {load_failure(error)}") from error
     finally:
         del sharding
-    if kind != "causal-lm" and found["missing_keys"]:
+    if not KINDS[kind].lm_head and found["missing_keys"]:
         raise ModelError(
             f"model {name_or_path!r} lacks {min(found['missing_keys'])}: it was not fine-tuned on such a task; give "
             "one that was, or start a student from it by student.pretrained and student.init_from_pretrained: true"

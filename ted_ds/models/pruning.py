@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
 from ted_ds.config.sections import InitConfig
-from ted_ds.config.tasks import Kind
+from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.errors import ModelError
 from ted_ds.models.channels import Sizes, WeightScores, cut
 from ted_ds.models.families import IN_FILES, Part, axes_of, set_sizes, sizes_of
@@ -69,9 +69,9 @@ def _write_random(config: dict[str, Any], kind: Kind, folder: Path, seed: int, t
             torch.manual_seed(seed)
             model = AUTO_CLASSES[kind].from_config(model_config, trust_remote_code=trust_remote_code)
     except (ValueError, StrictDataclassError) as error:
-        what = "a causal LM" if kind == "causal-lm" else f"a model for {kind}"
+        what = "a causal LM" if KINDS[kind].lm_head else f"a model for {kind}"
         raise ModelError(f"student.init.config is not {what} of transformers: {_in_a_line(error)}") from error
-    (find_structure if kind == "causal-lm" else find_blocks)(model)
+    (find_structure if KINDS[kind].lm_head else find_blocks)(model)
     model.save_pretrained(folder)
 
 

@@ -7,32 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-)
+import transformers
+from transformers import AutoConfig
 
-from ted_ds.config.tasks import Kind, TaskSpec
+from ted_ds.config.tasks import KINDS, Kind, TaskSpec
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.errors import ModelError, load_failure
 
-AUTO_CLASSES: dict[Kind, Any] = {
-    "causal-lm": AutoModelForCausalLM,
-    "classification": AutoModelForSequenceClassification,
-    "regression": AutoModelForSequenceClassification,
-    "question-answering": AutoModelForQuestionAnswering,
-}
+AUTO_CLASSES: dict[Kind, Any] = {kind: getattr(transformers, traits.auto_class) for kind, traits in KINDS.items()}
 """Kind of task -> the class of transformers that puts its head on a model."""
 
 
 def label_fields(spec: TaskSpec) -> dict[str, Any]:
-    """What a config says of a task's outputs."""
-    if spec.kind == "classification":
+    """What a config says of a task's outputs; nothing of an LM head's."""
+    if spec.labels:
         names = dict(enumerate(spec.labels))
         return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-    return {} if spec.kind == "causal-lm" else {"num_labels": 1 if spec.kind == "regression" else 2}
+    outputs = KINDS[spec.kind].outputs
+    return {} if outputs is None else {"num_labels": outputs}
 
 
 def start_from_pretrained(

@@ -18,7 +18,7 @@ from ted_ds.data.packed import PackedBlocks
 from ted_ds.errors import CheckpointError
 from ted_ds.job.world import World
 from ted_ds.pipeline.checkpoints import Card, Identity, Retention, load_checkpoint, save_checkpoint
-from ted_ds.pipeline.data import RunData
+from ted_ds.tasks.base import RunData
 from ted_ds.telemetry.recorder import Recorder
 
 

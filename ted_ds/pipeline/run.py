@@ -18,11 +18,11 @@ from ted_ds.job.versions import commit, versions
 from ted_ds.job.world import World, logger
 from ted_ds.models.fit import check_ids
 from ted_ds.pipeline.checkpoints import latest_tag
-from ted_ds.pipeline.data import open_data, open_tokenizer
 from ted_ds.pipeline.stage0 import check_models, ensure_models
 from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
 from ted_ds.pipeline.stage2 import Plan, distill, export_checkpoint
 from ted_ds.runs.progress import finished
+from ted_ds.tasks.registry import open_data, open_tokenizer
 from ted_ds.teacher.hosting import HOSTS
 
 LOCK = "run.lock"

@@ -8,14 +8,15 @@ from typing import Any
 
 from ted_ds.config.choices import METHODS
 from ted_ds.config.schema import RunConfig
+from ted_ds.config.tasks import KINDS
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.job.world import World, logger
 from ted_ds.models.fit import check_fit, check_outputs
 from ted_ds.models.loading import meta_model
-from ted_ds.models.pooler import find_pooler
 from ted_ds.models.pruning import init_student
 from ted_ds.models.published import is_published, unpack_published
 from ted_ds.models.task_head import label_fields, start_from_pretrained
+from ted_ds.tasks.registry import TASK_CLASSES
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def ensure_models(run: RunConfig, tokenizer: Tokenizer, world: World) -> ModelPa
     published: dict[str, Path] = {}
 
     def plain(side: str, name_or_path: str) -> str:
-        if run.task == "causal-lm" or not world.on_main(lambda: is_published(name_or_path)):
+        if KINDS[run.spec.kind].lm_head or not world.on_main(lambda: is_published(name_or_path)):
             return name_or_path
         folder = run.output_dir / f"published_{side}"
 
@@ -91,8 +92,8 @@ def _make_student(run: RunConfig, tokenizer: Tokenizer, teacher: str | None, fol
 
 def _defaults(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     """What the config of a random start need not say."""
-    fields = {"vocab_size": tokenizer.vocab_size}
-    return fields if run.task == "causal-lm" else {**fields, "pad_token_id": tokenizer.pad_id, **label_fields(run.spec)}
+    padding = {"pad_token_id": tokenizer.pad_id} if KINDS[run.spec.kind].padded else {}
+    return {"vocab_size": tokenizer.vocab_size, **padding, **label_fields(run.spec)}
 
 
 def check_models(run: RunConfig, models: ModelPaths, tokenizer: Tokenizer) -> int:
@@ -107,9 +108,8 @@ def check_models(run: RunConfig, models: ModelPaths, tokenizer: Tokenizer) -> in
     for role, path, trusted in sides:
         model = meta_model(path, run.spec.kind, trust_remote_code=trusted)
         check_outputs(role, path, model, run.spec)
-        pooled = run.spec.kind in ("classification", "regression")
-        if pooled and METHODS[run.method].learns_filters and role not in models.published:
-            find_pooler(model.config)
+        if METHODS[run.method].learns_filters and role not in models.published:
+            TASK_CLASSES[run.spec.kind].check_stage1(model.config)
         # what Stage 0 made has the run's own tokenizer; the tokenizer of any other folder is trusted by its own section
         trusted = trusted or (run.data.trust_remote_code and Path(path).is_relative_to(run.output_dir))
         length = run.data.sequence_length

@@ -28,12 +28,12 @@ from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import LayerMap, resolve_layer_map
 from ted_ds.models.loading import meta_model, whole_tensors
 from ted_ds.models.structure import ModelStructure, find_blocks
-from ted_ds.pipeline.data import RunData
-from ted_ds.pipeline.flops import stage1_flops
+from ted_ds.pipeline.batch_flops import stage1_flops
 from ted_ds.pipeline.loop import Hooks, Steps, run_steps
 from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
 from ted_ds.pipeline.stage0 import ModelPaths
+from ted_ds.tasks.base import RunData
 from ted_ds.teacher.fingerprints import model_fingerprint
 from ted_ds.teacher.frozen import FrozenModel
 from ted_ds.teacher.hosting import load_frozen
@@ -253,7 +253,7 @@ def _learn(
         global_batch_size=batch_size,
     )
     seed_everything(run.seed)
-    head = data.disposable_head(frozen, run, world, side)
+    head = data.task.disposable_head(frozen.module.model, run, world, side)
     path = str(frozen.module.model.name_or_path)
     meters = Meters(world, stage1_flops(run, side, path, data.task, data.tokenizer, plan, head))
     learner = FilterLearner(new_filters(plan, config, run.student.dtype), frozen, plan.blocks, head)

@@ -25,16 +25,16 @@ from ted_ds.models.filter_files import load_filters, new_filters
 from ted_ds.models.fit import fit_to_run
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.loading import checkpoint_activations, load_model
+from ted_ds.pipeline.batch_flops import stage2_flops
 from ted_ds.pipeline.best import BestStudent
-from ted_ds.pipeline.data import RunData
 from ted_ds.pipeline.export import export_student
-from ted_ds.pipeline.flops import stage2_flops
 from ted_ds.pipeline.loop import Hooks, Steps, run_steps
 from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
 from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.pipeline.stage1 import PairPlan
 from ted_ds.pipeline.step import global_counts
+from ted_ds.tasks.base import RunData
 from ted_ds.teacher.contract import Teacher
 from ted_ds.teacher.frozen import filtered_square_sums
 from ted_ds.teacher.opening import TeacherPlan, open_teacher

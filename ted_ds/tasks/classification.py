@@ -5,49 +5,69 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
+from ted_ds.config.schema import RunConfig
 from ted_ds.config.sections import LossConfig
+from ted_ds.config.tasks import TASKS, TaskSpec
+from ted_ds.data.encoded import EncodedRows
+from ted_ds.evaluation.glue import glue_scores
+from ted_ds.job.world import World
 from ted_ds.models.filters import Filter, fresh_linear
 from ted_ds.models.labels import label_order
-from ted_ds.models.pooler import PoolerPlan
+from ted_ds.models.pooler import PoolerPlan, find_pooler
 from ted_ds.models.readout import TaskReadout
-from ted_ds.tasks.base import Reading, TaskLosses, wide
+from ted_ds.tasks.base import DisposableHead, trusts_code, wide
+from ted_ds.tasks.labelled import LabelledTask, kl_sum
 
 
-class Classification:
+class Classification(LabelledTask):
     """pred_loss: mean CE over labelled rows. kl_loss: T^2 KL, mean over all rows (`batchmean`).
 
     labels: the data's labels in order; models with the same labels in another order are mapped by name.
     """
 
-    def __init__(self, labels: Sequence[str]) -> None:
-        self._labels = tuple(labels)
+    def __init__(self, labels: Sequence[str], spec: TaskSpec = TASKS["classification"]) -> None:
+        super().__init__(spec)
+        self._labels, self.num_outputs = tuple(labels), len(labels)
+
+    @classmethod
+    def from_spec(cls, spec: TaskSpec, world: World, vocab_size: int) -> Classification:
+        """With the labels of `spec`."""
+        return cls(spec.labels, spec)
+
+    @classmethod
+    def check_stage1(cls, config: PreTrainedConfig) -> None:
+        """The family must have a pooler that is known."""
+        find_pooler(config)
 
     def readout(self, model: Any) -> TaskReadout:
-        """Reads logits [B, C] in the data's order; ModelError where the model's labels are not the data's."""
+        """Reads logits [B, C] in the data's order; ModelError if the model's labels are not the data's."""
         return TaskReadout(model, label_order(model.config, self._labels))
 
-    def losses(
-        self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, loss: LossConfig
-    ) -> TaskLosses:
-        """CE and KL of logits [B, C]."""
-        z_s = wide(student.output)
-        pred = _cross_entropy_sum(z_s, batch.targets) / counts.targets.clamp_min(1)
-        if teacher is None:
-            return TaskLosses(pred, pred.detach(), torch.zeros_like(pred.detach()))
-        kl = kl_sum(z_s, teacher.output.to(z_s.dtype), loss.temperature) / counts.rows
-        return TaskLosses(pred + loss.kl_alpha * kl, pred.detach(), kl.detach())
+    def pred_loss(self, z_s: torch.Tensor, batch: Batch, counts: BatchCounts) -> torch.Tensor:
+        """CE of logits [B, C]."""
+        return _cross_entropy_sum(z_s, batch.targets) / counts.targets.clamp_min(1)
 
-    def predict(self, student: Reading, batch: Batch) -> torch.Tensor:
-        """Logits [B, C]."""
-        return student.output
+    def kl_loss(self, z_s: torch.Tensor, z_t: torch.Tensor, counts: BatchCounts, temperature: float) -> torch.Tensor:
+        """KL of logits [B, C]."""
+        return kl_sum(z_s, z_t, temperature) / counts.rows
+
+    def disposable_head(self, model: PreTrainedModel, run: RunConfig, world: World, side: str) -> PoolerHead:
+        """The family's pooler and a linear classifier."""
+        return PoolerHead(_pooler(model, run, side), self.num_outputs)
+
+    def scores(self, rows: EncodedRows, outputs: np.ndarray) -> dict[str, float]:
+        """GLUE's of logits [rows, C]."""
+        return glue_scores(self.spec.metrics, outputs, rows.targets)
 
 
-class Regression:
+class Regression(LabelledTask):
     """pred_loss: mean squared error over labelled rows. kl_loss: T^2 KL with the softmax over the *examples* of
     the global batch, divided by their number, which is what the paper's code computes.
 
@@ -55,28 +75,41 @@ class Regression:
         must therefore lie in one micro-batch on each rank.
     """
 
-    def __init__(self, gather: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    num_outputs = 1
+
+    def __init__(self, gather: Callable[[torch.Tensor], torch.Tensor], spec: TaskSpec = TASKS["regression"]) -> None:
+        super().__init__(spec)
         self._gather = gather
 
-    def readout(self, model: Any) -> TaskReadout:
-        """Reads logits [B, 1]."""
-        return TaskReadout(model)
+    @classmethod
+    def from_spec(cls, spec: TaskSpec, world: World, vocab_size: int) -> Regression:
+        """Over the ranks of `world`."""
+        return cls(world.gather, spec)
 
-    def losses(
-        self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, loss: LossConfig
-    ) -> TaskLosses:
-        """MSE and KL of predictions [B, 1]."""
-        y_s = wide(student.output).squeeze(-1)
-        pred = _squared_error_sum(y_s, batch.targets) / counts.targets.clamp_min(1)
-        if teacher is None:
-            return TaskLosses(pred, pred.detach(), torch.zeros_like(pred.detach()))
-        y_t = teacher.output.squeeze(-1).to(y_s.dtype)
-        kl = self._divergence(y_s, y_t, loss.temperature) / counts.rows
-        return TaskLosses(pred + loss.kl_alpha * kl, pred.detach(), kl.detach())
+    @classmethod
+    def check_stage1(cls, config: PreTrainedConfig) -> None:
+        """The family must have a pooler that is known."""
+        find_pooler(config)
 
-    def predict(self, student: Reading, batch: Batch) -> torch.Tensor:
-        """Predictions [B, 1]."""
-        return student.output
+    def comparable(self, output: torch.Tensor, batch: Batch, loss: LossConfig) -> torch.Tensor:
+        """Predictions [B]."""
+        return wide(output).squeeze(-1)
+
+    def pred_loss(self, z_s: torch.Tensor, batch: Batch, counts: BatchCounts) -> torch.Tensor:
+        """Mean squared error of predictions [B]."""
+        return _squared_error_sum(z_s, batch.targets) / counts.targets.clamp_min(1)
+
+    def kl_loss(self, z_s: torch.Tensor, z_t: torch.Tensor, counts: BatchCounts, temperature: float) -> torch.Tensor:
+        """KL over the examples."""
+        return self._divergence(z_s, z_t, temperature) / counts.rows
+
+    def disposable_head(self, model: PreTrainedModel, run: RunConfig, world: World, side: str) -> PoolerHead:
+        """The family's pooler and a linear layer."""
+        return PoolerHead(_pooler(model, run, side), 1, regression=True)
+
+    def scores(self, rows: EncodedRows, outputs: np.ndarray) -> dict[str, float]:
+        """GLUE's of predictions [rows, 1]."""
+        return glue_scores(self.spec.metrics, outputs[:, 0], rows.targets)
 
     def _divergence(self, y_s: torch.Tensor, y_t: torch.Tensor, temperature: float) -> torch.Tensor:
         """This rank's summands of T^2 sum p (log p - log q), and the gradient of the *whole* sum.
@@ -92,7 +125,7 @@ class Regression:
         return value + carrier - carrier.detach()
 
 
-class PoolerHead:
+class PoolerHead(DisposableHead):
     """Stage I's head for a sequence: the family's own pooler at width F, dropout, and a linear classifier.
 
     num_outputs: C; 1 with `regression`.
@@ -128,10 +161,11 @@ class PoolerHead:
         return _cross_entropy_sum(outputs, targets) / counts.targets.clamp_min(1)
 
 
-def kl_sum(z_s: torch.Tensor, z_t: torch.Tensor, temperature: float) -> torch.Tensor:
-    """T^2 KL(softmax(z_t / T) || softmax(z_s / T)) over the last dimension, summed over the others."""
-    log_q, log_p = (functional.log_softmax(z / temperature, dim=-1) for z in (z_s, z_t))
-    return temperature**2 * functional.kl_div(log_q, log_p, log_target=True, reduction="sum")
+def _pooler(model: PreTrainedModel, run: RunConfig, side: str) -> PoolerPlan:
+    dropout = run.filters.head_dropout
+    # from its folder: the config of the frozen model itself has its dropout taken out
+    config = AutoConfig.from_pretrained(str(model.name_or_path), trust_remote_code=trusts_code(run, side))
+    return find_pooler(config, None if dropout is None else getattr(dropout, side))
 
 
 def _cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -2,48 +2,102 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from ted_ds.batch import Batch, BatchCounts
+from ted_ds.config.data_section import DataConfig
+from ted_ds.config.schema import RunConfig
 from ted_ds.config.sections import LossConfig
-from ted_ds.evaluation.squad_scores import best_spans
+from ted_ds.config.tasks import TASKS, TaskSpec
+from ted_ds.data.bad_rows import BadRows
+from ted_ds.data.encoded import EncodedRows
+from ted_ds.data.squad import iter_questions
+from ted_ds.evaluation.squad_metrics import best_spans, select_answers, squad_scores
+from ted_ds.job.world import World
 from ted_ds.models.filters import Filter, fresh_linear
-from ted_ds.models.readout import TaskReadout
-from ted_ds.tasks.base import Reading, TaskLosses, wide
-from ted_ds.tasks.classification import kl_sum
+from ted_ds.ops import Head
+from ted_ds.tasks.base import CachedOutput, DisposableHead, Field, Reading, wide
+from ted_ds.tasks.labelled import LabelledTask, kl_sum
 
 
-class QuestionAnswering:
-    """pred_loss: mean of the start's and the end's CE. kl_loss: likewise, each the mean over windows."""
+class SpanLogits(CachedOutput):
+    """A question's logits of starts and ends, [B, 2, S]; 0 at padding, which is given probability 0 later."""
 
-    def readout(self, model: Any) -> TaskReadout:
-        """Reads logits [B, 2, S]."""
-        return TaskReadout(model)
+    def __init__(self, dtype: str) -> None:
+        super().__init__({"logits": Field(dtype, 2)})
 
-    def losses(
-        self, student: Reading, teacher: Reading | None, batch: Batch, counts: BatchCounts, loss: LossConfig
-    ) -> TaskLosses:
-        """CE and KL of logits [B, 2, S], over real positions or, without `mask_padding`, all of them."""
-        mask = batch.attention_mask if loss.mask_padding else None
-        z_s = _masked(wide(student.output), mask)
-        pred = _span_cross_entropy(z_s, batch, counts)
-        if teacher is None:
-            return TaskLosses(pred, pred.detach(), torch.zeros_like(pred.detach()))
-        z_t = _masked(teacher.output.to(z_s.dtype), mask)
-        kl = kl_sum(z_s, z_t, loss.temperature) / (2 * counts.rows)
-        return TaskLosses(pred + loss.kl_alpha * kl, pred.detach(), kl.detach())
+    def record(self, output: torch.Tensor, head: Head | None) -> dict[str, torch.Tensor]:
+        """By token."""
+        return {"logits": output.transpose(1, 2)}
+
+    def restore(self, values: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[B, 2, S]."""
+        return values["logits"].transpose(1, 2)
+
+
+class QuestionAnswering(LabelledTask):
+    """pred_loss: mean of the start's and the end's CE. kl_loss: likewise, each the mean over windows.
+
+    Logits are [B, 2, S]; the losses take them over real positions or, without `loss.mask_padding`, all of them.
+    """
+
+    num_outputs = 2
+
+    def __init__(self, spec: TaskSpec = TASKS["question-answering"]) -> None:
+        super().__init__(spec)
+
+    @classmethod
+    def from_spec(cls, spec: TaskSpec, world: World, vocab_size: int) -> QuestionAnswering:
+        """Of SQuAD or a user's own questions."""
+        return cls(spec)
+
+    @classmethod
+    def texts(cls, data: DataConfig, spec: TaskSpec, bad: BadRows) -> Iterable[str]:
+        """Questions and contexts."""
+        questions = iter_questions(data.train, impossible=spec.name != "squad", bad=bad)
+        return (text for question in questions for text in (question.question, question.context))
+
+    def comparable(self, output: torch.Tensor, batch: Batch, loss: LossConfig) -> torch.Tensor:
+        """Masked logits [B, 2, S]."""
+        return _masked(wide(output), batch.attention_mask if loss.mask_padding else None)
+
+    def pred_loss(self, z_s: torch.Tensor, batch: Batch, counts: BatchCounts) -> torch.Tensor:
+        """CE of logits [B, 2, S]."""
+        return _span_cross_entropy(z_s, batch, counts)
+
+    def kl_loss(self, z_s: torch.Tensor, z_t: torch.Tensor, counts: BatchCounts, temperature: float) -> torch.Tensor:
+        """KL of logits [B, 2, S]."""
+        return kl_sum(z_s, z_t, temperature) / (2 * counts.rows)
 
     def predict(self, student: Reading, batch: Batch) -> torch.Tensor:
         """[B, 4 * 20 + 1], the best candidates of each window; see `best_spans`."""
         starts, ends = _masked(wide(student.output), batch.attention_mask).unbind(1)
         return best_spans(starts, ends)
 
+    def disposable_head(self, model: PreTrainedModel, run: RunConfig, world: World, side: str) -> SpanHead:
+        """A linear layer on every token."""
+        return SpanHead(mask_padding=run.loss.mask_padding)
 
-class SpanHead:
+    def cached_outputs(self, run: RunConfig, teacher: str) -> list[CachedOutput]:
+        """Logits by token."""
+        assert run.teacher is not None
+        return [SpanLogits(run.teacher.dtype)]
+
+    def scores(self, rows: EncodedRows, outputs: np.ndarray) -> dict[str, float]:
+        """SQuAD's of the candidates of all windows."""
+        answers, no_answer = select_answers(outputs, rows.window, rows.questions())
+        impossible = self.spec.name == "squad_v2" or any(question.impossible for question in rows.questions())
+        scores = squad_scores(answers, rows.questions(), no_answer=no_answer if impossible else None)
+        return {name: float(value) for name, value in scores.items() if not name.endswith("total")}
+
+
+class SpanHead(DisposableHead):
     """Stage I's head for a question: Linear(F, 2) on every token."""
 
     def __init__(self, *, mask_padding: bool) -> None:

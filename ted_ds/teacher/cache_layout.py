@@ -17,7 +17,7 @@ import numpy as np
 
 from ted_ds.errors import CheckpointError
 from ted_ds.job.files import write_atomically
-from ted_ds.models.loading import DTYPES
+from ted_ds.tasks.base import Field
 
 MANIFEST, UNFINISHED, HEAD = "manifest.json", "manifest.unfinished.json", "head.safetensors"
 
@@ -26,20 +26,6 @@ SHARD_BYTES = 256 << 20
 
 HEADER_BYTES = 96
 """About what a tensor takes in the header of a safetensors file: its name, dtype, shape and place."""
-
-
-@dataclass(frozen=True)
-class Field:
-    """One recorded quantity: `width` numbers of `dtype` for each real token or, with `per_row`, for each row."""
-
-    dtype: str
-    width: int
-    per_row: bool = False
-
-    @property
-    def item_bytes(self) -> int:
-        """Bytes of one token or row."""
-        return DTYPES[self.dtype].itemsize * self.width
 
 
 Fields = Mapping[str, Field]

@@ -17,13 +17,10 @@ from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.errors import CheckpointError
 from ted_ds.job.world import World
-from ted_ds.models.loading import meta_model, resident_readout
-from ted_ds.models.structure import find_structure
-from ted_ds.tasks.base import Task
-from ted_ds.tasks.causal_lm import CausalLM
+from ted_ds.models.loading import resident_readout
+from ted_ds.tasks.base import CachedOutput, Field, Task
 from ted_ds.teacher.cache_layout import (
     MANIFEST,
-    Field,
     Manifest,
     find_cache,
     fits,
@@ -34,7 +31,6 @@ from ted_ds.teacher.contract import Teacher
 from ted_ds.teacher.fingerprints import file_fingerprint, model_fingerprint
 from ted_ds.teacher.frozen import FrozenModel
 from ted_ds.teacher.hosting import load_frozen
-from ted_ds.teacher.outputs import CachedOutput, LastHiddenStates, RowLogits, SpanLogits, TopLogits
 from ted_ds.teacher.recorded import CachedTeacher, ShardReader, load_head
 from ted_ds.teacher.recording import (
     alone_in_cache,
@@ -89,8 +85,8 @@ def open_teacher(
     )
     if section.cache is None:
         return load()
-    outputs = _outputs(run, task, plan) if run.loss.kl_alpha else [None]
-    return _Cache(section.cache, section, plan, rows, world).opened(outputs, load, run.train.micro_batch_size)
+    kept = task.cached_outputs(run, plan.model) if run.loss.kl_alpha else [None]
+    return _Cache(section.cache, section, plan, rows, world).opened(kept, load, run.train.micro_batch_size)
 
 
 @dataclass(frozen=True)
@@ -174,19 +170,3 @@ class _Cache:
             )
             for output, fields in zip(outputs, every_fields, strict=True)
         ]
-
-
-def _outputs(run: RunConfig, task: Task, plan: TeacherPlan) -> list[CachedOutput | None]:
-    """The ways of keeping the teacher's output that serve the run's KL; the first is what is recorded."""
-    assert run.teacher is not None
-    dtype, spec = run.teacher.dtype, run.spec
-    if spec.kind == "question-answering":
-        return [SpanLogits(dtype)]
-    if spec.kind != "causal-lm":
-        return [RowLogits(len(spec.labels) if spec.kind == "classification" else 1, dtype)]
-    structure = find_structure(meta_model(plan.model, spec.kind, trust_remote_code=run.teacher.trust_remote_code))
-    exact = LastHiddenStates(structure, dtype)
-    if run.loss.kl_top_k is None:
-        return [exact]
-    assert isinstance(task, CausalLM)
-    return [TopLogits(run.loss.kl_top_k, run.loss.temperature, task.vocab_size), exact]

@@ -19,9 +19,9 @@ from ted_ds.data.loader import Rows
 from ted_ds.errors import CheckpointError
 from ted_ds.models.loading import DTYPES
 from ted_ds.ops import Head
+from ted_ds.tasks.base import CachedOutput
 from ted_ds.teacher.cache_layout import HEAD, Manifest, Places, shard_path, state_field
 from ted_ds.teacher.contract import Teacher, UseOutput
-from ted_ds.teacher.outputs import CachedOutput
 
 Values = dict[str, torch.Tensor]
 

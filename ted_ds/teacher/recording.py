@@ -21,11 +21,11 @@ from ted_ds.job.lock import alone
 from ted_ds.job.world import World, logger
 from ted_ds.models.loading import DTYPES
 from ted_ds.ops import Head
+from ted_ds.tasks.base import CachedOutput, Field
 from ted_ds.teacher.cache_layout import (
     HEAD,
     MANIFEST,
     UNFINISHED,
-    Field,
     Manifest,
     Places,
     refuse_difference,
@@ -33,7 +33,6 @@ from ted_ds.teacher.cache_layout import (
     state_field,
 )
 from ted_ds.teacher.contract import Teacher, stream_states
-from ted_ds.teacher.outputs import CachedOutput
 
 Record = Callable[[Batch], dict[str, torch.Tensor]]
 

@@ -24,12 +24,14 @@ from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.tokenizers import load_tokenizer
 from ted_ds.errors import CheckpointError, ConfigError
 from ted_ds.ops import Head
-from ted_ds.pipeline.example_data import prepare_examples
-from ted_ds.pipeline.text_data import prepare_text
+from ted_ds.tasks.base import Field
+from ted_ds.tasks.causal_lm import CausalLM, TopLogits
+from ted_ds.tasks.labelled import RowLogits
+from ted_ds.tasks.question_answering import SpanLogits
+from ted_ds.tasks.registry import TASK_CLASSES
 from ted_ds.teacher import cache_layout as layout
-from ted_ds.teacher.cache_layout import Field, Manifest, Places, fits, plan_shards, refuse_difference, shard_path
+from ted_ds.teacher.cache_layout import Manifest, Places, fits, plan_shards, refuse_difference, shard_path
 from ted_ds.teacher.fingerprints import model_fingerprint
-from ted_ds.teacher.outputs import RowLogits, SpanLogits, TopLogits
 from ted_ds.teacher.recorded import AnnouncedRows, CachedTeacher, ShardReader, load_head
 from ted_ds.teacher.recording import write_head
 from tests.project import make_project, recipe
@@ -288,7 +290,7 @@ def test_the_fingerprint_of_blocks_is_of_ids_and_length(tmp_path: Path) -> None:
 
     def blocks(name: str, **changes: Any) -> PackedBlocks:
         run = RunConfig.model_validate(recipe(tmp_path, name, data__validation=[], **changes))
-        return prepare_text(run.data, load_tokenizer(run.data.tokenizer), run.prepared_folder)["train"]
+        return CausalLM.prepare(run.data, run.spec, load_tokenizer(run.data.tokenizer), run.prepared_folder)["train"]
 
     first = blocks("one")
     assert first.lengths.tolist() == [12] * (first.lengths.size) and first.lengths.size > 100
@@ -306,7 +308,7 @@ def test_the_fingerprint_of_blocks_is_of_ids_and_length(tmp_path: Path) -> None:
 def test_the_fingerprint_of_examples_knows_where_second_texts_begin(tmp_path: Path) -> None:
     project = make_task_project(tmp_path, "mnli")
     run = load_config(write_task_recipe(project, "mnli", "one"))
-    prepare_examples(run, load_tokenizer(run.data.tokenizer))
+    TASK_CLASSES[run.spec.kind].prepare(run.data, run.spec, load_tokenizer(run.data.tokenizer), run.prepared_folder)
     encoded = EncodedRows(run.prepared_folder / "train")
     before = encoded.fingerprint()
     longest = int(encoded.lengths[[4, 9]].max())

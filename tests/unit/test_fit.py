@@ -23,7 +23,7 @@ from ted_ds.errors import DataError, ModelError
 from ted_ds.evaluation.lambada import lambada
 from ted_ds.models.fit import check_fit, check_ids
 from ted_ds.pipeline.stage0 import ModelPaths, check_models
-from ted_ds.pipeline.text_data import TextData
+from ted_ds.tasks.registry import open_data
 from tests.project import VOCAB, make_project, recipe
 from tests.tiny_models import tiny_model
 
@@ -62,7 +62,8 @@ def test_heads_are_compared_on_the_rows_that_all_have(project: Path) -> None:
         (project / "data").rename(project / "prepared" / split)
     run = RunConfig.model_validate(recipe(project, "run", data__prepared=str(project / "prepared")))
     tokenizer = load_tokenizer(run.data.tokenizer)
-    sizes = [TextData.open(run, tokenizer, rows).task.vocab_size for rows in (VOCAB, VOCAB + 1, VOCAB + 9, None)]
+    world: Any = SimpleNamespace(on_main=lambda work: work())
+    sizes = [open_data(run, world, tokenizer, rows).task.vocab_size for rows in (VOCAB, VOCAB + 1, VOCAB + 9, None)]
     assert sizes == [VOCAB, VOCAB + 1, VOCAB + 1, VOCAB + 1]
 
 

@@ -14,7 +14,7 @@ from ted_ds.batch import Batch
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.pooler import PoolerPlan
 from ted_ds.models.structure import find_blocks
-from ted_ds.pipeline.flops import stage1_flops, stage2_flops
+from ted_ds.pipeline.batch_flops import stage1_flops, stage2_flops
 from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.tasks.causal_lm import CausalLM, LMHead
 from ted_ds.tasks.classification import Classification, PoolerHead

@@ -11,7 +11,7 @@ import torch
 
 from ted_ds.errors import DataError, NotFiniteError
 from ted_ds.evaluation.lambada import lambada, split_last_word
-from ted_ds.evaluation.scores import perplexity
+from ted_ds.evaluation.perplexity import perplexity
 from tests.tiny_models import tiny_model
 
 TEXTS = [

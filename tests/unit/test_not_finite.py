@@ -16,9 +16,10 @@ from ted_ds.cli.common import guarded, printed
 from ted_ds.config.tasks import TASKS
 from ted_ds.errors import DataError, NotFiniteError, TrainingError
 from ted_ds.evaluation.perplexity import held_out_perplexity
-from ted_ds.pipeline import example_data
-from ted_ds.pipeline.example_data import ExampleData
 from ted_ds.pipeline.stage2 import scorable
+from ted_ds.tasks import labelled
+from ted_ds.tasks.classification import Classification
+from ted_ds.tasks.labelled import ExampleData
 
 
 class World:
@@ -47,8 +48,8 @@ def test_a_run_ends_with_its_step_and_one_rank_says_so(step: int, remedy: str, i
 def test_a_held_out_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """`argmax` would call nan the likeliest class, and 2 of 3 rows right."""
     outputs = np.full((3, 2), math.nan, dtype=np.float32)
-    monkeypatch.setattr(example_data, "collect_outputs", lambda *_: outputs)
-    monkeypatch.setattr(example_data, "ScoringRows", lambda *_, **__: [])
+    monkeypatch.setattr(labelled, "collect_outputs", lambda *_: outputs)
+    monkeypatch.setattr(labelled, "ScoringRows", lambda *_, **__: [])
 
     class Rows:
         targets = np.array([0, 0, 1])
@@ -60,7 +61,7 @@ def test_a_held_out_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: Any = Rows()
     run: Any = SimpleNamespace(train=SimpleNamespace(micro_batch_size=1))
     world: Any = World()
-    data = ExampleData(nothing, nothing, TASKS["sst2"], rows, {"validation": rows, "mismatched": rows})
+    data = ExampleData(nothing, Classification(TASKS["sst2"].labels), rows, {"validation": rows, "mismatched": rows})
     for work, name in ((data.evaluate, "validation"), (data.evaluate_extra, "mismatched")):
         with pytest.raises(NotFiniteError, match=rf"^in {name}, the outputs for 3 of 3 rows are not finite, the first"):
             work(None, run, world)

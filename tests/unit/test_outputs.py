@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
 from ted_ds.config.sections import LossConfig
-from ted_ds.evaluation.outputs import collect_outputs
+from ted_ds.evaluation.collect import collect_outputs
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.pooler import find_pooler
 from ted_ds.tasks.base import DisposableHead, Reading, Task

@@ -16,6 +16,7 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ted_ds.config.data_section import DataConfig, HubDataset
+from ted_ds.config.tasks import TASKS
 from ted_ds.data import packed as packed_module
 from ted_ds.data import sources, tokenizing
 from ted_ds.data.manifests import MANIFEST
@@ -24,7 +25,7 @@ from ted_ds.data.prepare import check, ensure_prepared, prepare
 from ted_ds.data.sources import Piece
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError
-from ted_ds.pipeline.text_data import ensure_text_tokenizer
+from ted_ds.tasks.registry import ensure_tokenizer
 
 LONG = "".join(f"w{i % 40} w{i % 7}{' ' * (i % 3)}\n" for i in range(90))
 TORN = "holds no whole prepared data"
@@ -329,6 +330,9 @@ def test_a_tokenizer_is_not_trained_on_data_that_is_refused(tmp_path: Path) -> N
     with pytest.raises(
         DataError, match=r"a\.jsonl, line 201: 'text' is None, not a string: fix or drop the row, or se"
     ):
-        ensure_text_tokenizer(DataConfig.model_validate(asked))
+        ensure_tokenizer(DataConfig.model_validate(asked), TASKS["causal-lm"])
     assert not (tmp_path / "t").exists()
-    assert ensure_text_tokenizer(DataConfig.model_validate(asked | {"skip_bad_rows": True})).vocab_size == 290
+    assert (
+        ensure_tokenizer(DataConfig.model_validate(asked | {"skip_bad_rows": True}), TASKS["causal-lm"]).vocab_size
+        == 290
+    )

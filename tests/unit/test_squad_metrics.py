@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ted_ds.errors import DataError, NotFiniteError
-from ted_ds.evaluation.squad_scores import CANDIDATES, MAX_ANSWER_TOKENS, best_spans, select_answers, squad_scores
+from ted_ds.evaluation.squad_metrics import CANDIDATES, MAX_ANSWER_TOKENS, best_spans, select_answers, squad_scores
 
 
 @dataclass(frozen=True)

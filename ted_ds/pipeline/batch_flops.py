@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ted_ds.batch import Batch
 from ted_ds.config.schema import RunConfig
+from ted_ds.config.tasks import KINDS
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.job.world import logger
 from ted_ds.models.filters import FilterPlan
@@ -18,9 +19,8 @@ from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.loading import DTYPES, meta_model
 from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.tasks.base import DisposableHead, Task
-from ted_ds.tasks.causal_lm import CausalLM
 from ted_ds.teacher.frozen import FrozenModule
-from ted_ds.telemetry.flops import BatchFlops, count_flops, count_lengths, gemm_flops, logit_loss_flops, polynomial
+from ted_ds.telemetry.flops import BatchFlops, count_flops, count_lengths, gemm_flops, polynomial
 
 Count = Callable[[int], float]
 
@@ -58,9 +58,7 @@ def stage2_flops(
             total = 3 * forwards[0](length) + len(layer_map) * _filter(filters, tokens, 3, 3)
             if live:
                 total += forwards[1](length) + len(layer_map) * _filter(teacher_filters, tokens)
-            if isinstance(task, CausalLM):  # other heads are part of their model's forward
-                total += logit_loss_flops(tokens, task.vocab_size, *widths)
-            return total
+            return total + task.logit_flops(tokens, *widths)
 
         return count
 
@@ -78,8 +76,7 @@ def stage1_flops(
 ) -> BatchFlops | None:
     """Of a micro-batch of Stage I: a forward of the frozen model `path` up to its last filter, and what learns.
 
-    Each filter's first layer has no gradient of its input. Of heads only what is of their model's size is counted, an
-    LM head, whose weight is frozen, and the layer before it: a classifier is less than a thousandth of the forward.
+    Each filter's first layer has no gradient of its input.
     """
     rows = run.train.micro_batch_size
 
@@ -88,11 +85,7 @@ def stage1_flops(
 
         def count(length: int) -> float:
             tokens = _tokens_seen(head, plan, rows, length)
-            each = _filter(plan, tokens, 2, 3)
-            if isinstance(task, CausalLM):
-                each += 2 * gemm_flops(tokens, plan.width, task.vocab_size)
-                if plan.output_dim != plan.width:
-                    each += 3 * gemm_flops(tokens, plan.output_dim, plan.width)
+            each = _filter(plan, tokens, 2, 3) + head.flops(tokens, plan)
             return frozen(length) + len(plan.blocks) * each
 
         return count
@@ -123,7 +116,7 @@ def _forward(run: RunConfig, model: PreTrainedModel, task: Task, until: int | No
     module = FrozenModule(model, task)
     last = None if until is None else module.structure.blocks[until]
     rows, longest = run.train.micro_batch_size, run.data.sequence_length
-    lengths = [longest] if isinstance(task, CausalLM) else count_lengths(longest)  # rows of text are full
+    lengths = count_lengths(longest) if KINDS[run.spec.kind].padded else [longest]
 
     def counted(length: int) -> int:
         return count_flops(model, lambda: module(batch=_blank(rows, length), until=last))

@@ -1,4 +1,4 @@
-"""Continual pre-training's data: packed blocks of text, held-out perplexity, Stage I behind the LM head."""
+"""Rows of text: packed blocks, read in an order of each epoch, and held-out perplexity."""
 
 from __future__ import annotations
 
@@ -15,12 +15,10 @@ from ted_ds.data.packed import PackedBlocks
 from ted_ds.data.prepare import ensure_prepared
 from ted_ds.data.sources import iter_pieces
 from ted_ds.data.tokenizer_training import train_sentencepiece
-from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.evaluation.perplexity import held_out_perplexity
 from ted_ds.job.world import World
-from ted_ds.models.loading import resident_readout
-from ted_ds.tasks.causal_lm import CausalLM, LMHead
-from ted_ds.teacher.frozen import FrozenModel
+from ted_ds.tasks.base import Task
 
 SPLITS = {"train": True, "validation": False}
 """Split -> whether its last, partial block is dropped: training drops it, evaluation counts every token."""
@@ -31,16 +29,14 @@ class TextData:
     """A run's tokenizer, and its training and held-out blocks (validation None: there are none)."""
 
     tokenizer: Tokenizer
-    task: CausalLM
+    task: Task
     train: PackedBlocks
     validation: PackedBlocks | None
 
     @staticmethod
-    def open(run: RunConfig, tokenizer: Tokenizer, vocabulary_rows: int | None) -> TextData:
-        """The blocks that `prepare_text` made. vocabulary_rows: see `open_data`."""
+    def open(run: RunConfig, tokenizer: Tokenizer, task: Task) -> TextData:
+        """The blocks that `prepare_text` made."""
         blocks = {split: PackedBlocks(run.prepared_folder / split) for split in SPLITS if getattr(run.data, split)}
-        ids = tokenizer.vocab_size
-        task = CausalLM(ids if vocabulary_rows is None else min(ids, vocabulary_rows))
         return TextData(tokenizer, task, blocks["train"], blocks.get("validation"))
 
     @property
@@ -77,25 +73,11 @@ class TextData:
         """Nothing: a causal LM has one held-out set."""
         return {}
 
-    def disposable_head(self, frozen: FrozenModel, run: RunConfig, world: World, side: str) -> LMHead:
-        """The model's own final norm and LM head."""
-        section = run.teacher if side == "teacher" else run.student
-        assert section is not None
-        norm, head = resident_readout(frozen.module.model, world.device, trust_remote_code=section.trust_remote_code)
-        return LMHead(
-            norm,
-            head,
-            vocab_size=self.task.vocab_size,
-            token_fraction=run.filters.token_fraction,
-            seed=run.seed,
-        )
 
-
-def ensure_text_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer, a SentencePiece model trained first where the recipe says so and it is not there."""
-    if data.train_tokenizer is not None and not Path(data.tokenizer).exists():
-        train_sentencepiece(_all_texts(data), data.train_tokenizer, Path(data.tokenizer))
-    return load_tokenizer(data.tokenizer, trust_remote_code=data.trust_remote_code)
+def train_text_tokenizer(data: DataConfig) -> None:
+    """A SentencePiece model of the training texts."""
+    assert data.train_tokenizer is not None
+    train_sentencepiece(_all_texts(data), data.train_tokenizer, Path(data.tokenizer))
 
 
 def _all_texts(data: DataConfig) -> Iterator[str]:
