@@ -1,1 +1,1 @@
-"""Tasks: what pred_loss and kl_loss are, how a model is read, and Stage I's disposable heads."""
+"""Kinds of tasks: rows, losses, disposable heads, recorded outputs, FLOPs and scores; `base` is the contract."""

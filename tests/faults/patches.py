@@ -23,9 +23,9 @@ def _slowed(call: Any, what: str, *args: Any, **kwargs: Any) -> Any:
 
 def slow_evaluation(rank: int) -> None:
     """Says `evaluating` and takes its time."""
-    from ted_ds.pipeline import text_data
+    from ted_ds.tasks import text
 
-    text_data.held_out_perplexity = partial(_slowed, text_data.held_out_perplexity, "evaluating")  # type: ignore[assignment]
+    text.held_out_perplexity = partial(_slowed, text.held_out_perplexity, "evaluating")  # type: ignore[assignment]
 
 
 def slow_saving(rank: int) -> None:
