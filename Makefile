@@ -1,4 +1,5 @@
-# make quickstart: the whole pipeline on this machine.   make test: everything that must pass.
+# make quickstart: the whole pipeline on this machine.   make test: lint, types, and a test of everything that holds.
+# make test-all: also the slow cases, each of which has its like in `make test`.
 # make torture: kills and damages without end.   make bench-check: the CPU ratios against the committed ones.
 # All of them make their own environment in $(VENV) first; what they need is Python 3.11 to 3.14 and a C++ compiler.
 
@@ -9,7 +10,7 @@ STAMP := $(VENV)/.installed
 # DeepSpeed compiles an op at its first start and looks for ninja on PATH
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: quickstart test torture bench-check venv
+.PHONY: quickstart test test-all torture bench-check venv
 
 quickstart: $(STAMP)
 	$(VENV)/bin/python -m ted_ds.cli.main quickstart
@@ -18,6 +19,9 @@ test: $(STAMP)
 	ruff format --check .
 	ruff check .
 	mypy
+	pytest -n 2 --dist loadfile -m "not slow"
+
+test-all: $(STAMP)
 	pytest
 
 # tests/faults, with 60 kills and 1000 damaged checkpoints; a quarter of an hour on 2 cores

@@ -58,7 +58,7 @@ setup(
     extras_require={
         "bench": ["liger-kernel"],  # compared with where it is there
         # triton: its interpreter, beside a CPU wheel of torch too, which names none
-        "dev": ["mypy", "pytest", "pytest-timeout", "ruff", "triton>=3.6", "types-PyYAML", "uv"],
+        "dev": ["mypy", "pytest", "pytest-timeout", "pytest-xdist", "ruff", "triton>=3.6", "types-PyYAML", "uv"],
     },
     entry_points={"console_scripts": ["ted-ds = ted_ds.cli.main:main"]},
 )

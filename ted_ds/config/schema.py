@@ -53,12 +53,12 @@ LM_ALONE = (
 class RunConfig(Section):
     """A whole recipe, as it is written."""
 
-    task: TaskName = "causal-lm"
-    method: Method = "ted"
-    output_dir: Path
-    seed: NonNegativeInt = 0
+    task: TaskName = Field(default="causal-lm", description="`causal-lm`, a task of GLUE or SQuAD, or a kind of task")
+    method: Method = Field(default="ted", description="which terms the loss has, and whether filters are learnt")
+    output_dir: Path = Field(description="the run's folder")
+    seed: NonNegativeInt = Field(default=0, description="of the order of rows, random starts and dropout")
     deepspeed: Path = Field(default=Path("ds_configs/zero3.json"), description="of the student's engine and Stage I's")
-    teacher: TeacherConfig | None = None
+    teacher: TeacherConfig | None = Field(default=None, description="not needed by `ce`")
     student: StudentConfig
     filters: FiltersConfig = FiltersConfig()
     loss: LossConfig

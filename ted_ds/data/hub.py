@@ -34,7 +34,7 @@ def _look_at_files(entry: HubDataset) -> None:
     """Raises DataError for a file that `datasets` would read as if it were whole."""
     from datasets import load_dataset_builder
 
-    from ted_ds.data.files import refuse_incomplete
+    from ted_ds.data.text_files import refuse_incomplete
 
     splits = load_dataset_builder(entry.hub, entry.name).config.data_files or {}
     for path in dict.fromkeys(path for files in splits.values() for path in files):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ted_ds.config.data_section import HubDataset
-from ted_ds.data.files import matching_files
+from ted_ds.data.text_files import matching_files
 from ted_ds.errors import DataError
 
 Entries = Sequence[str | HubDataset]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ted_ds.data.bad_rows import BadRow
-from ted_ds.data.files import (
+from ted_ds.data.text_files import (
     CR_ENDS,
     JSON_SUFFIXES,
     TSV_SUFFIXES,

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 from ted_ds.config.data_section import HubDataset
 from ted_ds.data.bad_rows import BadRow, BadRows, usable
-from ted_ds.data.files import (
+from ted_ds.data.hub import hub_rows
+from ted_ds.data.records import RECORD_SUFFIXES, hub_records, iter_records
+from ted_ds.data.text_files import (
     CR_ENDS,
     PLAIN_SUFFIXES,
     TEXT_SUFFIXES,
@@ -18,8 +20,6 @@ from ted_ds.data.files import (
     no_format,
     text_file,
 )
-from ted_ds.data.hub import hub_rows
-from ted_ds.data.records import RECORD_SUFFIXES, hub_records, iter_records
 from ted_ds.errors import DataError
 
 PIECE_CHARACTERS = 1 << 16

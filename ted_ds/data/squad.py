@@ -10,9 +10,9 @@ from typing import Any
 
 from ted_ds.config.data_section import HubDataset
 from ted_ds.data.bad_rows import BadRow, BadRows, usable
-from ted_ds.data.files import JSON_SUFFIXES, TwiceNamed, file_kind, matching_files, no_format, text_file
 from ted_ds.data.hub import hub_rows
 from ted_ds.data.records import PARQUET, iter_records
+from ted_ds.data.text_files import JSON_SUFFIXES, TwiceNamed, file_kind, matching_files, no_format, text_file
 from ted_ds.errors import DataError
 
 NOTHING = "no questions: remove it from the recipe's data, or fill it"

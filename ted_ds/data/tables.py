@@ -14,7 +14,6 @@ from typing import Any
 from ted_ds.config.data_section import HubDataset
 from ted_ds.config.tasks import TaskSpec, Tsv
 from ted_ds.data.bad_rows import BadRow, BadRows, usable
-from ted_ds.data.files import TSV_SUFFIXES, file_kind, matching_files, no_format, text_file
 from ted_ds.data.hub import hub_rows
 from ted_ds.data.records import (
     PARQUET,
@@ -25,6 +24,7 @@ from ted_ds.data.records import (
     iter_records,
     tsv_rows,
 )
+from ted_ds.data.text_files import TSV_SUFFIXES, file_kind, matching_files, no_format, text_file
 from ted_ds.errors import DataError
 
 logger = logging.getLogger("ted_ds")

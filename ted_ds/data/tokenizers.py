@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from ted_ds.data.files import refuse_incomplete
 from ted_ds.data.hub import cause
 from ted_ds.data.sentencepiece_models import from_sentencepiece
+from ted_ds.data.text_files import refuse_incomplete
 from ted_ds.errors import DataError
 
 SPIECE = "tokenizer.model"

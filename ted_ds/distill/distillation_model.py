@@ -99,12 +99,15 @@ class DistillationModel(nn.Module):
             return loss, torch.cat([terms, layer_losses.to(terms)]).detach()
 
     def _pair_error(self, batch: Batch, pair: int, hidden_s: torch.Tensor, hidden_t: torch.Tensor) -> torch.Tensor:
-        """Pair k's sum over the micro-batch, as the layer loss's kind has it; runs in a hook of the teacher's block."""
+        """Pair k's sum over the micro-batch; runs in a hook of the teacher's block.
+
+        The filter calls `use` while its weights are whole, see `_task_losses`.
+        """
         assert self._teacher is not None
-        mask = batch.attention_mask if self.loss.mask_padding else None
         with phase("loss"):
             target = self._teacher.target(pair, hidden_t)
-            error: torch.Tensor = self.filters[pair](hidden_s, target, mask, error=self.layer_loss.kind.error)
+            use = self.layer_loss.against(target, batch.attention_mask)
+            error: torch.Tensor = self.filters[pair](hidden_s, use=use)
         return error
 
     def _task_losses(self, batch: Batch, output: torch.Tensor, counts: BatchCounts) -> TaskLosses:

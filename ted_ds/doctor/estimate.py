@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-from ted_ds.config.deepspeed import frozen_engine_config, trained_engine_config
+from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.tasks import KINDS
 from ted_ds.doctor.shapes import FilterShape, ModelShape, Shapes
@@ -159,10 +159,10 @@ def _teacher_lines(run: RunConfig, teacher: ModelShape | None, filters: FilterSh
     if run.teacher.cache is not None:
         if run.loss.kl_alpha and run.loss.kl_top_k is None and KINDS[run.spec.kind].lm_head:
             yield Line("the cached teacher's LM head", item * teacher.vocab * teacher.width)
-    elif HOSTS[run.teacher.sharding].whole_copy:
+    elif (host := HOSTS[run.teacher.sharding]).whole_copy:
         yield Line(f"the teacher's copy, {named}", item * elements)
     else:
-        engine = _Engine(frozen_engine_config(run, world_size=world_size), world_size, item)
+        engine = _Engine(host.engine_config(run, world_size) or {}, world_size, item)
         yield Line(f"the teacher's shard, {named}", item * elements / world_size, engine.weights)
         gathered = engine.gathered(elements, teacher.largest, backward=False)
         yield Line("the teacher's weights gathered at a time", item * gathered)

@@ -14,7 +14,7 @@ import torch
 
 from ted_ds.config.data_section import HubDataset
 from ted_ds.config.schema import RunConfig
-from ted_ds.data.files import matching_files
+from ted_ds.data.text_files import matching_files
 from ted_ds.data.tokenizers import load_tokenizer
 from ted_ds.doctor.estimate import Machine, estimate
 from ted_ds.doctor.finding import GIB, Finding, Status, gib

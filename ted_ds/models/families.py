@@ -1,7 +1,8 @@
 """What model families do in their own way, in one table; everything else is found by structure, see `structure`.
 
 A quirk that a field of the config tells is read from that field, so that relatives which the table does not name
-(Cohere2, Gemma-3) have it too. How a family's sequence classifier pools is in `pooler`.
+(Cohere2, Gemma-3) have it too. How a family's sequence classifier pools stands in `pooler`, what DeBERTa's padding
+once was in `padding`.
 """
 
 from __future__ import annotations
@@ -170,6 +171,11 @@ def row_limit(config: PreTrainedConfig) -> int | None:
     """Tokens that a row may have; None if positions are relative, without a limit."""
     rows = getattr(config, "max_position_embeddings", None)
     return family_of(config).positions(config, rows) if isinstance(rows, int) and rows > 0 else None
+
+
+def activation_of(config: Any) -> str:
+    """The name of the FFN's activation; gelu if the config calls the field otherwise, as GPT-2's does."""
+    return getattr(config, "hidden_act", "gelu")
 
 
 def logit_softcap(config: PreTrainedConfig) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-from ted_ds.ops import PairError, linear_squared_error
+UseFilter = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(features [.., D], weight [F, D], bias [F]), the input and the parameters of a filter's last linear layer."""
 
 
 def fresh_linear(inputs: int, outputs: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -49,25 +51,16 @@ class Filter(nn.Module):
         """The filtered states [.., F] of `hidden` [.., D] under the given tensors (Stage I's gradients need it)."""
         return functional.linear(self._features(hidden, *inner), weight, bias)
 
-    def forward(
-        self,
-        hidden: torch.Tensor,
-        target: torch.Tensor | None = None,
-        mask: torch.Tensor | None = None,
-        *,
-        error: PairError = linear_squared_error,
-    ) -> torch.Tensor:
-        """Filtered states [.., F]; with a target [.., F], the pair's scalar `error` against it (see `ops.layer_loss`).
+    def forward(self, hidden: torch.Tensor, *, use: UseFilter = functional.linear) -> torch.Tensor:
+        """What `use` makes of the last linear layer and its input; by default the filtered states [.., F].
 
-        hidden: [.., D]; mask: [..], nonzero if a token counts. The error is computed here, and not from what this
-        returns, for two reasons: under ZeRO-3 the weights are whole only inside this forward, and neither the filtered
-        states nor the target should wait for backward.
+        hidden: [.., D]. Stage II gives the layer loss as `use` (`LayerLoss.against`), and does not compute it from what
+        this returns, for two reasons: under ZeRO-3 the weights are whole only inside this forward, and neither the
+        filtered states nor the target should wait for backward.
         """
         hidden = hidden.to(self.weight.dtype)
         features = self._features(hidden, *((self.inner_weight, self.inner_bias) if self.nonlinear else ()))
-        if target is None:
-            return functional.linear(features, self.weight, self.bias)
-        return error(features, self.weight, self.bias, target.to(features.dtype), mask)
+        return use(features, self.weight, self.bias)
 
     def _features(self, hidden: torch.Tensor, *inner: torch.Tensor) -> torch.Tensor:
         return self.activation(functional.linear(hidden, *inner)) if inner else hidden

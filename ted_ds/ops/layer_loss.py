@@ -54,6 +54,18 @@ class LayerLoss:
         """
         self._scale = mean_squares.clamp_min(1e-12).reciprocal()
 
+    def against(
+        self, target: torch.Tensor, mask: torch.Tensor | None
+    ) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+        """The error of a pair, of (features, weight, bias) of the student's filter; see `PairError`.
+
+        target: [.., F], the teacher's filtered states, in any floating dtype; mask: [..], 0 at padding, or None.
+        """
+        counted = mask if self.mask_padding else None
+        return lambda features, weight, bias: self.kind.error(
+            features, weight, bias, target.to(features.dtype), counted
+        )
+
     def counted(self, counts: BatchCounts) -> torch.Tensor:
         """Tokens that are compared: real ones, or all positions."""
         return counts.tokens if self.mask_padding else counts.positions

@@ -22,6 +22,7 @@ from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.errors import CheckpointError, ModelError
 from ted_ds.job.files import write_atomically
 from ted_ds.job.world import World, logger, seed_everything
+from ted_ds.models.families import activation_of
 from ted_ds.models.filter_files import copy_filters, new_filters, read_plan
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import LayerMap, resolve_layer_map
@@ -83,9 +84,8 @@ def plan_pairs(run: RunConfig, models: ModelPaths) -> PairPlan | None:
 
 
 def _fresh(run: RunConfig, model: ModelStructure, blocks: tuple[int, ...], output_dim: int) -> FilterPlan:
-    """Filters to be learnt; nonlinear ones have the model's own activation (GPT-2's has another name: gelu)."""
-    config: Any = model.model.config
-    activation = getattr(config, "hidden_act", "gelu") if run.filters.nonlinear else "gelu"
+    """Filters to be learnt; nonlinear ones have the model's own activation."""
+    activation = activation_of(model.model.config) if run.filters.nonlinear else "gelu"
     return FilterPlan(blocks, model.width, output_dim, run.filters.nonlinear, activation)
 
 

@@ -93,7 +93,7 @@ def build_distillation_engine(run: ResolvedRun, world: World, data: RunData, pla
     module, engine = _build_student(run, world, data, plan)
     if teacher is not None:
         layer_map = plan.pairs.layer_map if plan.pairs else ()
-        normalized = plan.pairs is not None and run.loss.layer_loss == "normalized_mse"
+        normalized = plan.pairs is not None and module.layer_loss.kind.normalized
         squares = _mean_squares(run, world, data, teacher, layer_map) if normalized else None
         module.attach_teacher(teacher, layer_map, squares)
     return engine

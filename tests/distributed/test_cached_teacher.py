@@ -16,6 +16,7 @@ from ted_ds.teacher.cache_layout import Manifest
 from ted_ds.telemetry.recorder import read_metrics
 from tests.cache_jobs import full_while_recording, in_small_shards, on_a_small_disk, recordings, without_a_teacher
 from tests.jobs import pretrain_error, pretrain_recipe
+from tests.marks import slow
 from tests.project import make_project, write_recipe
 from tests.task_project import KL_ROUNDING, make_task_project, write_task_recipe
 from tests.tiny_models import tiny_model
@@ -79,7 +80,10 @@ def tensors_of(cache: Path) -> dict[str, torch.Tensor]:
     return {name: torch.cat([shard[name] for shard in shards]) for name in shards[0]}
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("kd, replicated", "bfloat16", "kd, regression")
+
+
+@pytest.mark.parametrize("case", [slow(case) if case in SLOW else case for case in CASES])
 def test_the_losses_are_those_of_the_live_teacher(projects: Callable[..., Path], workers: Group, case: str) -> None:
     task, changes, ranks, overrides = CASES[case]
     project, name = projects(task), "-".join(case.replace(",", "").split())

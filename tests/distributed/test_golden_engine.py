@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from transformers import AutoModelForSequenceClassification
 
 from ted_ds.models.published import read_published
 from ted_ds.telemetry.recorder import read_metrics
@@ -88,10 +88,11 @@ def test_published_checkpoints_run_a_step_from_a_recipe(tmp_path: Path, workers:
     project, case = published_project(tmp_path)
     workers(2).run(pretrain_recipe, step_recipe(project, case, optimizer__learning_rate=1e-30))
     assert read_metrics(project / "run")[-1]["layer_loss"] > 0
-    before, after = read_published(str(case / "student")), load_file(project / "run/student/model.safetensors")
+    before = read_published(str(case / "student"))
+    after = AutoModelForSequenceClassification.from_pretrained(project / "run/student").state_dict()
     # a step of 1e-30 moves nothing that float32 can hold
+    assert after.keys() <= before.weights.keys() and len(before.weights) - len(after) <= 1  # position ids
     assert all(torch.equal(tensor, before.weights[name]) for name, tensor in after.items())
-    assert len(before.weights) - len(after) <= 1  # position ids
 
 
 def test_published_filters_that_do_not_fit_are_named(tmp_path: Path, workers: Callable[[int], Workers]) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from ted_ds.telemetry.recorder import read_metrics
 from tests.jobs import first_gradients, pretrain_recipe
+from tests.marks import slow
 from tests.plain_training import plain_stage1, plain_stage2
 from tests.project import make_project, relative, write_recipe
 from tests.tiny_models import FAMILIES
@@ -32,6 +33,8 @@ SPLITS = {
     "offloaded parameters and optimizer": (2, ("--deepspeed=ds_configs/zero3_offload.json",)),
     "activation checkpointing": (2, ("--student.activation_checkpointing=true",)),
 }
+
+SLOW_SPLITS = ("1 rank, the whole batch at once", "ZeRO-0, replicated teacher", "replicated teacher")
 
 NARROW: dict[str, Any] = {
     "student__init": {"num_blocks": 2, "hidden_size": 8, "intermediate_size": 20},
@@ -74,7 +77,7 @@ def assert_same(losses: list[dict[str, float]], expected: list[dict[str, float]]
             assert a[name] == pytest.approx(b[name], rel=1e-5), (step, name)
 
 
-@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("split", [slow(split) if split in SLOW_SPLITS else split for split in SPLITS])
 def test_both_stages_are_plain_torch_however_they_are_split(
     project: Path, workers: Callable[[int], Workers], split: str
 ) -> None:
@@ -88,7 +91,7 @@ def test_both_stages_are_plain_torch_however_they_are_split(
         assert stage1 == pytest.approx(plain_stage1(path, side, steps=5), rel=1e-5)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [slow(shape) if shape == "reverse KL" else shape for shape in SHAPES])
 def test_every_method_and_shape_is_plain_torch(project: Path, workers: Callable[[int], Workers], shape: str) -> None:
     path = write_recipe(project, "shape-" + "-".join(shape.replace(",", "").split()), **SHORT, **SHAPES[shape])
     workers(2).run(pretrain_recipe, path)
@@ -108,7 +111,7 @@ def test_gradients_are_plain_torchs(project: Path, workers: Callable[[int], Work
     assert relative(ours["filters.0.weight"], 2 * expected["filters.0.weight"]) > 0.1  # the measure can fail
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f if f in ("gpt2", "llama", "gemma3_text") else slow(f) for f in FAMILIES])
 def test_every_family_goes_through_both_stages(tmp_path: Path, workers: Callable[[int], Workers], family: str) -> None:
     project = make_project(tmp_path, family=family)
     short = {"filters__steps": 3, "train__steps": 3, "train__save_every": 0, "optimizer__warmup_steps": 0}
@@ -119,7 +122,7 @@ def test_every_family_goes_through_both_stages(tmp_path: Path, workers: Callable
 
 @pytest.mark.parametrize(
     ("zero", "teacher", "student"),
-    [(ZERO3, "bfloat16", "bfloat16"), (ZERO0, "bfloat16", "bfloat16"), (ZERO3, "bfloat16", "float32")],
+    [(ZERO3, "bfloat16", "bfloat16"), slow(ZERO0, "bfloat16", "bfloat16"), slow(ZERO3, "bfloat16", "float32")],
 )
 def test_bfloat16_stays_near_float32(
     tmp_path: Path, workers: Callable[[int], Workers], zero: str, teacher: str, student: str

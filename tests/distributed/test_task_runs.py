@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from ted_ds.telemetry.recorder import read_metrics
 from tests.jobs import pretrain_error, pretrain_recipe
+from tests.marks import slow
 from tests.task_project import KL_ROUNDING, make_task_project, model_folder, write_task_recipe
 from tests.workers import Workers
 
@@ -158,10 +159,10 @@ def test_a_run_leaves_the_best_student_and_goes_on_after_a_stop(projects: Callab
 @pytest.mark.parametrize(
     ("task", "family", "dtype"),
     [
-        ("stsb", "electra", "float32"),
-        ("mnli", "xlm-roberta", "bfloat16"),
+        slow("stsb", "electra", "float32"),
+        slow("mnli", "xlm-roberta", "bfloat16"),
         ("squad_v2", "deberta-v2", "bfloat16"),
-        ("squad", "modernbert", "float32"),
+        slow("squad", "modernbert", "float32"),
         ("mnli", "qwen2", "bfloat16"),
     ],
 )
@@ -210,7 +211,7 @@ def test_recipes_in_epochs(projects: Callable[..., Path], workers: Group) -> Non
     assert (project / "epochs/metrics.jsonl").read_text() == before
 
 
-@pytest.mark.parametrize("family", ["deberta-v2", "modernbert", "llama"])
+@pytest.mark.parametrize("family", ["deberta-v2", slow("modernbert"), slow("llama")])
 def test_a_student_starts_from_a_pretrained_model(tmp_path: Path, workers: Group, family: str) -> None:
     project = make_task_project(tmp_path, "sst2", family=family)
     model = AutoModelForSequenceClassification.from_pretrained(project / "student")

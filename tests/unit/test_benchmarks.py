@@ -82,6 +82,7 @@ def test_ops_compares_what_computes_the_same(op: str) -> None:
         torch.testing.assert_close(fused, naive, rtol=1e-4, atol=1e-5)  # naive reduces in float32
 
 
+@pytest.mark.slow
 def test_step_measures_methods_with_and_without_checkpointing(tmp_path: Path, peaks_here: None) -> None:
     report = report_of(step.main, tmp_path, "--size tiny --repeats 1")
 
@@ -108,6 +109,7 @@ def test_naive_steps_have_the_gradients_of_ted_ds(method: str) -> None:
         torch.testing.assert_close(own, gradients[1][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_memory_measures_points_of_every_axis(tmp_path: Path) -> None:
     options = "--blocks 2 --pairs 1 2 --width 64 --vocab 256 --sequence 32"
     report = report_of(memory.main, tmp_path, options)
@@ -141,6 +143,7 @@ def test_data_prepares_loads_and_compares_with_a_step(tmp_path: Path) -> None:
     assert 0 < report["load_share_of_step"] < 1
 
 
+@pytest.mark.slow
 def test_scaling_moves_the_bytes_of_the_theory(tmp_path: Path) -> None:
     options = "--ranks 2 --steps 1 --blocks 2 --width 64 --vocab 512 --sequence 16"
     report = report_of(scaling.main, tmp_path, options)

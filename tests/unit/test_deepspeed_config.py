@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from ted_ds.config.choices import Sharding
 from ted_ds.config.deepspeed import (
     accumulation_steps,
     find_deepspeed_file,
@@ -17,6 +18,7 @@ from ted_ds.config.deepspeed import (
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.shipped import shipped_folder
 from ted_ds.errors import ConfigError
+from ted_ds.teacher.hosting import HOSTS
 
 
 def make_run(**changes: Any) -> RunConfig:
@@ -103,6 +105,14 @@ def test_the_teacher_has_its_own_precision_and_no_optimizer():
     assert config["train_batch_size"] == 4
     assert config["zero_optimization"]["stage"] == 3
     assert "optimizer" not in config and "gradient_clipping" not in config
+
+
+def test_every_sharding_has_a_host_that_is_configured_early():
+    assert set(HOSTS) == set(get_args(Sharding))
+    run = make_run()
+    configs = {name: host.engine_config(run, 2) for name, host in HOSTS.items()}
+    assert configs == {"replicated": None, "zero3": frozen_engine_config(run, world_size=2)}
+    assert [name for name, host in HOSTS.items() if host.whole_copy] == ["replicated"]
 
 
 @pytest.mark.parametrize("name", sorted(p.name for p in (shipped_folder() / "ds_configs").glob("*.json")))

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from ted_ds.config.tasks import TASKS
-from ted_ds.data.files import ARCHIVES
 from ted_ds.data.sources import iter_pieces
 from ted_ds.data.squad import iter_questions
 from ted_ds.data.tables import iter_examples
+from ted_ds.data.text_files import ARCHIVES
 from ted_ds.errors import DataError
 from tests.unit.test_sources import by_arrow
 

@@ -10,6 +10,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LONGEST_FILE, LONGEST_FUNCTION = 350, 60
 
+LONG_FUNCTIONS = {"logit_kernels.py:_dense_rows", "logit_kernels.py:_top_k_rows"}
+"""A Triton kernel is one program: its two passes over a row share a dozen values, and its signature takes a quarter."""
+
 
 def test_no_file_is_long():
     lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
@@ -19,14 +22,12 @@ def test_no_file_is_long():
 def test_no_function_is_long():
     long = []
     for path in FILES:
-        if path.stem.endswith("_kernels"):  # a Triton kernel is one program; half of its lines are its signature
-            continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 assert node.end_lineno is not None
                 if node.end_lineno - node.lineno + 1 > LONGEST_FUNCTION:
                     long.append(f"{path.name}:{node.name}")
-    assert not long
+    assert set(long) == LONG_FUNCTIONS
 
 
 def test_every_folder_says_in_one_sentence_what_it_is_for():

@@ -14,11 +14,11 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset
 
 from ted_ds.config.data_section import HubDataset
 from ted_ds.config.tasks import TASKS
-from ted_ds.data.files import POINTER
 from ted_ds.data.records import hub_records
 from ted_ds.data.sources import iter_pieces
 from ted_ds.data.squad import iter_questions
 from ted_ds.data.tables import iter_examples
+from ted_ds.data.text_files import POINTER
 from ted_ds.errors import DataError
 from tests.unit.test_sources import by_arrow
 

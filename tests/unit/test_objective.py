@@ -16,7 +16,7 @@ from ted_ds.errors import ModelError
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.loading import resident_readout
 from ted_ds.models.structure import find_structure
-from ted_ds.ops import logit_gemms
+from ted_ds.ops import Head, logit_gemms
 from ted_ds.tasks.causal_lm import CausalLM, LMHead
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule, filtered_square_sums
 from tests.project import relative
@@ -68,6 +68,40 @@ def test_losses_and_gradients_are_those_of_plain_autograd(family: str) -> None:
     assert relative(loss, want.sum_.detach()) < 1e-12
     assert relative(terms[1:4], torch.stack([want.pred, want.kl, want.layer]).detach()) < 1e-6
     assert worst_gradient(got, model) < 1e-10
+
+
+class Stranger:
+    """A teacher written from the text of `Teacher` alone: the library's hidden states, handed over one by one."""
+
+    target_width = 8
+
+    def __init__(self, model: Any, filters: Any) -> None:
+        self._model, self._filters = model, filters
+        self.sources = {1: nn.Identity(), 2: nn.Identity()}
+
+    def target(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
+        return self._filters[pair](hidden)
+
+    def stream(self, batch: Batch, use_output: Any = None, *, until: nn.Module | None = None) -> None:
+        with torch.no_grad():
+            states = self._model(batch.input_ids, output_hidden_states=True).hidden_states
+            for block, source in self.sources.items():
+                source(states[block + 1])
+        if use_output is not None:
+            use_output(states[-1], Head(self._model.lm_head.weight, None))
+
+    def expect(self, batches: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kl_alpha", [0.7, 0.0])
+def test_a_teacher_needs_no_more_than_the_contract(kl_alpha: float) -> None:
+    pairs, batch = ((0, 1), (1, 2)), a_batch()
+    model, frozen = build(LossConfig(kl_alpha=kl_alpha, mse_alpha=3.0))
+    model.attach_teacher(frozen, pairs)
+    want = run(model, batch)[1]
+    model.attach_teacher(Stranger(frozen.module.model, frozen.module.filters), pairs)
+    assert want[3] > 0 and torch.allclose(run(model, batch)[1], want, rtol=1e-6)
 
 
 def worst_gradient(got: dict[str, torch.Tensor], model: nn.Module) -> float:

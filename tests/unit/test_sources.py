@@ -16,8 +16,8 @@ import pytest
 from ted_ds.config.data_section import HubDataset
 from ted_ds.data import sources
 from ted_ds.data.bad_rows import BadRows
-from ted_ds.data.files import matching_files
 from ted_ds.data.sources import Piece, iter_pieces
+from ted_ds.data.text_files import matching_files
 from ted_ds.errors import DataError
 
 TEXTS = ["one\n", "two \u6f22 \U0001f600", "  three\r\n\r\n\tof \u00e9 "]
