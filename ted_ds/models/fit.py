@@ -23,9 +23,9 @@ from ted_ds.models.structure import find_structure
 
 def check_outputs(role: str, path: str, model: PreTrainedModel, spec: TaskSpec) -> None:
     """Raises ModelError for a head of another number of outputs, or other labels, than the task's."""
-    if spec.labels:
-        label_order(model.config, spec.labels)
     wanted = KINDS[spec.kind].outputs
+    if wanted is None and spec.labels:
+        label_order(model.config, spec.labels)
     if wanted is not None and model.config.num_labels != wanted:
         raise ModelError(
             f"the {role} {path} has {model.config.num_labels} outputs, task: {spec.name} has {wanted}: use a model of "

@@ -20,11 +20,10 @@ AUTO_CLASSES: dict[Kind, Any] = {kind: getattr(transformers, traits.auto_class) 
 
 def label_fields(spec: TaskSpec) -> dict[str, Any]:
     """What a config says of a task's outputs; nothing of an LM head's."""
-    if spec.labels:
-        names = dict(enumerate(spec.labels))
-        return {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-    outputs = KINDS[spec.kind].outputs
-    return {} if outputs is None else {"num_labels": outputs}
+    if (outputs := KINDS[spec.kind].outputs) is not None:
+        return {"num_labels": outputs}
+    names = dict(enumerate(spec.labels))
+    return {"num_labels": len(names), "id2label": names, "label2id": {n: i for i, n in names.items()}} if names else {}
 
 
 def start_from_pretrained(
