@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> int:
     """Prints a line a check: ok, warn or FAIL, what was found, what to change.
 
     Started by a launcher on many ranks, rank 0 prints, also what other ranks found and it did not. Leaves nothing on
-    disk. Returns 0, or 2 where anything FAILs.
+    disk. Returns 0, or 2 if anything FAILs.
     """
     parser = argparse.ArgumentParser("ted-ds doctor", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("--config", type=Path, help="the recipe that shall run here")

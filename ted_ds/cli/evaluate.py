@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--task", choices=[t for t in TASKS if t not in OWN_COLUMNS], default="causal-lm")
     parser.add_argument("--data", nargs="+", default=[], metavar="FILES", help="held-out text, or the task's files")
     parser.add_argument("--lambada", metavar="FILE", help="LAMBADA: lines of plain text, or rows with `text`")
-    parser.add_argument("--tokenizer", help="where the model's folder has none")
+    parser.add_argument("--tokenizer", help="if the model's folder has none")
     parser.add_argument(
         "--sequence-length", type=_positive, help="tokens a row (default 1024; tasks 256, questions 384)"
     )

@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> int:
 def run_command(argv: Sequence[str], program: str, goal: Any) -> int:
     """Runs a recipe as far as `goal`, see `ted_ds.pipeline.run`; returns the exit code.
 
-    Raises ConfigError where a launcher is given the other one's recipe.
+    Raises ConfigError if a launcher is given the other one's recipe.
     """
     run = recipe_from(argv, program)
     fitting = "pretrain" if KINDS[run.spec.kind].lm_head else "finetune"
@@ -33,7 +33,7 @@ def run_command(argv: Sequence[str], program: str, goal: Any) -> int:
 def run_to(run: RunConfig, goal: Any) -> None:
     """Runs a recipe on the ranks that this process is one of, as far as `goal`, and prints what it gives.
 
-    Raises a TedError: Stopped where a signal or `train.max_minutes` ended it. Where another rank is lost the process
+    Raises a TedError: Stopped if a signal or `train.max_minutes` ended it. If another rank is lost, the process
     ends with RankLost's exit code.
     """
     from ted_ds.job.stop import StopRequest

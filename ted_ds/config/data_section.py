@@ -35,7 +35,7 @@ DataEntries = Annotated[tuple[str | HubDataset, ...], BeforeValidator(_as_sequen
 
 
 class DataConfig(Section):
-    """Documents or labelled rows, their tokenizer, and where what is made of them is kept."""
+    """Documents or labelled rows, their tokenizer, and the folder of the prepared rows."""
 
     train: DataEntries = Field(min_length=1)
     validation: DataEntries = Field(default=(), description="held-out data; empty: no evaluation")

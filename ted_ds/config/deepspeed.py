@@ -1,7 +1,7 @@
 """A recipe and an ordinary DeepSpeed file -> the dict of one engine; the one place that solves batch sizes.
 
 The file owns how state is sharded and moved. What a recipe decides (batch sizes, precision, optimizer,
-schedule, clipping) is filled in where the file leaves it out or says "auto"; a file that says otherwise is
+schedule, clipping) is filled in if the file leaves it out or says "auto"; a file that says otherwise is
 refused.
 """
 
@@ -24,7 +24,7 @@ QUIET = 10**9
 def accumulation_steps(
     global_batch_size: int, micro_batch_size: int, world_size: int, *, section: str = "train"
 ) -> int:
-    """Micro-batches per rank per optimizer step. Raises ConfigError where the sizes do not divide.
+    """Micro-batches per rank per optimizer step. Raises ConfigError if the sizes do not divide.
 
     section: of the recipe that names the global batch size.
     """
@@ -53,7 +53,7 @@ def trained_engine_config(
     learning_rate, weight_decay, global_batch_size (rows of a step): None is Stage II's, of the sections optimizer and
     train.
     The optimizer is torch's fused AdamW, which needs no compiler; DeepSpeed's CPUAdam (compiled at the first
-    start) only where the file offloads a GPU's optimizer.
+    start) only if the file offloads a GPU's optimizer.
     Raises ConfigError for a file that cannot be read or contradicts the recipe.
     """
     path = find_deepspeed_file(run.deepspeed)
@@ -124,7 +124,7 @@ def frozen_engine_config(run: RunConfig, *, world_size: int) -> dict[str, Any]:
 def find_deepspeed_file(path: Path) -> Path:
     """`path` from the working directory or, if it is not there, from this copy of ted_ds.
 
-    Raises ConfigError where neither has it.
+    Raises ConfigError if neither has it.
     """
     if (found := find_file(path)) is None:
         places = f"neither in {Path.cwd()} nor in {shipped_folder()}"
@@ -167,7 +167,7 @@ def _fill_precision(path: Path, config: dict[str, Any], dtype: Dtype, origin: st
 
 
 def _fill(path: Path, config: dict[str, Any], key: str, value: Any, origin: str, *, parent: str = "") -> None:
-    """Sets `key`, recursively, where the file leaves it open; other keys beside it stay the file's."""
+    """Sets `key`, recursively, if the file leaves it open; other keys beside it stay the file's."""
     given = config.get(key, "auto")
     if isinstance(value, dict) and isinstance(given, dict):
         for name, part in value.items():

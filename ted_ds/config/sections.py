@@ -183,7 +183,7 @@ class StudentConfig(Section):
 
 
 class FiltersConfig(Duration):
-    """The filters of `ted`, and where pairs lie. Of it all `lwd` uses layer_map and nonlinear: its filters, on the
+    """The filters of `ted`, and which blocks are pairs. `lwd` uses layer_map and nonlinear alone: its filters, on the
     student alone, are not learnt beforehand, and their F is the teacher's width.
     """
 

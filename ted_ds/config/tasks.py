@@ -41,7 +41,7 @@ class Tsv:
     """GLUE's official TSV files of a task, which are tab-separated without any quoting.
 
     header: the columns of a file that has no header line (CoLA's train and dev sets; its test set has one).
-    names: official name -> the task's, where they differ.
+    names: official name -> the task's, if they differ.
     """
 
     header: tuple[str, ...] | None = None
@@ -55,7 +55,7 @@ class TaskSpec:
     text_columns: one or two. labels: their names, numbered in this order; () for numbers and questions.
     numbered: the labels that 0, 1, ... mean in the task's official files; () if a number has no name.
     metrics: see `ted_ds.evaluation`; questions always get SQuAD's. best: the one by which the best weights are
-    chosen; "" for text, whose last weights are the result. tsv: None where there is no official TSV layout.
+    chosen; "" for text, whose last weights are the result. tsv: None if there is no official TSV layout.
     """
 
     name: str

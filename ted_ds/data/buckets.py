@@ -28,10 +28,10 @@ class BucketedRows:
     steps that begin in an epoch are cut into pools of at most `POOL_STEPS`; a pool's rows are ordered by length, to
     `MULTIPLE` tokens, otherwise left in their order, and dealt to its steps, which are shuffled. So after the last
     step of an epoch every row has been read once more (and less than G of the next epoch's with it). All of a step
-    is padded to its longest row, whatever rank computes it: ranks work alike, and nothing depends on the split.
+    is padded to its longest row, on every rank: ranks work alike, and nothing depends on the split.
     Micro-batch m of rank r holds the step's rows (m * world_size + r) * mb on.
 
-    Raises DataError where an epoch has fewer rows than a step.
+    Raises DataError if an epoch has fewer rows than a step.
     """
 
     def __init__(

@@ -55,7 +55,7 @@ class EncodedRows:
 
     lengths: [rows] int32 tokens of each. targets: [rows] labels int64, values float32, or for questions the
     positions where answers start, int64.
-    Raises DataError where the folder is not whole.
+    Raises DataError if the folder is not whole.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -216,7 +216,7 @@ def _of_own_ids(questions: Iterator[Question], bad: BadRows) -> Iterator[Questio
 
 
 def _answer_tokens(question: Question, offsets: np.ndarray) -> tuple[int, int]:
-    """(first, last) token of the first gold answer in a window; (0, 0) where there is none, or not whole in it."""
+    """(first, last) token of the first gold answer in a window; (0, 0) if there is none, or not whole in it."""
     context = np.flatnonzero(offsets[:, 0] >= 0)
     if not question.answers or not len(context):
         return 0, 0

@@ -51,7 +51,7 @@ class TrainingRows:
     """The training rows of every optimizer step, dealt to ranks and micro-batches.
 
     Step s takes positions [s * G, (s + 1) * G) of the endless sequence of epochs, each an order of its own:
-    the same rows whatever the split. Micro-batch m of rank r holds positions (m * world_size + r) * mb on.
+    the same rows for every split. Micro-batch m of rank r holds positions (m * world_size + r) * mb on.
     """
 
     def __init__(

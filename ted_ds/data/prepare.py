@@ -60,7 +60,7 @@ def check(
     *,
     text_column: str,
 ) -> None:
-    """Raises DataError where `blocks` were made of other data, by another tokenizer, or at another length."""
+    """Raises DataError if `blocks` were made of other data, by another tokenizer, or at another length."""
     made = blocks.manifest
     sizes = file_sizes(entries) if made.entries == entry_names(entries) else {}
     prefix = None if made.prefix is None else tuple(tokenizer.prefix)

@@ -48,7 +48,7 @@ def iter_pieces(
     file or hub data set is one each (the string in `text_column`). Compressed files are read as such.
     bad: gets the rows that cannot be used, and no more pieces come once the data is refused for them; None: the first
     of them is raised.
-    Raises DataError naming the file, and the line where there is one, that is missing, empty or unreadable.
+    Raises DataError naming the file, and the line if there is one, that is missing, empty or unreadable.
     """
     for entry in entries:
         if isinstance(entry, HubDataset):

@@ -41,7 +41,7 @@ NOTHING = "no rows: remove it from the recipe's data, or fill it"
 
 @dataclass(frozen=True)
 class Example:
-    """One row. label: a label's number, a regression's value, or None where the row is not labelled."""
+    """One row. label: a label's number, a regression's value, or None if the row is not labelled."""
 
     texts: tuple[str, ...]
     label: int | float | None

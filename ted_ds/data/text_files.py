@@ -42,7 +42,7 @@ CR_ENDS = "a carriage return within the line, so that its end may be one: end li
 """What is wrong with a line of a file in which several may be one, as old Macs wrote them."""
 
 POINTER = "version https://git-lfs.github.com/"
-"""How a file begins that only says where its content is."""
+"""How a file begins that is only a pointer to its content."""
 
 ARCHIVES: tuple[tuple[bytes, str], ...] = (
     (b"PK\x03\x04", "a zip archive"),

@@ -75,7 +75,7 @@ class Tokenizer:
 
     @property
     def eos_id(self) -> int:
-        """The end-of-document token. Raises DataError where there is none (BERT's)."""
+        """The end-of-document token. Raises DataError if there is none (BERT's)."""
         if self._tokenizer.eos_token_id is None:
             raise DataError(
                 f"tokenizer {self.name} has no end-of-document token: set eos_token in its tokenizer_config.json"
@@ -89,7 +89,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int:
-        """The padding token, or the end-of-document token where there is none. Raises DataError for neither."""
+        """The padding token, or the end-of-document token if there is none. Raises DataError for neither."""
         found = self._tokenizer.pad_token_id
         return self.eos_id if found is None else int(found)
 
@@ -195,7 +195,7 @@ def load_tokenizer(name_or_path: str, *, trust_remote_code: bool = False) -> Tok
     """The tokenizer of a folder or hub id, or of a bare SentencePiece `.model` file.
 
     trust_remote_code: run the code that comes with it, if any; nobody is asked.
-    Raises DataError where there is none, where it cannot be loaded, and for code that is not trusted.
+    Raises DataError if there is none, if it cannot be loaded, and for code that is not trusted.
     """
     path = Path(name_or_path)
     for file in (path, *(path / name for name in _FOLDER_FILES)):

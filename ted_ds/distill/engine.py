@@ -1,4 +1,4 @@
-"""The engine of whatever is trained: the student with its filters, or Stage I's filters."""
+"""The engine of what is trained: the student with its filters, or Stage I's filters."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Encoder(Protocol):
 def split_last_word(text: str) -> tuple[str, str]:
     """(context, word): the word after the last white space, which it keeps in front; trailing space is cut.
 
-    DataError where the text has fewer than two words: there would be no context to predict from.
+    DataError if the text has fewer than two words: there would be no context to predict from.
     """
     text = text.rstrip()
     found = re.search(r"(?<=\S)\s+\S+$", text)

@@ -24,7 +24,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Question(Protocol):
-    """What scoring needs of a question; `answers` are (text, start in the context), none where it has no answer."""
+    """What scoring needs of a question; `answers` are (text, start in the context), none if it has no answer."""
 
     @property
     def id(self) -> str: ...
@@ -126,14 +126,14 @@ def squad_scores(
 ) -> dict[str, float]:
     """The scores of SQuAD's official script, 2.0, under its names; percentages, each the mean over questions.
 
-    Those of the 1.1 script differ only where an answer is nothing but articles and punctuation.
+    Those of the 1.1 script differ only if an answer is nothing but articles and punctuation.
     "exact" and "f1" of the answers with "total", their number. If a question has no answer or `no_answer` is
     given, also "HasAns_exact" and so on, over questions with an answer, and "NoAns_exact" and so on, over those
     without; a group without questions is left out. If `no_answer` is given, also "best_exact", what the best
     threshold "best_exact_thresh" would have scored, and "best_f1" and "best_f1_thresh".
     predictions: {id: answer}, "" for none. no_answer: {id: probability that there is no answer}; a prediction
     with one above `threshold` counts as none.
-    DataError where there is no question, or one is not in `predictions` or in `no_answer`.
+    DataError if there is no question, or one is not in `predictions` or in `no_answer`.
     """
     if not questions:
         raise DataError("no question to score: the evaluation data is empty")
@@ -197,7 +197,7 @@ def _normalise(text: str) -> str:
 
 
 def _f1(prediction: Sequence[str], gold: Sequence[str]) -> float:
-    """F1 of the bags of words; 1 where both are empty."""
+    """F1 of the bags of words; 1 if both are empty."""
     if not prediction or not gold:
         return float(prediction == gold)
     shared = (Counter(prediction) & Counter(gold)).total()

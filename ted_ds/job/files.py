@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """The whole text or the old file, never half, even where the power fails: flushed to disk, renamed."""
+    """The whole text or the old file, never half, even if the power fails: flushed to disk, renamed."""
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -38,7 +38,7 @@ def replace_folder(folder: Path, new: Path) -> None:
 
 
 def recover_folder(folder: Path) -> None:
-    """Puts the former folder back where `replace_folder` was interrupted between its two renames."""
+    """Puts the former folder back if `replace_folder` was interrupted between its two renames."""
     old = folder.with_name(folder.name + ".old")
     if old.exists() and not folder.exists():
         old.rename(folder)

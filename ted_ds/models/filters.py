@@ -30,7 +30,7 @@ class Filter(nn.Module):
     """f: [.., D] -> [.., F], `W h + b`, or `W act(W_inner h + b_inner) + b` (arXiv 2210.01351, section 3).
 
     The filter owns its tensors itself, without submodules, so that ZeRO-3 gathers all of them when the
-    filter is called, whatever it computes. A linear filter with F = D starts at identity: a student cut
+    filter is called. A linear filter with F = D starts at identity: a student cut
     from its teacher shares its basis, and a random start would throw that away.
     """
 

@@ -1,4 +1,4 @@
-"""A model's labels against the data's: compared by name, mapped where the order differs."""
+"""A model's labels against the data's: compared by name, mapped if the order differs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ logger = logging.getLogger("ted_ds")
 
 
 def label_order(config: PreTrainedConfig, labels: Sequence[str]) -> list[int] | None:
-    """For each of the data's `labels` the model's number of it; None where both have the same order.
+    """For each of the data's `labels` the model's number of it; None if both have the same order.
 
     Names are compared without regard to case, "_", "-" and spaces. A model that was saved without names
     ("LABEL_0", ...) is taken to have the data's order, and a warning says so.
-    Raises ModelError where numbers or names differ.
+    Raises ModelError if numbers or names differ.
     """
     names: Any = config.id2label
     own = [str(names[i]) for i in range(len(names))]

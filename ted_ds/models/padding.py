@@ -13,7 +13,7 @@ def zero_padding_context(model: nn.Module) -> None:
     """Gives padding positions of a DeBERTa-v2 a context of zeros, as transformers had it up to 4.x.
 
     Today a padding query attends to every position alike (a softmax over constants). States of real tokens do
-    not depend on it, states of padding do; where the layer loss counts those (`loss.mask_padding: false`), both
+    not depend on it, states of padding do; if the layer loss counts those (`loss.mask_padding: false`), both
     sides must have them as the paper's code did. Other families' padding attends to real tokens, then and now.
     """
     for module in model.modules():
@@ -23,5 +23,5 @@ def zero_padding_context(model: nn.Module) -> None:
 
 def _zero_padding_queries(module: nn.Module, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> tuple[Any, ...]:
     context: torch.Tensor = output[0]
-    mask: torch.Tensor = inputs[1]  # [B, 1, S, S], 1 where query and key are real
+    mask: torch.Tensor = inputs[1]  # [B, 1, S, S], 1 if query and key are real
     return (context * mask[:, 0].amax(-1)[..., None].to(context.dtype), *output[1:])

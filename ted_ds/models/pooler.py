@@ -24,7 +24,7 @@ class PoolerPlan:
     """token -> dropout_before -> [Linear -> activation [-> LayerNorm]] -> dropout_after, then the classifier.
 
     token: which real token's state is taken, or their mean. activation: None leaves out the dense layer and
-    the norm. norm_epsilon: None where there is no norm. bias, norm_bias: of the dense layer and the norm.
+    the norm. norm_epsilon: None if there is no norm. bias, norm_bias: of the dense layer and the norm.
     """
 
     token: Token
@@ -70,7 +70,7 @@ class PoolerPlan:
             weights = mask[..., None].to(states.dtype)
             pooled = (states * weights).sum(1) / weights.sum(1)
         else:
-            pooled = states.mean(1)  # of one token, or of all where nothing is padding
+            pooled = states.mean(1)  # of one token, or of all if nothing is padding
         pooled = functional.dropout(pooled, self.dropout_before, training)
         if self.activation is not None:
             pooled = functional.linear(pooled, tensors["pooler_weight"], tensors.get("pooler_bias"))

@@ -48,7 +48,7 @@ class PublishedModel:
     """Such a checkpoint, taken apart.
 
     config: of the plain transformers model. options: what their config says of filters, see `OPTIONS`.
-    weights: the plain model's tensors. plan: the filters' shape, None where there are none. filters: their tensors
+    weights: the plain model's tensors. plan: the filters' shape, None if there are none. filters: their tensors
     under the names of `FilterPlan.build()`. heads: Stage I's, under their names; empty after Stage II.
     """
 
@@ -74,7 +74,7 @@ def is_published(name_or_path: str) -> bool:
 def read_published(name_or_path: str) -> PublishedModel:
     """A checkpoint from a folder or hub id, safetensors or pickled (`weights_only=True`), sharded or not, on the CPU.
 
-    Raises CheckpointError where config or weights are missing or unreadable, or the filters are not those that the
+    Raises CheckpointError if config or weights are missing or unreadable, or the filters are not those that the
     config describes.
     """
     theirs = _read_config(name_or_path)
@@ -100,7 +100,7 @@ def unpack_published(name_or_path: str, folder: Path) -> None:
     """Writes folder/model, a plain Hugging Face folder, and folder/filters as Stage I leaves them; renamed into place.
 
     Without filters in the checkpoint there is no folder/filters; the filters' heads are not kept. Raises
-    CheckpointError where `folder` exists, and as `read_published`.
+    CheckpointError if `folder` exists, and as `read_published`.
     """
     model = read_published(name_or_path)
     temporary = _temporary(folder)
@@ -166,7 +166,7 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
     except (UnpicklingError, RuntimeError, OSError, EOFError) as error:
         raise CheckpointError(
             f"{path} is torn, or holds more than tensors, which is not loaded because it could run code: convert it "
-            f"to {SINGLE} where you trust it"
+            f"to {SINGLE} if you trust it"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise CheckpointError(f"{path} does not hold tensors by name alone: save the model's state_dict() instead")
@@ -176,7 +176,7 @@ def _read_pickled(path: Path) -> dict[str, torch.Tensor]:
 def _plan(
     name_or_path: str, config: dict[str, Any], options: dict[str, Any], own: dict[str, torch.Tensor]
 ) -> FilterPlan:
-    """The filters' shape from their tensors; CheckpointError where these are not what the config describes."""
+    """The filters' shape from their tensors; CheckpointError if these are not what the config describes."""
 
     def check(key: str, said: Any, means: Any, what: str, found: Any) -> None:
         if found != means:

@@ -79,7 +79,7 @@ def _no_packed_positions() -> Iterator[None]:
 class TaskReadout(Readout):
     """A model with a small task head, read up to its logits.
 
-    order: for each label of the data the model's own number of it; None where they are the same.
+    order: for each label of the data the model's own number of it; None if they are the same.
     """
 
     def __init__(self, model: Any, order: Sequence[int] | None = None) -> None:

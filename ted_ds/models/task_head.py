@@ -37,9 +37,9 @@ def start_from_pretrained(
 ) -> None:
     """Writes a pre-trained model with a head of its task, drawn under `seed`, as a Hugging Face folder; on one rank.
 
-    All outside the backbone is new, also where a model brings a masked LM's head or another task's. Written once and
+    All outside the backbone is new, also if a model brings a masked LM's head or another task's. Written once and
     not drawn as the model is loaded, so that every method and number of ranks starts alike.
-    Raises ModelError where the model cannot be loaded with such a head.
+    Raises ModelError if the model cannot be loaded with such a head.
     """
     temporary = output_dir.with_name(output_dir.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -50,7 +50,7 @@ def start_from_pretrained(
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             fresh = AUTO_CLASSES[spec.kind].from_config(config, **options)
-            # sizes differ where the model has a head of another task
+            # sizes differ if the model has a head of another task
             model = AUTO_CLASSES[spec.kind].from_pretrained(
                 pretrained, config=config, ignore_mismatched_sizes=True, **options
             )

@@ -23,7 +23,7 @@ class TopK:
     """A teacher's k likeliest ids of each position, and what is left for all others together.
 
     ids: [N, k] int32 or int64, none twice in a row. log_probs: [N, k] log softmax(z_t / T) at them. log_rest: [N]
-    log of the probability of all other ids, -inf where k is the whole vocabulary.
+    log of the probability of all other ids, -inf if k is the whole vocabulary.
     """
 
     ids: torch.Tensor

@@ -12,12 +12,12 @@ def eager_gradients(compute: Callable[..., torch.Tensor], *parameters: torch.Ten
     """`compute(*parameters)`, a scalar, differentiable with respect to `parameters` alone.
 
     Runs `compute` and its backward at once, inside the forward of one autograd function, and keeps the
-    parameters' gradients: memory until backward is one gradient a parameter, whatever `compute` made on
-    the way. Stage I needs it, where each block's loss must be finished before the next block runs, yet
+    parameters' gradients: memory until backward is one gradient for each parameter, independent of what `compute` made on
+    the way. Stage I needs it: there, each block's loss must be finished before the next block runs, yet
     DeepSpeed's engine must see a single backward.
 
     compute: called with aliases of the parameters (same storage, own autograd leaves), returns a scalar
-        tensor; called once, without recording where no parameter needs a gradient or grad mode is off.
+        tensor; called once, without recording if no parameter needs a gradient or grad mode is off.
         Tensors that it takes from elsewhere get no gradient.
     Backward multiplies the stored gradients by the upstream gradient, in new tensors: it may run twice.
     """

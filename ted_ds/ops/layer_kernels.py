@@ -14,7 +14,7 @@ _BLOCK = 2048
 
 
 def subtract_in_place(output: torch.Tensor, target: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """output [N, F] becomes output - target, 0 where mask [N] is False; returns float32 sums of squares [N]."""
+    """output [N, F] becomes output - target, 0 if mask [N] is False; returns float32 sums of squares [N]."""
     rows, width = output.shape
     sums = torch.empty(rows, dtype=torch.float32, device=output.device)
     if rows:

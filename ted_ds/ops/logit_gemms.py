@@ -101,7 +101,7 @@ def common_vocab(head_s: Head, head_t: Head | None, vocab_size: int | None) -> i
 
 
 def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first: bool) -> None:
-    """total (+)= a @ b; where total is wider than a and b, the sum is not rounded to their dtype.
+    """total (+)= a @ b; if total is wider than a and b, the sum is not rounded to their dtype.
 
     CUDA's GEMM adds half-precision products to a float32 total itself (pytorch#167931); elsewhere the product is
     made, and rounded, once a chunk.

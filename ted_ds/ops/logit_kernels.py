@@ -112,7 +112,7 @@ def _through_cap(gradient, x, CAP: tl.constexpr):
 
 @triton.jit
 def _shift(maximum):
-    """What exponents are taken relative to; where nothing but -inf was seen, 0 instead of -inf - -inf."""
+    """What exponents are taken relative to; if nothing but -inf was seen, 0 instead of -inf - -inf."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
 
 

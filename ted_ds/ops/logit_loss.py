@@ -56,7 +56,7 @@ def linear_cross_entropy_kl(
 
     pred_sum = sum of -log softmax(z_s)[target]; kl_sum = T^2 * sum of KL(softmax(z_t/T) || softmax(z_s/T)),
     both over the rows whose target is not -100. total is differentiable with respect to hidden_s,
-    head_s.weight and head_s.bias, once; the two sums are detached. All are scalars, float32 (float64 where
+    head_s.weight and head_s.bias, once; the two sums are detached. All are scalars, float32 (float64 if
     the inputs are).
 
     hidden_s: [N, D_s]; hidden_t: [N, D_t], a constant, or None (then kl_sum is 0); targets: [N] int64.
@@ -126,7 +126,7 @@ def teacher_top_k(
     vocab_size: int | None = None,
     chunk_tokens: int | None = None,
 ) -> TopK:
-    """What `linear_cross_entropy_kl` needs of a teacher where `top_k` is k, without gradients.
+    """What `linear_cross_entropy_kl` needs of a teacher if `top_k` is k, without gradients.
 
     hidden_t: [N, D]. Returns ids [N, k] int32 and log-probabilities in float32 (float64 for float64 heads).
     vocab_size and chunk_tokens: see `linear_cross_entropy_kl`.
@@ -158,7 +158,7 @@ def token_scores(
     """Each token's -log softmax(z)[target] and whether the target is the argmax, without gradients.
 
     hidden: [N, D]; targets: [N] int64. Returns [N] float32 (float64 for float64 heads) and [N] bool; 0 and
-    False where the target is -100. vocab_size and chunk_tokens: see `linear_cross_entropy_kl`.
+    False if the target is -100. vocab_size and chunk_tokens: see `linear_cross_entropy_kl`.
     """
     vocab = common_vocab(head, None, vocab_size)
     hidden = hidden.to(head.weight.dtype)
@@ -232,7 +232,7 @@ def _scaled_to(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype)
 
 @dataclass
 class _Gradients:
-    """Gradients up to a common factor: of hidden [N, D], weight [V, D], bias [V]; None where not needed."""
+    """Gradients up to a common factor: of hidden [N, D], weight [V, D], bias [V]; None if not needed."""
 
     hidden: torch.Tensor | None
     weight: torch.Tensor | None

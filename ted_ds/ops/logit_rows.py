@@ -93,7 +93,7 @@ def losses_and_gradient(
     x_s: [C, V] GEMM output of the student (see `Form`), overwritten.
     teacher: the teacher's, likewise, or its top k (then `divergence` must be forward), or None.
     targets: [C] int64 below V; rows that do not count are the caller's to leave out.
-    temperature: must be 1 where there is no teacher.
+    temperature: must be 1 if there is no teacher.
     """
     ce, kl = [], []
     for start in range(0, max(1, len(x_s)), scratch.rows):
@@ -124,12 +124,12 @@ def scores(x: torch.Tensor, targets: torch.Tensor, form: Form, scratch: Scratch)
 
 
 def weights_of(targets: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[N]: 1 where a target is predicted, 0 where it is `IGNORED`."""
+    """[N]: 1 if a target is predicted, 0 if it is `IGNORED`."""
     return (targets != IGNORED).to(dtype)
 
 
 def scaled_logits(x: torch.Tensor, form: Form, scratch: Scratch, name: str) -> torch.Tensor:
-    """y = logits / T [R, V], float32 or wider: x itself where that will do; under a cap x becomes tanh."""
+    """y = logits / T [R, V], float32 or wider: x itself if that will do; under a cap x becomes tanh."""
     if form.capped_factor is None:
         wide = x.dtype in (torch.float32, torch.float64)
         return x if wide else scratch.get(name, len(x)).copy_(x)

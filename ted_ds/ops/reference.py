@@ -14,7 +14,7 @@ from ted_ds.ops.divergence import DIVERGENCES, kl_rows
 
 
 def soft_capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """`softcap * tanh(logits / softcap)` (Gemma 2), or the logits themselves where softcap is None."""
+    """`softcap * tanh(logits / softcap)` (Gemma 2), or the logits themselves if softcap is None."""
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 

@@ -34,10 +34,10 @@ def stage2_flops(
     filters: FilterPlan | None = None,
     teacher_filters: FilterPlan | None = None,
 ) -> BatchFlops | None:
-    """Of a micro-batch of distillation; None where a model cannot be counted, which the log says.
+    """Of a micro-batch of distillation; None if a model cannot be counted, which the log says.
 
     The student costs three forwards, the teacher one (up to its last pair without a KL). Out of a cache it costs none,
-    its filters neither, and its LM head only where logits are made anew (no `loss.kl_top_k`). layer_map, filters,
+    its filters neither, and its LM head only if logits are made anew (no `loss.kl_top_k`). layer_map, filters,
     teacher_filters: of the layer loss, empty or None without one.
     """
     rows, kl = run.train.micro_batch_size, bool(run.loss.kl_alpha)

@@ -33,7 +33,7 @@ class BestStudent:
     def go_back(self, card: Mapping[str, Any] | None, steps: int) -> None:
         """The best was `card`'s when the checkpoint was saved that a run of `steps` steps goes on from.
 
-        Raises CheckpointError where the folder holds those of a step that is not going to be repeated.
+        Raises CheckpointError if the folder holds those of a step that is not going to be repeated.
         """
         if self.card is not None and self.card["best_step"] > steps:
             raise CheckpointError(
@@ -44,7 +44,7 @@ class BestStudent:
         self.card = None if card is None else dict(card)
 
     def beaten_by(self, step: int, scores: dict[str, float]) -> bool:
-        """True where the scores are better, the same on every rank; a nan is not.
+        """True if the scores are better, the same on every rank; a nan is not.
 
         True, too, at the step whose student the folder holds from before: repeated, it may score a hair lower.
         """

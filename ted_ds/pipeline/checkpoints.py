@@ -46,10 +46,10 @@ class Identity:
 class Card:
     """What a checkpoint says of itself.
 
-    step, rows: optimizer steps done, and training rows consumed by them, whatever the number of ranks. What is drawn
+    step, rows: optimizer steps done, and training rows consumed by them on all ranks. What is drawn
     at random is a function of the step and the seed, so that no generator's state is needed.
     metrics_bytes: of metrics.jsonl when it was saved. best: the best weights' step and scores so far (of a task).
-    score: of the held-out data, higher is better; None where it was not evaluated at this step.
+    score: of the held-out data, higher is better; None if it was not evaluated at this step.
     world_size, zero_stage: of the engine that wrote it. files: name -> [bytes, SHA-256] of all that belongs to it.
     These are filled in as it is saved.
     """
@@ -77,7 +77,7 @@ def save_checkpoint(engine: Any, folder: Path, card: Card, world: World, keep: R
     """Writes the engine's whole state, to disk and under its name only once every rank has; a collective.
 
     card: rank 0's counts.
-    Raises CheckpointError, on every rank, where any rank could not write (a full disk, say); `latest` then
+    Raises CheckpointError, on every rank, if any rank could not write (a full disk, say); `latest` then
     still names the last good checkpoint.
     """
     tag = f"step-{card.step:08d}"
@@ -106,10 +106,10 @@ def save_checkpoint(engine: Any, folder: Path, card: Card, world: World, keep: R
 
 
 def load_checkpoint(engine: Any, folder: Path, identity: Identity, world: World) -> Card | None:
-    """Restores the engine from the last whole checkpoint; None where there is none at all; a collective.
+    """Restores the engine from the last whole checkpoint; None if there is none at all; a collective.
 
     One that another number of ranks wrote is converted first, once, by DeepSpeed's universal checkpoints.
-    Raises CheckpointError where there are some and none of them is whole, or the last one is of another run.
+    Raises CheckpointError if there are some and none of them is whole, or the last one is of another run.
     """
     damages: list[str] = []
     for tag in world.on_main(lambda: _newest_first(folder)):
@@ -130,7 +130,7 @@ def load_checkpoint(engine: Any, folder: Path, identity: Identity, world: World)
 
 
 def latest_tag(folder: Path) -> str | None:
-    """The checkpoint that `latest` names, else the newest there is; None where there is none."""
+    """The checkpoint that `latest` names, else the newest there is; None if there is none."""
     return next(iter(_newest_first(folder)), None)
 
 
@@ -194,7 +194,7 @@ def _superfluous(folder: Path, tag: str, keep: Retention) -> list[str]:
 
 
 def _newest_first(folder: Path) -> list[str]:
-    """The one that `latest` names, then those before it; all of them where it names none that is there."""
+    """The one that `latest` names, then those before it; all of them if it names none that exists."""
     if not folder.exists():
         return []
     tags = sorted((path.name for path in folder.iterdir() if TAG.fullmatch(path.name)), reverse=True)
@@ -288,7 +288,7 @@ def _card_text(card: Card) -> str:
 
 
 def _read_card(path: Path) -> Card | None:
-    """None where the card is not there, or not as it was written."""
+    """None if the card is not there, or not as it was written."""
     try:
         values = json.loads((path / CARD).read_text(encoding="utf-8"))
         if values.pop("digest") != _values_digest(values):

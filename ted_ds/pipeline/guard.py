@@ -23,7 +23,7 @@ APPLIED = "DeepSpeed has applied it, as it does without ZeRO, and under stage 1 
 class FiniteGuard:
     """Remembers, on the device and without a host sync, the first micro-batch at which each term was not finite.
 
-    DeepSpeed leaves a step out where the gradients' norm is not finite, under ZeRO-3, and under ZeRO-1 and 2 in
+    DeepSpeed leaves a step out if the gradients' norm is not finite, under ZeRO-3, and under ZeRO-1 and 2 in
     bfloat16. Elsewhere it is applied, and nothing after it means anything: the budget is 0 there.
 
     names: of the terms that an engine's module reports first.
@@ -53,7 +53,7 @@ class FiniteGuard:
         """Logs what was left out since the last check; a collective and a sync.
 
         rows_of: (0-based step, micro-batch) -> the numbers of this rank's rows in it.
-        Raises TrainingError, on every rank alike, where the budget is spent.
+        Raises TrainingError, on every rank alike, if the budget is spent.
         """
         first = self._world.gather(self._first[None]).tolist()  # [ranks][names]
         at = min(map(min, first))

@@ -1,4 +1,4 @@
-"""What makes a stage's loop of steps go on where it was: its checkpoints, and what they must be of."""
+"""How a stage's loop of steps continues: its checkpoints, and what they must belong to."""
 
 from __future__ import annotations
 

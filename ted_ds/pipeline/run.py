@@ -35,9 +35,9 @@ Goal = Literal["student", "filters", "distilled", "export"]
 def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[str, Any] | None:
     """Runs a recipe on its output folder as far as `goal`, continuing what is there; a collective.
 
-    Returns summary.json where all is done, None after Stage 0 and I, the steps and folder of an export.
+    Returns summary.json if all is done, None after Stage 0 and I, the steps and folder of an export.
 
-    Raises a TedError, on every rank, where recipe, data or models are wrong.
+    Raises a TedError, on every rank, if recipe, data or models are wrong.
     """
     _check_engines(run, world)
     if goal == "export":
@@ -85,13 +85,13 @@ def _check_engines(run: RunConfig, world: World) -> None:
 
 
 def _check_shared(path: Path, world: World) -> None:
-    """Raises ConfigError, on every rank, where a node does not see what rank 0 has just written; a collective."""
+    """Raises ConfigError, on every rank, if a node does not see what rank 0 has just written; a collective."""
     if not world.min(torch.tensor(int(path.exists()))):
         raise ConfigError(f"{path.parent} is not the same folder on all nodes: give an output_dir that they share")
 
 
 def _claim(run: RunConfig, *, export: bool) -> None:
-    """Writes config.yaml, or checks it where the folder has one: one folder, one run."""
+    """Writes config.yaml, or checks it if the folder has one: one folder, one run."""
     path = run.output_dir / "config.yaml"
     if export and latest_tag(run.output_dir / "checkpoints") is None:
         raise CheckpointError(f"{run.output_dir} has no checkpoint to export: run it past train.save_every steps")

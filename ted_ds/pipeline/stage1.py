@@ -58,9 +58,9 @@ class PairPlan:
 
 
 def plan_pairs(run: RunConfig, models: ModelPaths) -> PairPlan | None:
-    """The plan of a run's layer loss from both models' configs alone; None where mse_alpha is 0.
+    """The plan of a run's layer loss from both models' configs alone; None if mse_alpha is 0.
 
-    Filters that came with a checkpoint are kept as they are. Raises ModelError where the layer map does not fit
+    Filters that came with a checkpoint are kept as they are. Raises ModelError if the layer map does not fit
     the models, or such filters do not fit it or each other.
     """
     if not run.loss.mse_alpha:
@@ -92,7 +92,7 @@ def _fresh(run: RunConfig, model: ModelStructure, blocks: tuple[int, ...], outpu
 def _check_ready(
     plan: PairPlan, ready: dict[str, FilterPlan], blocks: dict[str, tuple[int, ...]], output_dim: int
 ) -> None:
-    """Raises ModelError where filters that came with a checkpoint do not fit the run's layer map and F."""
+    """Raises ModelError if filters that came with a checkpoint do not fit the run's layer map and F."""
     assert plan.teacher is not None
     counts = (len(plan.teacher.blocks), len(plan.student.blocks))
     if counts[0] != counts[1]:
@@ -117,7 +117,7 @@ def _check_ready(
 def learn_filters(run: ResolvedRun, world: World, data: RunData, plan: PairPlan, models: ModelPaths) -> dict[str, Path]:
     """Stage I of both sides, as far as it is not done; returns their folders (lwd learns none); a collective.
 
-    Raises CheckpointError where a folder holds filters of another plan.
+    Raises CheckpointError if a folder holds filters of another plan.
     """
     if plan.teacher is None:
         return {}
@@ -158,7 +158,7 @@ def _share(
 
     So all runs that share a cache have the same filters, whatever their seeds are, and only the first of them loads
     the teacher. Filters that `folder` has already are kept.
-    Raises CheckpointError where the cache has filters of another teacher, or learnt otherwise.
+    Raises CheckpointError if the cache has filters of another teacher, or learnt otherwise.
     """
     assert run.teacher is not None and run.teacher.cache is not None
     cache, shared = run.teacher.cache, run.teacher.cache / "teacher_filters"

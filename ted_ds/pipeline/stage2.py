@@ -75,7 +75,7 @@ def distill(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> dict[s
 def export_checkpoint(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> dict[str, Any]:
     """Exports the student of the last checkpoint of a run that is not over; a collective. The teacher is not loaded.
 
-    Returns {"steps", "student"}. Raises CheckpointError where the checkpoint is torn or does not fit.
+    Returns {"steps", "student"}. Raises CheckpointError if the checkpoint is torn or does not fit.
     """
     module, engine = _build_student(run, world, data, plan)
     steps = Checkpoints(engine, run.output_dir, run, data, world, run.train.global_batch_size).start
@@ -88,7 +88,7 @@ def export_checkpoint(run: ResolvedRun, world: World, data: RunData, plan: Plan)
 def build_distillation_engine(run: ResolvedRun, world: World, data: RunData, plan: Plan) -> Any:
     """A DeepSpeed engine on a `DistillationModel` that is joined with its teacher, hosted or out of `teacher.cache`."""
     taught = bool(run.loss.kl_alpha) or plan.pairs is not None
-    # before the student: where a cache has to be recorded, the teacher has the memory to itself
+    # before the student: if a cache has to be recorded, the teacher has the memory to itself
     teacher = _open_teacher(run, world, data, plan) if taught else None
     module, engine = _build_student(run, world, data, plan)
     if teacher is not None:

@@ -144,7 +144,7 @@ class CausalLM(Task):
 
 
 class LMHead(DisposableHead):
-    """Stage I's head: the model's own frozen final norm and LM head, behind `Linear(F -> D)` where F is not D.
+    """Stage I's head: the model's own frozen final norm and LM head, behind `Linear(F -> D)` if F is not D.
 
     final_norm, head: whole on every rank (V * D elements, the same as one gather of the LM head; they never
         change, so they are gathered once instead of K times a step).
@@ -160,7 +160,7 @@ class LMHead(DisposableHead):
         self._vocab_size, self._token_fraction, self._seed = vocab_size, token_fraction, seed
 
     def tensors(self, filter_: Filter) -> dict[str, nn.Parameter]:
-        """`up_weight` [D, F] and `up_bias` [D], where F is not D."""
+        """`up_weight` [D, F] and `up_bias` [D], if F is not D."""
         if filter_.output_dim == filter_.width:
             return {}
         weight, bias = fresh_linear(filter_.output_dim, filter_.width)
@@ -200,7 +200,7 @@ class LMHead(DisposableHead):
         return max(1, round(self._token_fraction * length))
 
     def _positions(self, length: int, index: int, step: int) -> torch.Tensor:
-        """The positions that filter `index` sees at `step`, the same in every row, whatever rank holds it."""
+        """The positions that filter `index` sees at `step`, the same in every row, on every rank."""
         draw = np.random.default_rng([self._seed, step, index]).permutation(length)
         return torch.from_numpy(np.sort(draw[: self._seen(length)]))
 

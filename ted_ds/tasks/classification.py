@@ -173,7 +173,7 @@ def _cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tens
 
 
 def _squared_error_sum(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Over the rows that have a label, which is nan where there is none."""
+    """Over the rows that have a label, which is nan if there is none."""
     labelled = ~labels.isnan()
     error = outputs - labels.nan_to_num().to(outputs.dtype)
     return (error.square() * labelled).sum()
