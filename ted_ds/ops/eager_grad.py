@@ -12,7 +12,7 @@ def eager_gradients(compute: Callable[..., torch.Tensor], *parameters: torch.Ten
     """`compute(*parameters)`, a scalar, differentiable with respect to `parameters` alone.
 
     Runs `compute` and its backward at once, inside the forward of one autograd function, and keeps the
-    parameters' gradients: memory until backward is one gradient for each parameter, independent of what `compute` made on
+    parameters' gradients: memory until backward is one gradient for each parameter, whatever `compute` made on
     the way. Stage I needs it: there, each block's loss must be finished before the next block runs, yet
     DeepSpeed's engine must see a single backward.
 

@@ -100,9 +100,8 @@ def run_steps(
                 continue
             values = world.sum(terms).tolist()
             guard.check(lambda at, index: _row_numbers(rows.micro_batches(at)[index]))
-            if (
-                evaluates or saves or logs
-            ):  # a run that only ends here records no line that an undisturbed run would not have
+            # a run that only ends here records no line: an undisturbed run has none
+            if evaluates or saves or logs:
                 record = {"step": done, "tokens": tokens, **_terms(names, values), "lr": learning_rate}
                 record |= {"grad_norm": _grad_norm(engine), **_skipped(engine), **meters.read()}
                 if evaluates:

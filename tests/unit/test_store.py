@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
@@ -297,6 +297,24 @@ def test_a_process_that_dies_at_any_rename_or_sync_leaves_a_whole_one(
                 pass
         assert load(tmp_path) in (5, 10)
     assert limit > 10 and load(tmp_path) == 10
+
+
+def test_a_file_that_rank_0_sees_shorter_than_it_was_written_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over a network file system that has lost an end."""
+    save(tmp_path, 5)
+    world = Alone()
+
+    def loses_an_end(value: T) -> list[T]:
+        for file in tmp_path.glob("*.tmp/model.pt"):
+            file.write_bytes(file.read_bytes()[:-1])
+        return [value]
+
+    monkeypatch.setattr(world, "gather_objects", loses_an_end)
+    with pytest.raises(OSError, match=r"model.pt has not the \d+ bytes that were written"):
+        save_checkpoint(Engine(10), tmp_path, Card(10, 80, OURS), cast(Any, world), NINE)
+    assert load(tmp_path) == 5
 
 
 def test_a_card_survives_its_own_writing(tmp_path: Path) -> None:
