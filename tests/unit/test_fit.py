@@ -24,7 +24,7 @@ from ted_ds.evaluation.lambada import lambada
 from ted_ds.models.fit import check_fit, check_ids
 from ted_ds.pipeline.stage0 import ModelPaths, check_models
 from ted_ds.tasks.causal_lm import CausalLM
-from ted_ds.tasks.registry import make_task
+from ted_ds.tasks.registry import open_data
 from tests.project import VOCAB, make_project, recipe
 from tests.tiny_models import tiny_model
 
@@ -58,8 +58,9 @@ def test_a_token_past_the_rows_that_no_text_holds_is_accepted(project: Path) -> 
 
 def test_heads_are_compared_on_the_rows_that_all_have(project: Path) -> None:
     run = RunConfig.model_validate(recipe(project, "run"))
-    tokenizer, world = load_tokenizer(run.data.tokenizer), cast("Any", None)
-    tasks = [make_task(run.spec, world, tokenizer, rows) for rows in (VOCAB, VOCAB + 1, VOCAB + 9, None)]
+    tokenizer = load_tokenizer(run.data.tokenizer)
+    world: Any = SimpleNamespace(on_main=lambda work: work())
+    tasks = [open_data(run, world, tokenizer, rows).task for rows in (VOCAB, VOCAB + 1, VOCAB + 9, None)]
     assert [cast("CausalLM", task).vocab_size for task in tasks] == [VOCAB, VOCAB + 1, VOCAB + 1, VOCAB + 1]
 
 
