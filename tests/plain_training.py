@@ -45,7 +45,7 @@ def plain_stage2(recipe: Path, *, steps: int) -> tuple[list[dict[str, float]], d
     """(losses of every step, gradients of the first) of a finished run's recipe, from its own filters."""
     run = load_config(recipe, [])
     teacher = AutoModelForCausalLM.from_pretrained(run.teacher.model).eval()
-    student = AutoModelForCausalLM.from_pretrained(run.output_dir / "initial_student")
+    student = AutoModelForCausalLM.from_pretrained(_start(run))
     pairs, filters_t, filters_s = _filters(run)
     rows = rows_of(run)
     parameters = [*student.parameters(), *filters_s.parameters()]
@@ -96,7 +96,7 @@ def plain_stage2(recipe: Path, *, steps: int) -> tuple[list[dict[str, float]], d
 def plain_stage1(recipe: Path, side: str, *, steps: int) -> list[float]:
     """Stage I's losses of one side, by one backward through everything."""
     run = load_config(recipe, [])
-    path = run.teacher.model if side == "teacher" else run.output_dir / "initial_student"
+    path = run.teacher.model if side == "teacher" else _start(run)
     model = AutoModelForCausalLM.from_pretrained(path).eval().requires_grad_(False)
     structure = find_structure(model)
     pairs = _pairs(run)
@@ -115,7 +115,7 @@ def plain_stage1(recipe: Path, side: str, *, steps: int) -> list[float]:
             states = probe.filter(_block(model, batch, block))
             if plan.output_dim != plan.width:
                 states = F.linear(states, probe.up_weight, probe.up_bias)
-            logits = structure.lm_head(structure.final_norm(states))
+            logits = _logits_behind(model, batch, states)
             each.append(F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED))
         loss = torch.stack(each).mean()
         optimizer.zero_grad()
@@ -126,6 +126,20 @@ def plain_stage1(recipe: Path, side: str, *, steps: int) -> list[float]:
         optimizer.step()
         losses.append(float(loss.detach()))
     return losses
+
+
+def _start(run: RunConfig) -> str:
+    """The student that the run begins with."""
+    return run.student.model or str(run.output_dir / "initial_student")
+
+
+def _logits_behind(model: nn.Module, batch, states: torch.Tensor) -> torch.Tensor:
+    """What the model itself makes of `states` in place of its last block's output."""
+    block = find_structure(model).blocks[-1]
+    handle = block.register_forward_hook(lambda m, i, out: (states, *out[1:]) if isinstance(out, tuple) else states)
+    logits: torch.Tensor = model(batch.input_ids).logits
+    handle.remove()
+    return logits
 
 
 def _block(model: nn.Module, batch, index: int) -> torch.Tensor:
@@ -139,7 +153,7 @@ def _block(model: nn.Module, batch, index: int) -> torch.Tensor:
 
 
 def _pairs(run: RunConfig) -> PairPlan | None:
-    return plan_pairs(run, ModelPaths(str(run.output_dir / "initial_student"), run.teacher.model))
+    return plan_pairs(run, ModelPaths(_start(run), run.teacher.model))
 
 
 def _filters(run: RunConfig) -> tuple[LayerMap, nn.ModuleList, nn.ModuleList]:

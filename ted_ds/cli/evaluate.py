@@ -64,15 +64,19 @@ def _evaluate(arguments: argparse.Namespace) -> dict[str, Any]:
     from ted_ds.job.world import init_world
     from ted_ds.models.fit import check_fit
     from ted_ds.models.loading import load_model
+    from ted_ds.models.probe import probe
+    from ted_ds.models.weight_check import check_weights
     from ted_ds.tasks.registry import make_task
 
     world, kind, trusted = init_world(), TASKS[arguments.task].kind, arguments.trust_remote_code
     with _plain_model(arguments.model) as path:
+        check_weights("model", path, kind, trust_remote_code=trusted)
         model: Any = load_model(path, kind, dtype=arguments.dtype, trust_remote_code=trusted)
     model.to(world.device).eval()
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model, trust_remote_code=trusted)
     length = arguments.sequence_length if arguments.data else 1
     check_fit("model", arguments.model, model, kind, tokenizer, length, trust_remote_code=trusted)
+    probe("model", arguments.model, model, kind)
     results: dict[str, Any] = {"model": arguments.model}
     if arguments.data:
         task = make_task(TASKS[arguments.task], world, tokenizer)

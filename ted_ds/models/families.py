@@ -7,6 +7,7 @@ once was in `padding`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -179,13 +180,15 @@ def activation_of(config: Any) -> str:
 
 
 def logit_softcap(config: PreTrainedConfig) -> float | None:
-    """Of Gemma-2's logits, softcap * tanh(logits / softcap); None without one."""
-    return getattr(config, "final_logit_softcapping", None)
+    """Of Gemma-2's logits (RecurrentGemma has another name), softcap * tanh(logits / softcap); None without one."""
+    return getattr(config, "final_logit_softcapping", None) or getattr(config, "logits_soft_cap", None)
 
 
 def logit_scale(config: PreTrainedConfig) -> float:
-    """Cohere multiplies logits by `logit_scale`, Granite divides them by `logits_scaling`."""
-    return float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    """What logits are multiplied by: Cohere and Falcon-H1 have a factor, Granite a divisor, HyperCLOVAX its inverse."""
+    factors = (getattr(config, name, None) or 1.0 for name in ("logit_scale", "lm_head_multiplier"))
+    scaling = float(getattr(config, "logits_scaling", None) or 1.0)
+    return math.prod(factors) * (scaling if config.model_type == "hyperclovax" else 1.0 / scaling)
 
 
 def sizes_of(config: PreTrainedConfig) -> dict[Part, int]:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from ted_ds.config.tasks import KINDS, Kind
+from ted_ds.config.tasks import Kind
 from ted_ds.errors import CheckpointError, ModelError, load_failure
 from ted_ds.models.families import family_of
 from ted_ds.models.pooler import set_head_dropout
@@ -47,7 +47,7 @@ def load_model(
     Only rank 0 reads the weights then (memory-mapped), and only its page cache ever sees a whole model.
     dropout: set on every dropout of the model; None keeps the checkpoint's. head_dropout: likewise, of the one
     before the task head.
-    Raises ModelError if the model cannot be loaded, or has no trained head for a task.
+    Weights that its files lack are random: `check_weights` comes before. Raises ModelError if it cannot be loaded.
     """
     # transformers shards in from_pretrained while this object lives
     sharding = HfDeepSpeedConfig(deepspeed_config) if is_sharded(deepspeed_config) else None
@@ -57,23 +57,13 @@ def load_model(
     if head_dropout is not None:
         set_head_dropout(config, head_dropout)
     try:
-        model: PreTrainedModel
-        model, found = AUTO_CLASSES[kind].from_pretrained(
-            name_or_path,
-            config=config,
-            dtype=DTYPES[dtype],
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+        model: PreTrainedModel = AUTO_CLASSES[kind].from_pretrained(
+            name_or_path, config=config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model {name_or_path!r} could not be loaded: {load_failure(error)}") from error
     finally:
         del sharding
-    if not KINDS[kind].lm_head and found["missing_keys"]:
-        raise ModelError(
-            f"model {name_or_path!r} lacks {min(found['missing_keys'])}: it was not fine-tuned on such a task; give "
-            "one that was, or start a student from it by student.pretrained and student.init_from_pretrained: true"
-        )
     if is_sharded(deepspeed_config):
         for module, weight in family_of(config).external_weights(model):
             deepspeed.zero.register_external_parameter(module, weight)

@@ -69,6 +69,11 @@ class WeightReader:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
+    def find(self, name: str) -> str | None:
+        """How the files spell a parameter's name, whose first parts are often left out or others; None: not there."""
+        end = ".".join(name.split(".")[-2:])
+        return next((own for own in self._file_of if own in (name, end) or own.endswith(f".{end}")), None)
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU, in the file's dtype."""
         tensor: torch.Tensor = self._open(self._file_of[name]).get_tensor(name)

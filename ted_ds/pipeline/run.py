@@ -64,7 +64,7 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
     if goal == "student":
         return None
     pairs = plan_pairs(run, models)
-    rows = check_models(run, models, tokenizer)
+    rows = check_models(run, models, tokenizer, world)
     data = open_data(run, world, tokenizer, rows)
     world.on_main(lambda: check_ids(tokenizer, rows, data.splits))
     resolved = run.resolved(data.num_rows)

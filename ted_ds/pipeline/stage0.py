@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.job.world import World, logger
 from ted_ds.models.fit import check_fit, check_outputs
 from ted_ds.models.loading import meta_model
+from ted_ds.models.probe import probe, probe_cut
 from ted_ds.models.pruning import init_student
 from ted_ds.models.published import is_published, unpack_published
 from ted_ds.models.task_head import label_fields, start_from_pretrained
+from ted_ds.models.weight_check import check_weights
 from ted_ds.tasks.registry import TASK_CLASSES
 
 
@@ -54,9 +57,19 @@ def ensure_models(run: RunConfig, tokenizer: Tokenizer, world: World) -> ModelPa
             published[side] = folder / "filters"
         return str(folder / "model")
 
-    teacher = plain("teacher", run.teacher.model) if run.teacher is not None and run.uses_teacher else None
+    def whole(side: str, name_or_path: str, trusted: bool) -> str:
+        path = plain(side, name_or_path)
+        world.on_main(lambda: check_weights(side, path, run.spec.kind, trust_remote_code=trusted))
+        return path
+
+    teacher = (
+        whole("teacher", run.teacher.model, run.teacher.trust_remote_code)
+        if run.teacher is not None and run.uses_teacher
+        else None
+    )
     if run.student.model is not None and not run.student.init_from_pretrained:
-        return ModelPaths(plain("student", run.student.model), teacher, published)
+        student = whole("student", run.student.model, run.student.trust_remote_code)
+        return ModelPaths(student, teacher, published)
     folder = run.output_dir / "initial_student"
     world.on_main(lambda: None if folder.exists() else _make_student(run, tokenizer, teacher, folder))
     return ModelPaths(str(folder), teacher, published)
@@ -68,15 +81,20 @@ def _make_student(run: RunConfig, tokenizer: Tokenizer, teacher: str | None, fol
     student = run.student
     if student.init is None:
         assert student.pretrained is not None
+        trusted = student.trust_remote_code
+        check_weights("student", student.pretrained, run.spec.kind, trust_remote_code=trusted, new_head=True)
         start_from_pretrained(
             student.pretrained,
             run.spec,
             folder,
             tokenizer=tokenizer,
             seed=run.seed,
-            trust_remote_code=student.trust_remote_code,
+            trust_remote_code=trusted,
         )
         return
+    trusted = run.teacher.trust_remote_code if run.teacher else False
+    if teacher is not None and student.init.config is None:
+        probe_cut(teacher, student.init, run.spec.kind, trust_remote_code=trusted)
     init_student(
         teacher,
         student.init,
@@ -84,7 +102,7 @@ def _make_student(run: RunConfig, tokenizer: Tokenizer, teacher: str | None, fol
         kind=run.spec.kind,
         seed=run.seed,
         defaults=_defaults(run, tokenizer),
-        trust_remote_code=run.teacher.trust_remote_code if run.teacher else False,
+        trust_remote_code=trusted,
     )
     if student.init.config is not None:
         tokenizer.save(folder)
@@ -96,12 +114,13 @@ def _defaults(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return {"vocab_size": tokenizer.vocab_size, **padding, **label_fields(run.spec)}
 
 
-def check_models(run: RunConfig, models: ModelPaths, tokenizer: Tokenizer) -> int:
-    """The fewest vocabulary rows of teacher and student.
+def check_models(run: RunConfig, models: ModelPaths, tokenizer: Tokenizer, world: World) -> int:
+    """The fewest vocabulary rows of teacher and student; a collective.
 
-    Raises ModelError if one of them does not fit task and data, by their configs alone.
+    Raises ModelError if one of them does not fit task and data, or its family is not what ted_ds takes it for, by
+    their configs alone.
     """
-    fewest = []
+    fewest, layers = [], bool(run.loss.mse_alpha)
     sides = [("student", models.student, run.student.trust_remote_code)]
     if run.teacher is not None and models.teacher is not None:
         sides.append(("teacher", models.teacher, run.teacher.trust_remote_code))
@@ -114,4 +133,5 @@ def check_models(run: RunConfig, models: ModelPaths, tokenizer: Tokenizer) -> in
         trusted = trusted or (run.data.trust_remote_code and Path(path).is_relative_to(run.output_dir))
         length = run.data.sequence_length
         fewest.append(check_fit(role, path, model, run.spec.kind, tokenizer, length, trust_remote_code=trusted))
+        world.on_main(partial(probe, role, path, model, run.spec.kind, layers=layers))
     return min(fewest)

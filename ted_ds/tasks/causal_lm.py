@@ -156,7 +156,7 @@ class LMHead(DisposableHead):
         self, final_norm: nn.Module, head: Head, *, vocab_size: int, token_fraction: float = 1.0, seed: int = 0
     ) -> None:
         self._final_norm, self._head = final_norm, head
-        self._norm_dtype = next(final_norm.parameters()).dtype
+        self._norm_dtype = next((p.dtype for p in final_norm.parameters()), head.weight.dtype)  # NanoChat's has none
         self._vocab_size, self._token_fraction, self._seed = vocab_size, token_fraction, seed
 
     def tensors(self, filter_: Filter) -> dict[str, nn.Parameter]:

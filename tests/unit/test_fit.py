@@ -25,6 +25,7 @@ from ted_ds.models.fit import check_fit, check_ids
 from ted_ds.pipeline.stage0 import ModelPaths, check_models
 from ted_ds.tasks.causal_lm import CausalLM
 from ted_ds.tasks.registry import open_data
+from tests.alone import Alone
 from tests.project import VOCAB, make_project, recipe
 from tests.tiny_models import tiny_model
 
@@ -51,7 +52,7 @@ def test_a_token_past_the_rows_that_no_text_holds_is_accepted(project: Path) -> 
     tokenizer = load_tokenizer(run.data.tokenizer)
     assert (tokenizer.vocab_size, tokenizer.text_vocab_size) == (VOCAB + 1, VOCAB)
     teacher = str(project / "teacher")
-    rows = check_models(run, ModelPaths(teacher, teacher), tokenizer)
+    rows = check_models(run, ModelPaths(teacher, teacher), tokenizer, Alone())
     assert rows == VOCAB
     check_ids(tokenizer, rows, {"train": packed(project, "w1 w2 w3 w4 w5")})
 
@@ -135,11 +136,11 @@ def test_trust_in_the_data_s_tokenizer_is_none_in_a_model_s(project: Path, monke
     models = ModelPaths(str(project / "teacher"), str(project / "teacher"))
     with_own_code(project / "teacher")
     with pytest.raises(DataError, match=r"teacher' has code of its own.*or for a model's tokenizer the model's"):
-        check_models(run, models, tokenizer)
+        check_models(run, models, tokenizer, Alone())
     # what Stage 0 puts into the run's folder has the run's own
     own = with_own_code(Path(shutil.copytree(project / "teacher", run.output_dir / "initial_student")))
     (project / "teacher/tokenizer_config.json").write_text((project / "tokenizer/tokenizer_config.json").read_text())
-    assert check_models(run, ModelPaths(str(project / "teacher"), str(own)), tokenizer) == VOCAB
+    assert check_models(run, ModelPaths(str(project / "teacher"), str(own)), tokenizer, Alone()) == VOCAB
 
 
 def with_own_code(folder: Path) -> Path:

@@ -14,6 +14,7 @@ from ted_ds.batch import Batch
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.pooler import PoolerPlan
 from ted_ds.models.structure import find_blocks
+from ted_ds.ops import Head
 from ted_ds.pipeline.batch_flops import stage1_flops, stage2_flops
 from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.tasks.causal_lm import CausalLM, LMHead
@@ -176,7 +177,7 @@ def test_stage2_by_hand(models: ModelPaths, run: Any, pairs: Any, expected: int)
 def test_stage1_by_hand(models: ModelPaths, width: int, nonlinear: bool) -> None:
     """A filter whose input is constant, in front of an LM head whose weight is; half of the positions are seen."""
     plan = FilterPlan((0, 1), D, width, nonlinear=nonlinear)
-    head = LMHead(torch.nn.LayerNorm(D), None, vocab_size=90, token_fraction=0.5)
+    head = LMHead(torch.nn.LayerNorm(D), Head(torch.zeros(90, D), None), vocab_size=90, token_fraction=0.5)
     flops = stage1_flops(recipe(), "student", models.student, TASK, None, plan, head)
     seen = TOKENS // 2
     filter_ = 2 * seen * ((2 * D * D + 3 * D * width) if nonlinear else 2 * D * width)
