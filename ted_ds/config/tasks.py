@@ -17,6 +17,7 @@ class KindTraits:
     losses read; other kinds have a task head, which a pre-trained model lacks. outputs: of the task head, None for as
     many as there are labels. padded: rows are of different lengths. compares_rows: the KL compares the rows of a step
     with each other, so that they must lie in one micro-batch. sequence_length: tokens a row in `ted-ds evaluate`.
+    numbers: labels are numbers, not names. windows: rows are windows of contexts, which hold the answers of questions.
     """
 
     auto_class: str
@@ -25,13 +26,15 @@ class KindTraits:
     padded: bool = True
     compares_rows: bool = False
     sequence_length: int = 256
+    numbers: bool = False
+    windows: bool = False
 
 
 KINDS: dict[Kind, KindTraits] = {
     "causal-lm": KindTraits("AutoModelForCausalLM", lm_head=True, padded=False, sequence_length=1024),
     "classification": KindTraits("AutoModelForSequenceClassification"),
-    "regression": KindTraits("AutoModelForSequenceClassification", outputs=1, compares_rows=True),
-    "question-answering": KindTraits("AutoModelForQuestionAnswering", outputs=2, sequence_length=384),
+    "regression": KindTraits("AutoModelForSequenceClassification", outputs=1, compares_rows=True, numbers=True),
+    "question-answering": KindTraits("AutoModelForQuestionAnswering", outputs=2, sequence_length=384, windows=True),
 }
 """The kinds of tasks; `ted_ds.tasks.registry` has the class of each."""
 
@@ -56,6 +59,7 @@ class TaskSpec:
     numbered: the labels that 0, 1, ... mean in the task's official files; () if a number has no name.
     metrics: see `ted_ds.evaluation`; questions always get SQuAD's. best: the one by which the best weights are
     chosen; "" for text, whose last weights are the result. tsv: None if there is no official TSV layout.
+    unlabelled: the number that stands where a row has none. impossible: whether a question may have no answer.
     """
 
     name: str
@@ -67,6 +71,18 @@ class TaskSpec:
     metrics: tuple[str, ...] = ("accuracy",)
     best: str = "accuracy"
     tsv: Tsv | None = None
+    unlabelled: float | None = None
+    impossible: bool = True
+
+    @property
+    def traits(self) -> KindTraits:
+        """Of its kind."""
+        return KINDS[self.kind]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of texts, and of labels the last; () for questions, whose columns have names of their own."""
+        return (*self.text_columns, self.label_column) if self.text_columns else ()
 
     def with_columns(
         self, text_columns: tuple[str, ...] | None, label_column: str | None, labels: tuple[str, ...] | None
@@ -114,6 +130,7 @@ _SPECS = (
         metrics=("pearson", "spearman"),
         best="spearman",
         tsv=Tsv(names={"score": "label"}),
+        unlabelled=-1,
     ),
     TaskSpec(
         "qqp",
@@ -133,7 +150,7 @@ _SPECS = (
     TaskSpec("qnli", "classification", ("question", "sentence"), labels=_ENTAILMENT, tsv=Tsv()),
     TaskSpec("rte", "classification", _PAIR, labels=_ENTAILMENT, tsv=Tsv()),
     TaskSpec("wnli", "classification", _PAIR, labels=_ENTAILMENT[::-1], tsv=Tsv()),
-    TaskSpec("squad", "question-answering", metrics=("exact", "f1"), best="f1"),
+    TaskSpec("squad", "question-answering", metrics=("exact", "f1"), best="f1", impossible=False),
     TaskSpec("squad_v2", "question-answering", metrics=("exact", "f1"), best="f1"),
     # a user's own data; columns and labels come from the recipe
     TaskSpec("classification", "classification"),

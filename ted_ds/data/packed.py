@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +11,10 @@ import pyarrow as pa
 import torch
 
 from ted_ds.batch import IGNORED, Batch
-from ted_ds.data.manifests import MANIFEST, reread_names
+from ted_ds.data.manifests import open_prepared
 from ted_ds.data.sources import Piece
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.data.tokenizing import TextCounts
-from ted_ds.errors import DataError
 
 BLOCKS = "blocks.arrow"
 
@@ -67,22 +65,12 @@ class PackedBlocks:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            prefix = None if values.get("prefix") is None else tuple(values["prefix"])
-            entries = reread_names(values["entries"])
-            self.manifest = Manifest(**{**values, "entries": entries, "prefix": prefix})
-            self._file = pa.ipc.open_file(pa.memory_map(str(folder / BLOCKS)))
-            batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            raise DataError(f"{folder} holds no whole prepared data ({error}): delete it to prepare it anew") from error
+        self.manifest, batches = open_prepared(folder, BLOCKS, Manifest)
         length = self.manifest.sequence_length
         # zero-copy views of the map; every batch but the last has as many rows
         self._batches = [batch.column(0).flatten().to_numpy().reshape(-1, length) for batch in batches]
-        names = [name for name in (INSERTED, ENDS) if name in self._file.schema.names]
+        names = [name for name in (INSERTED, ENDS) if name in batches[0].schema.names]
         self._marks = {name: [_bytes_of(batch.column(name)) for batch in batches] for name in names}
-        if sum(map(len, self._batches)) != self.manifest.rows:
-            raise DataError(f"{folder}: {BLOCKS} and {MANIFEST} differ in rows: delete the folder to prepare it anew")
 
     def __len__(self) -> int:
         return self.manifest.rows

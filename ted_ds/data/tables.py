@@ -82,7 +82,7 @@ def _example(row: Row, spec: TaskSpec, where: str) -> Example | BadRow:
 
 def _hub_table(where: str, rows: Any, spec: TaskSpec) -> Iterator[tuple[str, Row | BadRow]]:
     names = getattr((rows.features or {}).get(spec.label_column), "names", None)
-    yield from _named(hub_records(where, rows, _columns(spec), SETTINGS), where, names, spec)
+    yield from _named(hub_records(where, rows, spec.columns, SETTINGS), where, names, spec)
 
 
 def _file_table(path: Path, spec: TaskSpec) -> Iterator[tuple[str, Row | BadRow]]:
@@ -92,7 +92,7 @@ def _file_table(path: Path, spec: TaskSpec) -> Iterator[tuple[str, Row | BadRow]
     if kind in TSV_SUFFIXES and spec.tsv is not None:
         yield from _official_table(path, spec, spec.tsv)
         return
-    records = ((record.where, record.values) for record in iter_records(path, _columns(spec), SETTINGS))
+    records = ((record.where, record.values) for record in iter_records(path, spec.columns, SETTINGS))
     names = class_names(path, spec.label_column) if kind == PARQUET else None
     yield from _named(records, str(path), names, spec)
 
@@ -132,7 +132,7 @@ def _official_table(path: Path, spec: TaskSpec, layout: Tsv) -> Iterator[tuple[s
             table = chain([first], table)
         header = [layout.names.get(name, name) for name in official]
         # GLUE's test sets have no labels
-        needed = _columns(spec) if spec.label_column in header else spec.text_columns
+        needed = spec.columns if spec.label_column in header else spec.text_columns
         check_columns(str(path), header, needed, SETTINGS, official)
         for number, cells in table:
             if len(cells) < len(header):
@@ -143,10 +143,6 @@ def _official_table(path: Path, spec: TaskSpec, layout: Tsv) -> Iterator[tuple[s
         logger.warning("%s: %d rows lack cells and are passed over, the first in line %d", path, len(short), short[0])
 
 
-def _columns(spec: TaskSpec) -> tuple[str, ...]:
-    return (*spec.text_columns, spec.label_column)
-
-
 def _text(value: Any, column: str, where: str) -> str:
     if not isinstance(value, str):
         raise BadRow(f"{where}: {column!r} is {value!r:.40}, not a string")
@@ -155,7 +151,7 @@ def _text(value: Any, column: str, where: str) -> str:
 
 def _label(value: Any, spec: TaskSpec, where: str) -> int | float | None:
     text = "" if value is None else str(value).strip()
-    if spec.kind == "regression":
+    if spec.traits.numbers:
         return _number(text, spec, where)
     # pandas turns a column of numbers into 1.0 and nan if a row of it is empty
     whole = re.sub(r"(?<=[0-9])\.0+$", "", text)
@@ -187,5 +183,4 @@ def _number(text: str, spec: TaskSpec, where: str) -> float | None:
     # Python reads 1_0 as 10; labels are kept in float32
     if abs(value) > LARGEST or "_" in text:
         raise BadRow(f"{where}: the label is {text!r:.60}, expected a number")
-    # -1 is a value like others in a user's own data
-    return None if math.isnan(value) or (spec.name == "stsb" and value == -1) else value
+    return None if math.isnan(value) or value == spec.unlabelled else value

@@ -12,7 +12,7 @@ from ted_ds.config.schema import RunConfig
 from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.loader import EvaluationRows, TrainingRows
 from ted_ds.data.packed import PackedBlocks
-from ted_ds.data.prepare import ensure_prepared
+from ted_ds.data.prepare import prepare
 from ted_ds.data.sources import iter_pieces
 from ted_ds.data.tokenizer_training import train_sentencepiece
 from ted_ds.data.tokenizers import Tokenizer
@@ -90,7 +90,7 @@ def _all_texts(data: DataConfig) -> Iterator[str]:
 def prepare_text(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> dict[str, PackedBlocks]:
     """Packs the splits into `folder`, as far as that is not done; on one rank."""
     return {
-        split: ensure_prepared(
+        split: prepare(
             getattr(data, split),
             tokenizer,
             data.sequence_length,
