@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ted_ds.config.data_section import HubDataset
+from ted_ds.data.text_files import refuse_incomplete
 from ted_ds.errors import DataError
 
 
@@ -33,8 +34,6 @@ def hub_rows(entry: HubDataset) -> tuple[str, Any]:
 def _look_at_files(entry: HubDataset) -> None:
     """Raises DataError for a file that `datasets` would read as if it were whole."""
     from datasets import load_dataset_builder
-
-    from ted_ds.data.text_files import refuse_incomplete
 
     splits = load_dataset_builder(entry.hub, entry.name).config.data_files or {}
     for path in dict.fromkeys(path for files in splits.values() for path in files):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -13,30 +13,27 @@ from typing import Any
 
 from ted_ds.config.data_section import HubDataset
 from ted_ds.config.tasks import TaskSpec, Tsv
-from ted_ds.data.bad_rows import BadRow, BadRows, usable
-from ted_ds.data.hub import hub_rows
+from ted_ds.data.bad_rows import BadRow, BadRows
 from ted_ds.data.records import (
     PARQUET,
     RECORD_SUFFIXES,
+    Record,
     check_columns,
     class_names,
     hub_records,
     iter_records,
     tsv_rows,
+    usable,
 )
-from ted_ds.data.text_files import TSV_SUFFIXES, file_kind, matching_files, no_format, text_file
+from ted_ds.data.text_files import TSV_SUFFIXES, file_kind, no_format, text_file
 from ted_ds.errors import DataError
 
 logger = logging.getLogger("ted_ds")
-
-Row = Mapping[str, Any]
 
 LARGEST = 3e38
 """A label of a regression that float32 holds."""
 
 SETTINGS = "data.text_columns and data.label_column"
-
-NOTHING = "no rows: remove it from the recipe's data, or fill it"
 
 
 @dataclass(frozen=True)
@@ -58,67 +55,64 @@ def iter_examples(entries: Sequence[str | HubDataset], spec: TaskSpec, bad: BadR
     bad: gets the rows that cannot be used; None: the first of them is raised.
     Raises DataError naming the file and line of what is missing, unreadable or not a label.
     """
-    for entry in entries:
-        if isinstance(entry, HubDataset):
-            where, rows = hub_rows(entry)
-            yield from usable(_examples(_hub_table(where, rows, spec), spec), where, NOTHING, bad)
-            continue
-        for path in matching_files(entry):
-            yield from usable(_examples(_file_table(path, spec), spec), str(path), NOTHING, bad)
+    yield from usable(
+        entries,
+        lambda path: _examples(_file_records(path, spec), spec),
+        lambda where, rows: _examples(_hub_records(where, rows, spec), spec),
+        "rows",
+        bad,
+    )
 
 
-def _examples(rows: Iterator[tuple[str, Row | BadRow]], spec: TaskSpec) -> Iterator[Example | BadRow]:
-    for where, row in rows:
-        yield row if isinstance(row, BadRow) else _example(row, spec, where)
+def _examples(records: Iterator[Record], spec: TaskSpec) -> Iterator[Example | BadRow]:
+    for where, row, _ in records:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            texts = tuple(_text(row[name], name, where) for name in spec.text_columns)
+            found: Example | BadRow = Example(texts, _label(row.get(spec.label_column), spec, where), where)
+        except BadRow as error:
+            found = error
+        yield found
 
 
-def _example(row: Row, spec: TaskSpec, where: str) -> Example | BadRow:
-    try:
-        texts = tuple(_text(row[name], name, where) for name in spec.text_columns)
-        return Example(texts, _label(row.get(spec.label_column), spec, where), where)
-    except BadRow as error:
-        return error
-
-
-def _hub_table(where: str, rows: Any, spec: TaskSpec) -> Iterator[tuple[str, Row | BadRow]]:
+def _hub_records(where: str, rows: Any, spec: TaskSpec) -> Iterator[Record]:
     names = getattr((rows.features or {}).get(spec.label_column), "names", None)
-    yield from _named(hub_records(where, rows, spec.columns, SETTINGS), where, names, spec)
+    return _named(hub_records(where, rows, spec.columns, SETTINGS), where, names, spec)
 
 
-def _file_table(path: Path, spec: TaskSpec) -> Iterator[tuple[str, Row | BadRow]]:
+def _file_records(path: Path, spec: TaskSpec) -> Iterator[Record]:
     kind = file_kind(path)
     if kind not in RECORD_SUFFIXES:
         no_format(path, ".tsv, .csv, .jsonl or .parquet")
     if kind in TSV_SUFFIXES and spec.tsv is not None:
-        yield from _official_table(path, spec, spec.tsv)
+        yield from _official_records(path, spec, spec.tsv)
         return
-    records = ((record.where, record.values) for record in iter_records(path, spec.columns, SETTINGS))
     names = class_names(path, spec.label_column) if kind == PARQUET else None
-    yield from _named(records, str(path), names, spec)
+    yield from _named(iter_records(path, spec.columns, SETTINGS), str(path), names, spec)
 
 
-def _named(
-    rows: Iterator[tuple[str, Row | BadRow]], source: str, names: Sequence[str] | None, spec: TaskSpec
-) -> Iterator[tuple[str, Row | BadRow]]:
-    """Rows whose labels are numbers of the data's own `names`, with these names in their place."""
+def _named(records: Iterator[Record], source: str, names: Sequence[str] | None, spec: TaskSpec) -> Iterator[Record]:
+    """Records whose labels are numbers of the data's own `names`, with these names in their place."""
     if names is None:
-        yield from rows
+        yield from records
         return
     if sorted(names) != sorted(spec.labels):
         raise DataError(
             f"{source} has the labels {', '.join(names)}, the task {', '.join(spec.labels) or 'none'}: set data.labels"
         )
-    for where, row in rows:
+    for record in records:
+        where, row, _ = record
         label = None if isinstance(row, BadRow) else row[spec.label_column]
         if not isinstance(label, int) or label < 0 or isinstance(row, BadRow):  # -1 is no label
-            yield where, row
+            yield record
         elif label < len(names):
-            yield where, {**row, spec.label_column: names[label]}
+            yield Record(where, {**row, spec.label_column: names[label]})
         else:
-            yield where, BadRow(f"{where}: the label is {label}, and the data names {len(names)}")
+            yield Record(where, BadRow(f"{where}: the label is {label}, and the data names {len(names)}"))
 
 
-def _official_table(path: Path, spec: TaskSpec, layout: Tsv) -> Iterator[tuple[str, Row | BadRow]]:
+def _official_records(path: Path, spec: TaskSpec, layout: Tsv) -> Iterator[Record]:
     """GLUE's own files, whose cells are never quoted."""
     short: list[int] = []
     with text_file(path) as file:
@@ -138,7 +132,7 @@ def _official_table(path: Path, spec: TaskSpec, layout: Tsv) -> Iterator[tuple[s
             if len(cells) < len(header):
                 short.append(number)
             else:
-                yield f"{path}, line {number}", dict(zip(header, cells, strict=False))
+                yield Record(f"{path}, line {number}", dict(zip(header, cells, strict=False)))
     if short:
         logger.warning("%s: %d rows lack cells and are passed over, the first in line %d", path, len(short), short[0])
 
