@@ -14,10 +14,10 @@ from ted_ds.batch import IGNORED
 from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.manifests import Entries
 from ted_ds.data.tokenizers import Tokenizer
-from ted_ds.data.tokenizing import TextCounts, tokenized
+from ted_ds.data.tokenizing import TextCounts, grouped, tokenized
 
 HELD_TOKENS = 1 << 22
-"""Tokens of documents that are sorted by length at a time."""
+"""Tokens of windows that are sorted by length at a time."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,9 @@ def window_batches(
     The last position of a window predicts the first token of the next: each token is predicted exactly once.
     Batches have windows of like lengths, and `batch_tokens` positions at most, or one window.
     """
-    held: list[Window] = []
-    tokens = 0
-    for document in documents:
-        windows = list(_windows(document, begin, end, length))
-        held += windows
-        tokens += sum(len(window[0]) for window in windows)
-        if tokens >= HELD_TOKENS:
-            yield from _batches(held, batch_tokens)
-            held, tokens = [], 0
-    yield from _batches(held, batch_tokens)
+    windows = (window for document in documents for window in _windows(document, begin, end, length))
+    for held in grouped(windows, lambda window: len(window[0]), HELD_TOKENS):
+        yield from _batches(held, batch_tokens)
 
 
 def _windows(document: Document, begin: list[int], end: list[int], length: int) -> Iterator[Window]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -50,7 +51,7 @@ def ensure_encoded(
     skip_bad_rows: see `BadRows`; those that have no label are bad too.
     Raises DataError if the data is missing, unreadable or unlabelled, and if the folder was made otherwise.
     """
-    asked = {
+    asked: dict[str, Any] = {
         "task": spec.name,
         "columns": spec.columns,
         "labels": spec.labels,
@@ -67,51 +68,40 @@ def ensure_encoded(
                 if spec.traits.windows
                 else _text_groups(entries, spec, tokenizer, max_length, bad)
             )
-            _write(new, groups, entries, spec, tokenizer, asked, bad)
+            counts = _write(new / ROWS, groups)
+            if not counts["rows"] and not bad.refused:  # data without any row is an error of its reader
+                raise bad.nothing_left()
+            if counts["cut"]:
+                what = "answers are whole in no window" if spec.traits.windows else "rows were cut"
+                cut, examples = counts["cut"], counts["examples"]
+                logger.info("%s: %d of %d %s at %d tokens", folder.name, cut, examples, what, max_length)
+            manifest = Manifest(
+                **(asked | counts),
+                kind=spec.kind,
+                tokenizer=tokenizer.name,
+                pad_id=tokenizer.pad_id,
+                sources=file_sizes(entries),
+                left_out=bad.count,
+            )
+            write_manifest(new, manifest)
     rows = EncodedRows(folder)
     check_prepared(folder, rows.manifest, asked, entries, skip_bad_rows=skip_bad_rows)
     return rows
 
 
-def _write(
-    folder: Path,
-    groups: Iterator[Group],
-    entries: Entries,
-    spec: TaskSpec,
-    tokenizer: Tokenizer,
-    asked: dict[str, Any],
-    bad: BadRows,
-) -> None:
-    """Writes the groups, and what they were made of. bad: gets bad rows while the groups are read."""
-    rows = examples = cut = 0
+def _write(path: Path, groups: Iterator[Group]) -> Counter[str]:
+    """Writes the groups as record batches; returns how many `rows`, `examples` and `cut` ones there are."""
+    counts = Counter(rows=0, examples=0, cut=0)
     writer = None
-    with pa.OSFile(str(folder / ROWS), "wb") as sink:
-        for columns, more_examples, more_cut in groups:
+    with pa.OSFile(str(path), "wb") as sink:
+        for columns, examples, cut in groups:
             group = pa.record_batch(columns)
             writer = writer or pa.ipc.new_file(sink, group.schema)
             writer.write_batch(group)
-            rows += group.num_rows
-            examples += more_examples
-            cut += more_cut
+            counts.update(rows=group.num_rows, examples=examples, cut=cut)
         if writer is not None:
             writer.close()
-        elif not bad.refused:  # data without any row is an error of its reader
-            raise bad.nothing_left()
-    if cut:
-        what = "answers are whole in no window" if spec.traits.windows else "rows were cut"
-        logger.info("%s: %d of %d %s at %d tokens", folder.stem, cut, examples, what, asked["max_length"])
-    manifest = Manifest(
-        **asked,
-        kind=spec.kind,
-        tokenizer=tokenizer.name,
-        pad_id=tokenizer.pad_id,
-        sources=file_sizes(entries),
-        rows=rows,
-        examples=examples,
-        cut=cut,
-        left_out=bad.count,
-    )
-    write_manifest(folder, manifest)
+    return counts
 
 
 def _text_groups(
