@@ -143,9 +143,8 @@ class Packer:
         self._prefix, self._eos, self._length = tokenizer.prefix, tokenizer.eos_id, length
         self._one_mark = self._prefix == [self._eos]
         self._rows_a_batch = max(1, BATCH_TOKENS // length)
-        self._held: list[np.ndarray] = []
         names = [INSERTED] * bool(self._prefix and not self._one_mark) + [ENDS] * held_out
-        self._marks: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        self._held = {"input_ids": [np.empty(0, dtype=np.int32)]} | {name: [np.empty(0, dtype=bool)] for name in names}
         self._held_tokens = 0
         columns = [("input_ids", pa.list_(pa.int32(), length)), *((name, pa.binary(-(-length // 8))) for name in names)]
         self._sink = pa.OSFile(str(path), "wb")
@@ -176,29 +175,27 @@ class Packer:
 
     def _hold(self, ids: np.ndarray, *, inserted: int, ends: bool) -> None:
         """inserted: how many ids at the beginning are the tokenizer's own. ends: whether the last closes a document."""
-        self._held.append(ids)
-        self._held_tokens += len(ids)
         places = np.arange(len(ids))
-        for name, held in self._marks.items():
-            held.append(places < inserted if name == INSERTED else places >= len(ids) - ends)
+        new = {"input_ids": ids, INSERTED: places < inserted, ENDS: places >= len(ids) - ends}
+        for name, held in self._held.items():
+            held.append(new[name])
+        self._held_tokens += len(ids)
 
     def _write(self, rows: int) -> None:
-        full, self._held = _parted(self._held, rows * self._length)
-        self._held_tokens -= len(full)
-        columns: dict[str, pa.Array] = {"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(full), self._length)}
-        for name, held in self._marks.items():
-            marks, self._marks[name] = _parted(held, rows * self._length)
-            packed = np.packbits(marks.reshape(rows, self._length), axis=1)
-            kind = pa.binary(packed.shape[1])
-            columns[name] = pa.FixedSizeBinaryArray.from_buffers(kind, rows, [None, pa.py_buffer(packed)])
-        if rows:
-            self._writer.write_batch(pa.record_batch(columns))
-            self.digest.update(full.tobytes())
-            self.largest_id = max(self.largest_id, int(full.max()))
-            self.rows += rows
-
-
-def _parted(held: list[np.ndarray], length: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(the first `length` elements of the arrays, what is left)."""
-    whole = np.concatenate(held) if held else np.empty(0, dtype=np.int32)
-    return whole[:length], [whole[length:]]
+        if not rows:
+            return
+        columns: dict[str, pa.Array] = {}
+        for name, held in self._held.items():
+            whole, length = np.concatenate(held), rows * self._length
+            full, self._held[name] = whole[:length], [whole[length:]]
+            if name == "input_ids":
+                columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(full), self._length)
+                self.digest.update(full.tobytes())
+                self.largest_id = max(self.largest_id, int(full.max()))
+            else:
+                packed = np.packbits(full.reshape(rows, self._length), axis=1)
+                kind = pa.binary(packed.shape[1])
+                columns[name] = pa.FixedSizeBinaryArray.from_buffers(kind, rows, [None, pa.py_buffer(packed)])
+        self._writer.write_batch(pa.record_batch(columns))
+        self._held_tokens -= rows * self._length
+        self.rows += rows

@@ -7,7 +7,7 @@ import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
@@ -82,20 +82,17 @@ def _encoded(
         for group in groups:
             yield group, tokenizer.encode_batch([piece.text for piece in group])
         return
-    waiting: deque[tuple[list[Piece], Future[list[list[int]]]]] = deque()
     # spawned, not forked: the parent may hold threads and a process group
     with ProcessPoolExecutor(
         workers, get_context("spawn"), _start_worker, (tokenizer.name, tokenizer.trust_remote_code)
     ) as pool:
         try:
-            for group in groups:
-                waiting.append((group, pool.submit(_encode_group, [piece.text for piece in group])))
-                if len(waiting) > 2 * workers:
-                    done, ids = waiting.popleft()
-                    yield done, ids.result()
+            submitted = ((group, pool.submit(_encode_group, [piece.text for piece in group])) for group in groups)
+            waiting = deque(islice(submitted, 2 * workers))
             while waiting:
-                done, ids = waiting.popleft()
-                yield done, ids.result()
+                group, ids = waiting.popleft()
+                waiting.extend(islice(submitted, 1))
+                yield group, ids.result()
         except BrokenProcessPool as error:
             raise DataError(
                 "a tokenizing process died, most likely for lack of memory: set data.processes to less"
