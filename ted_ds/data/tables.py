@@ -57,64 +57,55 @@ def iter_examples(entries: Sequence[str | HubDataset], spec: TaskSpec, bad: BadR
     """
     yield from usable(
         entries,
-        lambda path: _examples(_file_records(path, spec), spec),
-        lambda where, rows: _examples(_hub_records(where, rows, spec), spec),
+        lambda path: _file_examples(path, spec),
+        lambda where, rows: _hub_examples(where, rows, spec),
         "rows",
         bad,
     )
 
 
-def _examples(records: Iterator[Record], spec: TaskSpec) -> Iterator[Example | BadRow]:
+def _hub_examples(where: str, rows: Any, spec: TaskSpec) -> Iterator[Example | BadRow]:
+    names = getattr((rows.features or {}).get(spec.label_column), "names", None)
+    yield from _examples(hub_records(where, rows, spec.columns, SETTINGS), where, names, spec)
+
+
+def _file_examples(path: Path, spec: TaskSpec) -> Iterator[Example | BadRow]:
+    kind = file_kind(path)
+    if kind not in RECORD_SUFFIXES:
+        no_format(path, ".tsv, .csv, .jsonl or .parquet")
+    official = kind in TSV_SUFFIXES and spec.tsv is not None
+    records = _official_records(path, spec) if official else iter_records(path, spec.columns, SETTINGS)
+    names = class_names(path, spec.label_column) if kind == PARQUET else None
+    yield from _examples(records, str(path), names, spec)
+
+
+def _examples(
+    records: Iterator[Record], source: str, names: Sequence[str] | None, spec: TaskSpec
+) -> Iterator[Example | BadRow]:
+    """names: the data's own, of the labels that are numbers; None: it has none."""
+    if names is not None and sorted(names) != sorted(spec.labels):
+        raise DataError(
+            f"{source} has the labels {', '.join(names)}, the task {', '.join(spec.labels) or 'none'}: set data.labels"
+        )
     for where, row, _ in records:
         try:
             if isinstance(row, BadRow):
                 raise row
+            value = row.get(spec.label_column)
+            if names is not None and isinstance(value, int) and value >= 0:  # -1 is no label
+                if value >= len(names):
+                    raise BadRow(f"{where}: the label is {value}, and the data names {len(names)}")
+                value = names[value]
             texts = tuple(_text(row[name], name, where) for name in spec.text_columns)
-            found: Example | BadRow = Example(texts, _label(row.get(spec.label_column), spec, where), where)
+            found: Example | BadRow = Example(texts, _label(value, spec, where), where)
         except BadRow as error:
             found = error
         yield found
 
 
-def _hub_records(where: str, rows: Any, spec: TaskSpec) -> Iterator[Record]:
-    names = getattr((rows.features or {}).get(spec.label_column), "names", None)
-    return _named(hub_records(where, rows, spec.columns, SETTINGS), where, names, spec)
-
-
-def _file_records(path: Path, spec: TaskSpec) -> Iterator[Record]:
-    kind = file_kind(path)
-    if kind not in RECORD_SUFFIXES:
-        no_format(path, ".tsv, .csv, .jsonl or .parquet")
-    if kind in TSV_SUFFIXES and spec.tsv is not None:
-        yield from _official_records(path, spec, spec.tsv)
-        return
-    names = class_names(path, spec.label_column) if kind == PARQUET else None
-    yield from _named(iter_records(path, spec.columns, SETTINGS), str(path), names, spec)
-
-
-def _named(records: Iterator[Record], source: str, names: Sequence[str] | None, spec: TaskSpec) -> Iterator[Record]:
-    """Records whose labels are numbers of the data's own `names`, with these names in their place."""
-    if names is None:
-        yield from records
-        return
-    if sorted(names) != sorted(spec.labels):
-        raise DataError(
-            f"{source} has the labels {', '.join(names)}, the task {', '.join(spec.labels) or 'none'}: set data.labels"
-        )
-    for record in records:
-        where, row, _ = record
-        label = None if isinstance(row, BadRow) else row[spec.label_column]
-        if not isinstance(label, int) or label < 0 or isinstance(row, BadRow):  # -1 is no label
-            yield record
-        elif label < len(names):
-            yield Record(where, {**row, spec.label_column: names[label]})
-        else:
-            yield Record(where, BadRow(f"{where}: the label is {label}, and the data names {len(names)}"))
-
-
-def _official_records(path: Path, spec: TaskSpec, layout: Tsv) -> Iterator[Record]:
+def _official_records(path: Path, spec: TaskSpec) -> Iterator[Record]:
     """GLUE's own files, whose cells are never quoted."""
-    short: list[int] = []
+    layout, short = spec.tsv or Tsv(), list[int]()
     with text_file(path) as file:
         table = tsv_rows(file)
         first = next(table, None)
