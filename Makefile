@@ -19,7 +19,7 @@ test: $(STAMP)
 	ruff format --check .
 	ruff check .
 	mypy
-	pytest -n 2 --dist loadfile -m "not slow"
+	pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-all: $(STAMP)
 	pytest

@@ -13,15 +13,13 @@ from ted_ds.cli.common import printed
 from ted_ds.config.tasks import KINDS, TASKS
 from ted_ds.errors import NotFiniteError
 
-OWN_COLUMNS = ("classification", "regression")
-"""Tasks whose columns a recipe names."""
-
 
 def main(argv: Sequence[str]) -> int:
     """Scores a model in one process, prints JSON; returns the exit code."""
     parser = argparse.ArgumentParser("ted-ds evaluate", description=main.__doc__, allow_abbrev=False)
     parser.add_argument("model", help="a Hugging Face folder or hub id")
-    parser.add_argument("--task", choices=[t for t in TASKS if t not in OWN_COLUMNS], default="causal-lm")
+    tasks = [name for name, spec in TASKS.items() if not spec.missing_keys]
+    parser.add_argument("--task", choices=tasks, default="causal-lm")
     parser.add_argument("--data", nargs="+", default=[], metavar="FILES", help="held-out text, or the task's files")
     parser.add_argument("--lambada", metavar="FILE", help="LAMBADA: lines of plain text, or rows with `text`")
     parser.add_argument("--tokenizer", help="if the model's folder has none")

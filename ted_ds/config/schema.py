@@ -21,7 +21,7 @@ from ted_ds.config.sections import (
     TeacherConfig,
     TrainConfig,
 )
-from ted_ds.config.tasks import TASKS, TaskSpec
+from ted_ds.config.tasks import KINDS, TASKS, TaskSpec
 
 
 def _known_task(name: str) -> str:
@@ -33,21 +33,6 @@ def _known_task(name: str) -> str:
 
 
 TaskName = Annotated[str, AfterValidator(_known_task)]
-
-OWN_COLUMNS = ("data.text_columns", "data.label_column", "data.labels")
-
-LABELLED_ALONE = (
-    *OWN_COLUMNS,
-    *("student.pretrained", "student.init_from_pretrained", "student.head_dropout"),
-    *("filters.head_dropout", "data.extra_validation", "data.doc_stride", "loss.mask_padding"),
-)
-"""Keys that a causal LM has no use for."""
-
-LM_ALONE = (
-    *("filters.token_fraction", "data.text_column", "data.processes"),
-    *("loss.divergence", "loss.kl_top_k"),
-)
-"""Keys that labelled data has no use for."""
 
 
 class RunConfig(Section):
@@ -115,11 +100,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _keys_fit_the_task(self) -> Self:
-        lm, kind = self.task == "causal-lm", self.spec.kind
-        useless = LABELLED_ALONE if lm else LM_ALONE
-        if kind == "question-answering":
-            useless = (*useless, *OWN_COLUMNS)
-        for key in useless:
+        for key in KINDS[self.spec.kind].unused_keys:
             section, name = key.split(".")
             value = getattr(self, section)
             if getattr(value, name) != type(value).model_fields[name].default:
@@ -131,16 +112,14 @@ class RunConfig(Section):
                 f"method: {self.method} learns the student's filters on a fine-tuned student, but "
                 "student.init_from_pretrained is true: remove it, or choose method: ce, kd or lwd"
             )
-        needed = {"classification": ("text_columns", "labels"), "regression": ("text_columns",)}.get(self.task, ())
-        for name in needed:
-            if getattr(self.data, name) is None:
-                raise ValueError(f"task: {self.task} needs data.{name}: name them")
+        if missing := self.spec.missing_keys:
+            raise ValueError(f"task: {self.task} needs {missing[0]}: name them")
         return self
 
     @model_validator(mode="after")
     def _padding_is_not_cached(self) -> Self:
-        questions = self.loss.kl_alpha and self.spec.kind == "question-answering"
-        counted = not self.loss.mask_padding and (self.loss.mse_alpha or questions)
+        kl_counts = self.loss.kl_alpha and KINDS[self.spec.kind].kl_over_positions
+        counted = not self.loss.mask_padding and (self.loss.mse_alpha or kl_counts)
         if self.teacher is not None and self.teacher.cache is not None and counted:
             raise ValueError(
                 "teacher.cache holds real tokens alone, but loss.mask_padding: false counts padding: remove one of them"

@@ -16,8 +16,10 @@ class KindTraits:
     auto_class: of transformers, which puts the head on a model. lm_head: that head is the LM head, whose weight the
     losses read; other kinds have a task head, which a pre-trained model lacks. outputs: of the task head, None for as
     many as there are labels. padded: rows are of different lengths. compares_rows: the KL compares the rows of a step
-    with each other, so that they must lie in one micro-batch. sequence_length: tokens a row in `ted-ds evaluate`.
+    with each other, so that they must lie in one micro-batch. kl_over_positions: the KL is over the positions of a
+    row, padding among them if the recipe says so. sequence_length: tokens a row in `ted-ds evaluate`.
     numbers: labels are numbers, not names. windows: rows are windows of contexts, which hold the answers of questions.
+    unused_keys, needed_keys: of a recipe; needed are what the task itself (`TaskSpec`) does not say.
     """
 
     auto_class: str
@@ -25,16 +27,54 @@ class KindTraits:
     outputs: int | None = None
     padded: bool = True
     compares_rows: bool = False
+    kl_over_positions: bool = False
     sequence_length: int = 256
     numbers: bool = False
     windows: bool = False
+    unused_keys: tuple[str, ...] = ()
+    needed_keys: tuple[str, ...] = ()
 
+
+_OF_TEXT = (
+    *("filters.token_fraction", "data.text_column", "data.processes"),
+    *("loss.divergence", "loss.kl_top_k"),
+)
+"""Keys that causal LMs alone use."""
+
+_OF_COLUMNS = ("data.text_columns", "data.label_column", "data.labels")
+
+_OF_LABELS = (
+    *_OF_COLUMNS,
+    *("student.pretrained", "student.init_from_pretrained", "student.head_dropout"),
+    *("filters.head_dropout", "data.extra_validation", "data.doc_stride", "loss.mask_padding"),
+)
+"""Keys that kinds with labelled rows alone use."""
 
 KINDS: dict[Kind, KindTraits] = {
-    "causal-lm": KindTraits("AutoModelForCausalLM", lm_head=True, padded=False, sequence_length=1024),
-    "classification": KindTraits("AutoModelForSequenceClassification"),
-    "regression": KindTraits("AutoModelForSequenceClassification", outputs=1, compares_rows=True, numbers=True),
-    "question-answering": KindTraits("AutoModelForQuestionAnswering", outputs=2, sequence_length=384, windows=True),
+    "causal-lm": KindTraits(
+        "AutoModelForCausalLM", lm_head=True, padded=False, sequence_length=1024, unused_keys=_OF_LABELS
+    ),
+    "classification": KindTraits(
+        "AutoModelForSequenceClassification",
+        unused_keys=_OF_TEXT,
+        needed_keys=("data.text_columns", "data.labels"),
+    ),
+    "regression": KindTraits(
+        "AutoModelForSequenceClassification",
+        outputs=1,
+        compares_rows=True,
+        numbers=True,
+        unused_keys=_OF_TEXT,
+        needed_keys=("data.text_columns",),
+    ),
+    "question-answering": KindTraits(
+        "AutoModelForQuestionAnswering",
+        outputs=2,
+        kl_over_positions=True,
+        sequence_length=384,
+        windows=True,
+        unused_keys=(*_OF_TEXT, *_OF_COLUMNS),
+    ),
 }
 """The kinds of tasks; `ted_ds.tasks.registry` has the class of each."""
 
@@ -83,6 +123,11 @@ class TaskSpec:
     def columns(self) -> tuple[str, ...]:
         """Those of texts, and of labels the last; () for questions, whose columns have names of their own."""
         return (*self.text_columns, self.label_column) if self.text_columns else ()
+
+    @property
+    def missing_keys(self) -> tuple[str, ...]:
+        """Keys that a recipe has to give, because the task does not."""
+        return tuple(key for key in KINDS[self.kind].needed_keys if not getattr(self, key.removeprefix("data.")))
 
     def with_columns(
         self, text_columns: tuple[str, ...] | None, label_column: str | None, labels: tuple[str, ...] | None

@@ -77,6 +77,7 @@ def test_a_job_that_is_requeued_and_warned_ends_as_an_undisturbed_one(slurm: Slu
     assert recorded(project / "disturbed") == recorded(project / "undisturbed")
 
 
+@pytest.mark.slow
 def test_an_array_leaves_a_table_and_what_was_cancelled_is_missing_until_it_is_run(slurm: Slurm, project: Path) -> None:
     script = ROOT / "launchers/slurm/sweep.sbatch"
     changes = {"train__steps": 3, "filters__steps": 3, "data__prepared": str(project / "data")}

@@ -79,7 +79,7 @@ def assert_same(ours: Path, expected: Path) -> None:
         assert a == pytest.approx(b, rel=1e-4), (ours, a, b)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [slow(case) if case == "decoder" else case for case in CASES])
 def test_a_task_does_not_depend_on_how_it_is_split(projects: Callable[..., Path], workers: Group, case: str) -> None:
     task, family, changes, splits = CASES[case]
     project = projects(task, family)
@@ -113,7 +113,7 @@ def test_a_regressions_kl_is_that_of_the_global_batch(projects: Callable[..., Pa
     )
 
 
-@pytest.mark.parametrize("method", ["ce", "kd", "lwd"])
+@pytest.mark.parametrize("method", [slow("ce"), "kd", slow("lwd")])
 def test_every_method_starts_from_the_same_student(projects: Callable[..., Path], workers: Group, method: str) -> None:
     project = projects("sst2")
     paths = [write_task_recipe(project, "sst2", f"start-{m}", **START, method=m) for m in ("ted", method)]
@@ -163,7 +163,7 @@ def test_a_run_leaves_the_best_student_and_goes_on_after_a_stop(projects: Callab
         slow("mnli", "xlm-roberta", "bfloat16"),
         ("squad_v2", "deberta-v2", "bfloat16"),
         slow("squad", "modernbert", "float32"),
-        ("mnli", "qwen2", "bfloat16"),
+        slow("mnli", "qwen2", "bfloat16"),
     ],
 )
 def test_families_go_through_all_stages(

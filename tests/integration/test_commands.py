@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ted_ds.cli.report import main as report
+from tests.marks import slow
 from tests.project import make_project, write_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -44,9 +45,10 @@ def run(*command: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def test_every_launcher_runs_the_same_job_and_does_not_start_over(project: Path) -> None:
+@pytest.mark.parametrize("other", [slow("deepspeed --no_python"), "torchrun"])
+def test_every_launcher_runs_the_same_job_and_does_not_start_over(project: Path, other: str) -> None:
     losses = {}
-    for name, command in LAUNCHERS.items():
+    for name, command in [("bash", LAUNCHERS["bash"]), (other, LAUNCHERS[other])]:
         folder = project / name.split()[-1].strip("-")
         path = write_recipe(project, folder.name, method="kd", data__prepared=str(project / "data"))
         run(*command, "--config", path, "--train.steps=3")
