@@ -115,11 +115,6 @@ class TaskSpec:
     impossible: bool = True
 
     @property
-    def traits(self) -> KindTraits:
-        """Of its kind."""
-        return KINDS[self.kind]
-
-    @property
     def columns(self) -> tuple[str, ...]:
         """Those of texts, and of labels the last; () for questions, whose columns have names of their own."""
         return (*self.text_columns, self.label_column) if self.text_columns else ()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ted_ds.config.tasks import TaskSpec
+from ted_ds.config.tasks import KINDS, TaskSpec
 from ted_ds.data.bad_rows import BadRow, BadRows
 from ted_ds.data.encoded import QUESTIONS, ROWS, EncodedRows, Manifest
 from ted_ds.data.manifests import Entries, check_prepared, entry_names, file_sizes, write_manifest
@@ -51,13 +51,14 @@ def ensure_encoded(
     skip_bad_rows: see `BadRows`; those that have no label are bad too.
     Raises DataError if the data is missing, unreadable or unlabelled, and if the folder was made otherwise.
     """
+    windows = KINDS[spec.kind].windows
     asked: dict[str, Any] = {
         "task": spec.name,
         "columns": spec.columns,
         "labels": spec.labels,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "max_length": max_length,
-        "stride": stride if spec.traits.windows else 0,
+        "stride": stride if windows else 0,
         "entries": entry_names(entries),
         "training": training,
     }
@@ -65,14 +66,14 @@ def ensure_encoded(
         with new_folder(folder) as new, BadRows(skip=skip_bad_rows) as bad:
             groups = (
                 _window_groups(entries, spec, tokenizer, new / QUESTIONS, max_length, stride, training, bad)
-                if spec.traits.windows
+                if windows
                 else _text_groups(entries, spec, tokenizer, max_length, bad)
             )
             counts = _write(new / ROWS, groups)
             if not counts["rows"] and not bad.refused:  # data without any row is an error of its reader
                 raise bad.nothing_left()
             if counts["cut"]:
-                what = "answers are whole in no window" if spec.traits.windows else "rows were cut"
+                what = "answers are whole in no window" if windows else "rows were cut"
                 cut, examples = counts["cut"], counts["examples"]
                 logger.info("%s: %d of %d %s at %d tokens", folder.name, cut, examples, what, max_length)
             manifest = Manifest(
@@ -123,7 +124,7 @@ def _text_groups(
         # those that fill max_length were cut or just fit; few do, so a second look costs little
         full = [example.texts for example, ids, _ in kept if len(ids) == max_length]
         cut = sum(length > max_length for length in tokenizer.lengths(full))
-        labels = pa.array([e.label for e, _, _ in kept], pa.float32() if spec.traits.numbers else pa.int32())
+        labels = pa.array([e.label for e, _, _ in kept], pa.float32() if KINDS[spec.kind].numbers else pa.int32())
         yield {**_ids([ids for _, ids, _ in kept], [s for _, _, s in kept]), "label": labels}, len(kept), cut
 
 

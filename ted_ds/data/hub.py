@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from ted_ds.config.data_section import HubDataset
@@ -55,14 +56,12 @@ def cause(error: BaseException) -> str:
 def _places(error: BaseException) -> dict[str, str]:
     """The file and the column that `datasets` was at: its errors do not say, the frames they went through do."""
     found: dict[str, str] = {}
-    at = error.__traceback__
-    while at is not None:
-        name, values = at.tb_frame.f_code.co_name, at.tb_frame.f_locals
+    for frame, _ in walk_tb(error.__traceback__):
+        name, values = frame.f_code.co_name, frame.f_locals
         if name == "_generate_tables" and "file" in values:
             found["file"] = str(values["file"])
         elif name == "cast_table_to_schema" and "table" in values and "features" in values:
             found |= _no_cast(values["table"], values["features"])
-        at = at.tb_next
     return found
 
 

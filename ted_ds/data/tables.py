@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ted_ds.config.data_section import HubDataset
-from ted_ds.config.tasks import TaskSpec, Tsv
+from ted_ds.config.tasks import KINDS, TaskSpec, Tsv
 from ted_ds.data.bad_rows import BadRow, BadRows
 from ted_ds.data.records import (
     PARQUET,
@@ -136,7 +136,7 @@ def _text(value: Any, column: str, where: str) -> str:
 
 def _label(value: Any, spec: TaskSpec, where: str) -> int | float | None:
     text = "" if value is None else str(value).strip()
-    if spec.traits.numbers:
+    if KINDS[spec.kind].numbers:
         return _number(text, spec, where)
     # pandas turns a column of numbers into 1.0 and nan if a row of it is empty
     whole = re.sub(r"(?<=[0-9])\.0+$", "", text)
