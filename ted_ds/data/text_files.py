@@ -66,9 +66,9 @@ ARCHIVES: tuple[tuple[bytes, str], ...] = (
 WIDE = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 
 _ESCAPE = re.compile(
-    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+    r"\\(?:\\|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2}))"
 )
-"""An escape in JSON, two that are one character, or as a group of its own a surrogate that is alone."""
+"""In JSON an escaped backslash, two surrogates that are one character, or as a group one that is alone."""
 
 _JSON_BEGINS = re.compile(rb'\s*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
@@ -127,7 +127,7 @@ class TextFile:
     def json(self, text: str, number: int | None = None) -> Any:
         """JSON of a line, or with None of the file. Lone surrogates, which no tokenizer takes, become U+FFFD."""
         # most lines cost the first look alone
-        lone = sum(bool(escape[1]) for escape in _ESCAPE.finditer(text)) if "\\u" in text else 0
+        lone = sum(map(bool, _ESCAPE.findall(text))) if "\\u" in text else 0
         mended = _ESCAPE.sub(lambda escape: r"\ufffd" if escape[1] else escape[0], text) if lone else text
         try:
             value = _DECODER.decode(mended)
