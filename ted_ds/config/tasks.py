@@ -18,6 +18,7 @@ class KindTraits:
     many as there are labels. padded: rows are of different lengths. compares_rows: the KL compares the rows of a step
     with each other, so that they must lie in one micro-batch. kl_over_positions: the KL is over the positions of a
     row, padding among them if the recipe says so. sequence_length: tokens a row in `ted-ds evaluate`.
+    numbers: labels are numbers, not names. windows: rows are windows of contexts, which hold the answers of questions.
     unused_keys, needed_keys: of a recipe; needed are what the task itself (`TaskSpec`) does not say.
     """
 
@@ -28,6 +29,8 @@ class KindTraits:
     compares_rows: bool = False
     kl_over_positions: bool = False
     sequence_length: int = 256
+    numbers: bool = False
+    windows: bool = False
     unused_keys: tuple[str, ...] = ()
     needed_keys: tuple[str, ...] = ()
 
@@ -60,6 +63,7 @@ KINDS: dict[Kind, KindTraits] = {
         "AutoModelForSequenceClassification",
         outputs=1,
         compares_rows=True,
+        numbers=True,
         unused_keys=_OF_TEXT,
         needed_keys=("data.text_columns",),
     ),
@@ -68,6 +72,7 @@ KINDS: dict[Kind, KindTraits] = {
         outputs=2,
         kl_over_positions=True,
         sequence_length=384,
+        windows=True,
         unused_keys=(*_OF_TEXT, *_OF_COLUMNS),
     ),
 }
@@ -94,6 +99,7 @@ class TaskSpec:
     numbered: the labels that 0, 1, ... mean in the task's official files; () if a number has no name.
     metrics: see `ted_ds.evaluation`; questions always get SQuAD's. best: the one by which the best weights are
     chosen; "" for text, whose last weights are the result. tsv: None if there is no official TSV layout.
+    unlabelled: the number that stands where a row has none. impossible: whether a question may have no answer.
     """
 
     name: str
@@ -105,6 +111,13 @@ class TaskSpec:
     metrics: tuple[str, ...] = ("accuracy",)
     best: str = "accuracy"
     tsv: Tsv | None = None
+    unlabelled: float | None = None
+    impossible: bool = True
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of texts, and of labels the last; () for questions, whose columns have names of their own."""
+        return (*self.text_columns, self.label_column) if self.text_columns else ()
 
     @property
     def missing_keys(self) -> tuple[str, ...]:
@@ -157,6 +170,7 @@ _SPECS = (
         metrics=("pearson", "spearman"),
         best="spearman",
         tsv=Tsv(names={"score": "label"}),
+        unlabelled=-1,
     ),
     TaskSpec(
         "qqp",
@@ -176,7 +190,7 @@ _SPECS = (
     TaskSpec("qnli", "classification", ("question", "sentence"), labels=_ENTAILMENT, tsv=Tsv()),
     TaskSpec("rte", "classification", _PAIR, labels=_ENTAILMENT, tsv=Tsv()),
     TaskSpec("wnli", "classification", _PAIR, labels=_ENTAILMENT[::-1], tsv=Tsv()),
-    TaskSpec("squad", "question-answering", metrics=("exact", "f1"), best="f1"),
+    TaskSpec("squad", "question-answering", metrics=("exact", "f1"), best="f1", impossible=False),
     TaskSpec("squad_v2", "question-answering", metrics=("exact", "f1"), best="f1"),
     # a user's own data; columns and labels come from the recipe
     TaskSpec("classification", "classification"),

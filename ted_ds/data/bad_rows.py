@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
-from ted_ds.data.hub import cause
 from ted_ds.errors import DataError
-
-Usable = TypeVar("Usable")
 
 logger = logging.getLogger("ted_ds")
 
@@ -88,30 +85,6 @@ class BadRows:
     def _problems(self) -> str:
         more = self.count - len(self._shown)
         return "; ".join(row.problem for row in self._shown) + (f"; and {more} more" if more else "")
-
-
-def usable(rows: Iterator[Usable | BadRow], source: str, nothing: str, bad: BadRows | None) -> Iterator[Usable]:
-    """The rows of one file or data set that can be used; `bad` gets the others, and without it the first is raised.
-
-    source: what messages call it. nothing: what a source without any row has, and what to do then.
-    Raises DataError for a source without rows, and with the cause if reading them fails by an error of a library.
-    """
-    found = False
-    try:
-        for row in rows:
-            found = True
-            if not isinstance(row, BadRow):
-                yield row
-            elif bad is None:
-                raise row
-            else:
-                bad.add(row)
-    except DataError:
-        raise
-    except Exception as error:  # decompressors, Arrow, hub and builders raise errors of their own
-        raise DataError(f"{source} cannot be read: {cause(error)}") from error
-    if not found:
-        raise DataError(f"{source} has {nothing}")
 
 
 def _remedies(what: str, rows: Sequence[BadRow]) -> str:

@@ -8,15 +8,16 @@ from itertools import chain, islice
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from ted_ds.batch import IGNORED
 from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.manifests import Entries
 from ted_ds.data.tokenizers import Tokenizer
-from ted_ds.data.tokenizing import TextCounts, tokenized
+from ted_ds.data.tokenizing import TextCounts, grouped, tokenized
 
 HELD_TOKENS = 1 << 22
-"""Tokens of documents that are sorted by length at a time."""
+"""Tokens of windows that are sorted by length at a time."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class WindowBatch:
     ends: torch.Tensor
 
 
-Window = tuple[np.ndarray, np.ndarray, bool]
-"""(inputs, targets, whether the last target is the document's end)."""
+Window = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""A row of a `WindowBatch`."""
 
 
 def window_batches(
@@ -79,25 +80,19 @@ def window_batches(
     The last position of a window predicts the first token of the next: each token is predicted exactly once.
     Batches have windows of like lengths, and `batch_tokens` positions at most, or one window.
     """
-    held: list[Window] = []
-    tokens = 0
-    for document in documents:
-        windows = list(_windows(document, begin, end, length))
-        held += windows
-        tokens += sum(len(window[0]) for window in windows)
-        if tokens >= HELD_TOKENS:
-            yield from _batches(held, batch_tokens)
-            held, tokens = [], 0
-    yield from _batches(held, batch_tokens)
+    windows = (window for document in documents for window in _windows(document, begin, end, length))
+    for held in grouped(windows, lambda window: len(window[0]), HELD_TOKENS):
+        yield from _batches(held, batch_tokens)
 
 
 def _windows(document: Document, begin: list[int], end: list[int], length: int) -> Iterator[Window]:
     stream = np.concatenate([begin, document.ids, end]).astype(np.int64)
     targets = stream[1:].copy()
     targets[: max(0, len(begin) - 1)] = IGNORED
+    ends = np.arange(len(targets)) >= len(targets) - bool(end)
     for start in range(0, len(targets), length):
-        stop = min(start + length, len(targets))
-        yield stream[start:stop], targets[start:stop], bool(end) and stop == len(targets)
+        part = slice(start, min(start + length, len(targets)))
+        yield stream[part], targets[part], ends[part]
 
 
 def _batches(windows: list[Window], batch_tokens: int) -> Iterator[WindowBatch]:
@@ -107,10 +102,9 @@ def _batches(windows: list[Window], batch_tokens: int) -> Iterator[WindowBatch]:
         longest = len(windows[start][0])
         group = windows[start : start + max(1, batch_tokens // longest)]
         start += len(group)
-        inputs = np.zeros((len(group), longest), dtype=np.int64)
-        targets, ends = np.full_like(inputs, IGNORED), np.zeros(inputs.shape, dtype=bool)
-        for row, (given, wanted, ended) in enumerate(group):
-            inputs[row, : len(given)] = given
-            targets[row, : len(wanted)] = wanted
-            ends[row, len(wanted) - 1] = ended
-        yield WindowBatch(torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(ends))
+        inputs, targets, ends = ([torch.from_numpy(array) for array in arrays] for arrays in zip(*group, strict=True))
+        yield WindowBatch(
+            pad_sequence(inputs, batch_first=True),
+            pad_sequence(targets, batch_first=True, padding_value=IGNORED),
+            pad_sequence(ends, batch_first=True),
+        )

@@ -13,9 +13,8 @@ import pyarrow as pa
 import torch
 
 from ted_ds.batch import Batch
-from ted_ds.data.manifests import MANIFEST, reread_names
+from ted_ds.data.manifests import open_prepared
 from ted_ds.data.squad import Question
-from ted_ds.errors import DataError
 
 ROWS, QUESTIONS = "rows.arrow", "questions.jsonl"
 
@@ -60,23 +59,17 @@ class EncodedRows:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        try:
-            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            tuples = {name: tuple(values[name]) for name in ("columns", "labels")}
-            self.manifest = Manifest(**{**values, **tuples, "entries": reread_names(values["entries"])})
-            self._file = pa.ipc.open_file(pa.memory_map(str(folder / ROWS)))
-            self._groups = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            raise DataError(f"{folder} holds no whole prepared data ({error}): delete it to prepare it anew") from error
+        self.manifest, groups = open_prepared(folder, ROWS, Manifest)
         # zero-copy views of the map: a group's tokens one after another, and where each row of it begins
-        self._tokens = [_flat(group, "input_ids") for group in self._groups]
-        self._firsts = np.cumsum([0, *(group.num_rows for group in self._groups)])
+        self._tokens = [_flat(group, "input_ids") for group in groups]
+        self._firsts = np.cumsum([0, *(group.num_rows for group in groups)])
         self.lengths = np.concatenate([np.diff(starts) for _, starts in self._tokens]).astype(np.int32)
-        target = "start" if self.manifest.kind == "question-answering" else "label"
-        self.targets = self._column(target).astype(np.float32 if self.manifest.kind == "regression" else np.int64)
-        self._seconds = self._column("second")
-        if len(self) != self.manifest.rows:
-            raise DataError(f"{folder}: {ROWS} and {MANIFEST} differ in rows: delete the folder to prepare it anew")
+        there = [name for name in ("second", "label", "start", "end", "question") if name in groups[0].schema.names]
+        columns = {name: np.concatenate([group.column(name).to_numpy() for group in groups]) for name in there}
+        targets = columns["label" if "label" in columns else "start"]
+        self.targets = targets if targets.dtype == np.float32 else targets.astype(np.int64)
+        self._columns = columns
+        self._offsets = [_flat(group, "offsets") for group in groups] if "question" in columns else []
 
     def __len__(self) -> int:
         return int(self._firsts[-1])
@@ -95,14 +88,14 @@ class EncodedRows:
             ids[i, : len(tokens)] = tokens
         positions = np.arange(pad_to)
         mask = positions < self.lengths[rows][:, None]
-        types = mask & (positions >= self._seconds[rows][:, None])
-        questions = self.manifest.kind == "question-answering"
+        types = mask & (positions >= self._columns["second"][rows][:, None])
+        ends = self._columns.get("end")
         return Batch(
             torch.from_numpy(ids),
             torch.from_numpy(self.targets[rows]),
             torch.from_numpy(mask.astype(np.int64)),
             token_type_ids=torch.from_numpy(types.astype(np.int64)),
-            ends=torch.from_numpy(self._ends[rows]) if questions else None,
+            ends=None if ends is None else torch.from_numpy(ends[rows].astype(np.int64)),
         )
 
     def largest_id(self) -> int:
@@ -125,34 +118,16 @@ class EncodedRows:
                 digest.update(tensor[real].int().numpy().tobytes())
         return digest.hexdigest()
 
+    @cached_property
     def questions(self) -> list[Question]:
         """The questions of a held-out split, in order, for scoring."""
-        return self._questions
-
-    def window(self, row: int) -> tuple[int, np.ndarray]:
-        """(number of a window's question, the characters [S, 2] int32 of the context that its tokens stand for)."""
-        return int(self._question_numbers[row]), self._row(self._offsets, row).reshape(-1, 2)
-
-    @cached_property
-    def _questions(self) -> list[Question]:
         lines = (self._folder / QUESTIONS).read_text(encoding="utf-8").splitlines()
         found = (json.loads(line) for line in lines)
         return [Question(**{**values, "answers": tuple(map(tuple, values["answers"]))}) for values in found]
 
-    @cached_property
-    def _ends(self) -> np.ndarray:
-        return self._column("end").astype(np.int64)
-
-    @cached_property
-    def _question_numbers(self) -> np.ndarray:
-        return self._column("question")
-
-    @cached_property
-    def _offsets(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        return [_flat(group, "offsets") for group in self._groups]
-
-    def _column(self, name: str) -> np.ndarray:
-        return np.concatenate([group.column(name).to_numpy() for group in self._groups])
+    def window(self, row: int) -> tuple[int, np.ndarray]:
+        """(number of a window's question, the characters [S, 2] int32 of the context that its tokens stand for)."""
+        return int(self._columns["question"][row]), self._row(self._offsets, row).reshape(-1, 2)
 
     def _row(self, column: list[tuple[np.ndarray, np.ndarray]], row: int) -> np.ndarray:
         group = int(np.searchsorted(self._firsts, row, side="right")) - 1

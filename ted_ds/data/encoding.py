@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ted_ds.config.tasks import TaskSpec
+from ted_ds.config.tasks import KINDS, TaskSpec
 from ted_ds.data.bad_rows import BadRow, BadRows
 from ted_ds.data.encoded import QUESTIONS, ROWS, EncodedRows, Manifest
-from ted_ds.data.manifests import MANIFEST, Entries, entry_names, file_sizes, refuse_differences, refuse_left_out
+from ted_ds.data.manifests import Entries, check_prepared, entry_names, file_sizes, write_manifest
 from ted_ds.data.squad import Question, iter_questions
 from ted_ds.data.tables import iter_examples
 from ted_ds.data.tokenizers import Tokenizer
+from ted_ds.job.files import new_folder
 
 logger = logging.getLogger("ted_ds")
 
@@ -28,6 +29,9 @@ GROUP = 4096
 """Examples that are tokenized, and written as a record batch, at a time."""
 
 Columns = dict[str, Any]
+
+Group = tuple[Columns, int, int]
+"""(columns, examples, those of them that were cut; see `Manifest`)."""
 
 
 def ensure_encoded(
@@ -47,89 +51,63 @@ def ensure_encoded(
     skip_bad_rows: see `BadRows`; those that have no label are bad too.
     Raises DataError if the data is missing, unreadable or unlabelled, and if the folder was made otherwise.
     """
+    windows = KINDS[spec.kind].windows
+    asked: dict[str, Any] = {
+        "task": spec.name,
+        "columns": spec.columns,
+        "labels": spec.labels,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "max_length": max_length,
+        "stride": stride if windows else 0,
+        "entries": entry_names(entries),
+        "training": training,
+    }
     if not folder.exists():
-        _encode(entries, spec, tokenizer, folder, max_length, stride, training, skip_bad_rows)
+        with new_folder(folder) as new, BadRows(skip=skip_bad_rows) as bad:
+            groups = (
+                _window_groups(entries, spec, tokenizer, new / QUESTIONS, max_length, stride, training, bad)
+                if windows
+                else _text_groups(entries, spec, tokenizer, max_length, bad)
+            )
+            counts = _write(new / ROWS, groups)
+            if not counts["rows"] and not bad.refused:  # data without any row is an error of its reader
+                raise bad.nothing_left()
+            if counts["cut"]:
+                what = "answers are whole in no window" if windows else "rows were cut"
+                cut, examples = counts["cut"], counts["examples"]
+                logger.info("%s: %d of %d %s at %d tokens", folder.name, cut, examples, what, max_length)
+            manifest = Manifest(
+                **(asked | counts),
+                kind=spec.kind,
+                tokenizer=tokenizer.name,
+                pad_id=tokenizer.pad_id,
+                sources=file_sizes(entries),
+                left_out=bad.count,
+            )
+            write_manifest(new, manifest)
     rows = EncodedRows(folder)
-    made = rows.manifest
-    refuse_left_out(folder, made.left_out, skip_bad_rows)
-    question_answering = spec.kind == "question-answering"
-    columns = () if question_answering else (*spec.text_columns, spec.label_column)
-    sizes = file_sizes(entries) if made.entries == entry_names(entries) else {}
-    wanted: list[tuple[str, object, object]] = [
-        ("task", made.task, spec.name),
-        ("columns", list(made.columns), list(columns)),
-        ("data.labels", list(made.labels), list(spec.labels)),
-        ("tokenizer", made.tokenizer_fingerprint, tokenizer.fingerprint),
-        ("data.sequence_length", made.max_length, max_length),
-        ("data.doc_stride", made.stride, stride if question_answering else 0),
-        ("data entries", list(made.entries), list(entry_names(entries))),
-        ("sizes of data files", made.sources, sizes),
-        ("use (training: true or false)", made.training, training),
-    ]
-    refuse_differences(folder, wanted)
+    check_prepared(folder, rows.manifest, asked, entries, skip_bad_rows=skip_bad_rows)
     return rows
 
 
-def _encode(
-    entries: Entries,
-    spec: TaskSpec,
-    tokenizer: Tokenizer,
-    folder: Path,
-    max_length: int,
-    stride: int,
-    training: bool,
-    skip_bad_rows: bool | None,
-) -> None:
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    question_answering = spec.kind == "question-answering"
-    counts = {"rows": 0, "examples": 0, "cut": 0}
+def _write(path: Path, groups: Iterator[Group]) -> Counter[str]:
+    """Writes the groups as record batches; returns how many `rows`, `examples` and `cut` ones there are."""
+    counts = Counter(rows=0, examples=0, cut=0)
     writer = None
-    with pa.OSFile(str(temporary / ROWS), "wb") as sink, BadRows(skip=skip_bad_rows) as bad:
-        groups = (
-            _window_groups(entries, spec, tokenizer, temporary / QUESTIONS, max_length, stride, training, bad)
-            if question_answering
-            else _text_groups(entries, spec, tokenizer, max_length, bad)
-        )
+    with pa.OSFile(str(path), "wb") as sink:
         for columns, examples, cut in groups:
             group = pa.record_batch(columns)
             writer = writer or pa.ipc.new_file(sink, group.schema)
             writer.write_batch(group)
-            counts["rows"] += group.num_rows
-            counts["examples"] += examples
-            counts["cut"] += cut
+            counts.update(rows=group.num_rows, examples=examples, cut=cut)
         if writer is not None:
             writer.close()
-        elif not bad.refused:  # data without any row is an error of its reader
-            raise bad.nothing_left()
-    if counts["cut"]:
-        what = "answers are whole in no window" if question_answering else "rows were cut"
-        logger.info("%s: %d of %d %s at %d tokens", folder.name, counts["cut"], counts["examples"], what, max_length)
-    manifest = Manifest(
-        task=spec.name,
-        kind=spec.kind,
-        columns=() if question_answering else (*spec.text_columns, spec.label_column),
-        labels=spec.labels,
-        tokenizer=tokenizer.name,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        pad_id=tokenizer.pad_id,
-        max_length=max_length,
-        stride=stride if question_answering else 0,
-        training=training,
-        entries=entry_names(entries),
-        sources=file_sizes(entries),
-        left_out=bad.count,
-        **counts,
-    )
-    (temporary / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
-    temporary.rename(folder)
+    return counts
 
 
 def _text_groups(
     entries: Entries, spec: TaskSpec, tokenizer: Tokenizer, max_length: int, bad: BadRows
-) -> Iterator[tuple[Columns, int, int]]:
-    """(columns, examples, cut ones) of one group after another."""
+) -> Iterator[Group]:
     examples = iter_examples(entries, spec, bad)
     while group := list(islice(examples, GROUP)):
         found = tokenizer.encode_texts([example.texts for example in group], max_length)
@@ -146,7 +124,7 @@ def _text_groups(
         # those that fill max_length were cut or just fit; few do, so a second look costs little
         full = [example.texts for example, ids, _ in kept if len(ids) == max_length]
         cut = sum(length > max_length for length in tokenizer.lengths(full))
-        labels = pa.array([e.label for e, _, _ in kept], pa.float32() if spec.kind == "regression" else pa.int32())
+        labels = pa.array([e.label for e, _, _ in kept], pa.float32() if KINDS[spec.kind].numbers else pa.int32())
         yield {**_ids([ids for _, ids, _ in kept], [s for _, _, s in kept]), "label": labels}, len(kept), cut
 
 
@@ -159,13 +137,10 @@ def _window_groups(
     stride: int,
     training: bool,
     bad: BadRows,
-) -> Iterator[tuple[Columns, int, int]]:
-    """(columns, questions, those whose answer is in no window) of one group after another.
-
-    Writes a held-out split's questions.
-    """
+) -> Iterator[Group]:
+    """Writes a held-out split's questions, too."""
     done = 0
-    questions = iter_questions(entries, impossible=spec.name != "squad", bad=bad)
+    questions = iter_questions(entries, impossible=spec.impossible, bad=bad)
     if not training:
         questions = _of_own_ids(questions, bad)
     with questions_path.open("w", encoding="utf-8") as file:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
 from ted_ds.config.data_section import HubDataset
+from ted_ds.data.text_files import refuse_incomplete
 from ted_ds.errors import DataError
 
 
@@ -34,8 +36,6 @@ def _look_at_files(entry: HubDataset) -> None:
     """Raises DataError for a file that `datasets` would read as if it were whole."""
     from datasets import load_dataset_builder
 
-    from ted_ds.data.text_files import refuse_incomplete
-
     splits = load_dataset_builder(entry.hub, entry.name).config.data_files or {}
     for path in dict.fromkeys(path for files in splits.values() for path in files):
         refuse_incomplete(Path(path))
@@ -56,14 +56,12 @@ def cause(error: BaseException) -> str:
 def _places(error: BaseException) -> dict[str, str]:
     """The file and the column that `datasets` was at: its errors do not say, the frames they went through do."""
     found: dict[str, str] = {}
-    at = error.__traceback__
-    while at is not None:
-        name, values = at.tb_frame.f_code.co_name, at.tb_frame.f_locals
+    for frame, _ in walk_tb(error.__traceback__):
+        name, values = frame.f_code.co_name, frame.f_locals
         if name == "_generate_tables" and "file" in values:
             found["file"] = str(values["file"])
         elif name == "cast_table_to_schema" and "table" in values and "features" in values:
             found |= _no_cast(values["table"], values["features"])
-        at = at.tb_next
     return found
 
 

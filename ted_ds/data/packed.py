@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +11,10 @@ import pyarrow as pa
 import torch
 
 from ted_ds.batch import IGNORED, Batch
-from ted_ds.data.manifests import MANIFEST, reread_names
+from ted_ds.data.manifests import open_prepared
 from ted_ds.data.sources import Piece
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.data.tokenizing import TextCounts
-from ted_ds.errors import DataError
 
 BLOCKS = "blocks.arrow"
 
@@ -67,22 +65,12 @@ class PackedBlocks:
     """
 
     def __init__(self, folder: Path) -> None:
-        try:
-            values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-            prefix = None if values.get("prefix") is None else tuple(values["prefix"])
-            entries = reread_names(values["entries"])
-            self.manifest = Manifest(**{**values, "entries": entries, "prefix": prefix})
-            self._file = pa.ipc.open_file(pa.memory_map(str(folder / BLOCKS)))
-            batches = [self._file.get_batch(i) for i in range(self._file.num_record_batches)]
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            raise DataError(f"{folder} holds no whole prepared data ({error}): delete it to prepare it anew") from error
+        self.manifest, batches = open_prepared(folder, BLOCKS, Manifest)
         length = self.manifest.sequence_length
         # zero-copy views of the map; every batch but the last has as many rows
         self._batches = [batch.column(0).flatten().to_numpy().reshape(-1, length) for batch in batches]
-        names = [name for name in (INSERTED, ENDS) if name in self._file.schema.names]
+        names = [name for name in (INSERTED, ENDS) if name in batches[0].schema.names]
         self._marks = {name: [_bytes_of(batch.column(name)) for batch in batches] for name in names}
-        if sum(map(len, self._batches)) != self.manifest.rows:
-            raise DataError(f"{folder}: {BLOCKS} and {MANIFEST} differ in rows: delete the folder to prepare it anew")
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -155,9 +143,8 @@ class Packer:
         self._prefix, self._eos, self._length = tokenizer.prefix, tokenizer.eos_id, length
         self._one_mark = self._prefix == [self._eos]
         self._rows_a_batch = max(1, BATCH_TOKENS // length)
-        self._held: list[np.ndarray] = []
         names = [INSERTED] * bool(self._prefix and not self._one_mark) + [ENDS] * held_out
-        self._marks: dict[str, list[np.ndarray]] = {name: [] for name in names}
+        self._held = {"input_ids": [np.empty(0, dtype=np.int32)]} | {name: [np.empty(0, dtype=bool)] for name in names}
         self._held_tokens = 0
         columns = [("input_ids", pa.list_(pa.int32(), length)), *((name, pa.binary(-(-length // 8))) for name in names)]
         self._sink = pa.OSFile(str(path), "wb")
@@ -188,29 +175,27 @@ class Packer:
 
     def _hold(self, ids: np.ndarray, *, inserted: int, ends: bool) -> None:
         """inserted: how many ids at the beginning are the tokenizer's own. ends: whether the last closes a document."""
-        self._held.append(ids)
-        self._held_tokens += len(ids)
         places = np.arange(len(ids))
-        for name, held in self._marks.items():
-            held.append(places < inserted if name == INSERTED else places >= len(ids) - ends)
+        new = {"input_ids": ids, INSERTED: places < inserted, ENDS: places >= len(ids) - ends}
+        for name, held in self._held.items():
+            held.append(new[name])
+        self._held_tokens += len(ids)
 
     def _write(self, rows: int) -> None:
-        full, self._held = _parted(self._held, rows * self._length)
-        self._held_tokens -= len(full)
-        columns: dict[str, pa.Array] = {"input_ids": pa.FixedSizeListArray.from_arrays(pa.array(full), self._length)}
-        for name, held in self._marks.items():
-            marks, self._marks[name] = _parted(held, rows * self._length)
-            packed = np.packbits(marks.reshape(rows, self._length), axis=1)
-            kind = pa.binary(packed.shape[1])
-            columns[name] = pa.FixedSizeBinaryArray.from_buffers(kind, rows, [None, pa.py_buffer(packed)])
-        if rows:
-            self._writer.write_batch(pa.record_batch(columns))
-            self.digest.update(full.tobytes())
-            self.largest_id = max(self.largest_id, int(full.max()))
-            self.rows += rows
-
-
-def _parted(held: list[np.ndarray], length: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """(the first `length` elements of the arrays, what is left)."""
-    whole = np.concatenate(held) if held else np.empty(0, dtype=np.int32)
-    return whole[:length], [whole[length:]]
+        if not rows:
+            return
+        columns: dict[str, pa.Array] = {}
+        for name, held in self._held.items():
+            whole, length = np.concatenate(held), rows * self._length
+            full, self._held[name] = whole[:length], [whole[length:]]
+            if name == "input_ids":
+                columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(full), self._length)
+                self.digest.update(full.tobytes())
+                self.largest_id = max(self.largest_id, int(full.max()))
+            else:
+                packed = np.packbits(full.reshape(rows, self._length), axis=1)
+                kind = pa.binary(packed.shape[1])
+                columns[name] = pa.FixedSizeBinaryArray.from_buffers(kind, rows, [None, pa.py_buffer(packed)])
+        self._writer.write_batch(pa.record_batch(columns))
+        self._held_tokens -= rows * self._length
+        self.rows += rows

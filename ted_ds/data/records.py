@@ -1,15 +1,17 @@
-"""Files with columns: JSON lines, CSV, TSV and Parquet as records, the same for every reader."""
+"""Rows with columns of JSON lines, CSV, TSV, Parquet and hub data sets as records, the same for every reader."""
 
 from __future__ import annotations
 
 import csv
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
-from ted_ds.data.bad_rows import BadRow
+from ted_ds.config.data_section import HubDataset
+from ted_ds.data.bad_rows import BadRow, BadRows
+from ted_ds.data.hub import cause, hub_rows
 from ted_ds.data.text_files import (
     CR_ENDS,
     JSON_SUFFIXES,
@@ -17,10 +19,13 @@ from ted_ds.data.text_files import (
     TextFile,
     TwiceNamed,
     file_kind,
+    matching_files,
     refuse_binary,
     text_file,
 )
 from ted_ds.errors import DataError
+
+Usable = TypeVar("Usable")
 
 logger = logging.getLogger("ted_ds")
 
@@ -36,12 +41,56 @@ class Record(NamedTuple):
     """A row.
 
     where: what messages call it: its file and line, or row, from 1. values: of a row that cannot be used, what is wrong
-    with it. read: bytes on disk since the record before, for a progress bar.
+    with it. read: bytes on disk since the record before, for a progress bar; 0 of a hub data set.
     """
 
     where: str
     values: Mapping[str, Any] | BadRow
-    read: float
+    read: float = 0.0
+
+
+def usable(
+    entries: Sequence[str | HubDataset],
+    of_file: Callable[[Path], Iterator[Usable | BadRow]],
+    of_hub: Callable[[str, Any], Iterator[Usable | BadRow]],
+    what: str,
+    bad: BadRows | None,
+    *,
+    hub_remedy: str = "remove it from the recipe's data, or fill it",
+) -> Iterator[Usable]:
+    """What can be used of all entries in order, as `of_file` reads a path, and `of_hub` what `hub_rows` gives.
+
+    what: they read, for messages. bad: gets the rest; None: the first of it is raised. hub_remedy: what to do about a
+    data set without any.
+    Raises DataError for a file or data set without any, and with the cause if an error of a library ends reading.
+    """
+    for entry in entries:
+        if isinstance(entry, HubDataset):
+            where, rows = hub_rows(entry)
+            yield from _usable(of_hub(where, rows), where, f"no {what}: {hub_remedy}", bad)
+            continue
+        for path in matching_files(entry):
+            nothing = f"no {what}: remove it from the recipe's data, or fill it"
+            yield from _usable(of_file(path), str(path), nothing, bad)
+
+
+def _usable(rows: Iterator[Usable | BadRow], source: str, nothing: str, bad: BadRows | None) -> Iterator[Usable]:
+    found = False
+    try:
+        for row in rows:
+            found = True
+            if not isinstance(row, BadRow):
+                yield row
+            elif bad is None:
+                raise row
+            else:
+                bad.add(row)
+    except DataError:
+        raise
+    except Exception as error:  # decompressors, Arrow, hub and builders raise errors of their own
+        raise DataError(f"{source} cannot be read: {cause(error)}") from error
+    if not found:
+        raise DataError(f"{source} has {nothing}")
 
 
 def iter_records(path: Path, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
@@ -61,8 +110,8 @@ def iter_records(path: Path, columns: Sequence[str], setting: str | None) -> Ite
         yield from reader(file, columns, setting)
 
 
-def hub_records(where: str, rows: Any, columns: Sequence[str], setting: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(where, row) of each row of a data set as `hub_rows` gives it; DataError as `iter_records` raises it."""
+def hub_records(where: str, rows: Any, columns: Sequence[str], setting: str | None) -> Iterator[Record]:
+    """The records of a data set as `hub_rows` gives it; DataError as `iter_records` raises it."""
     needed = frozenset(columns)
     if rows.column_names is not None:
         check_columns(where, _as_written(rows.column_names, rows), columns, setting)
@@ -71,7 +120,7 @@ def hub_records(where: str, rows: Any, columns: Sequence[str], setting: str) -> 
         # a data set that is streamed may not know its columns, or have files that differ
         if number == 1 or not needed <= row.keys():
             check_columns(place, _as_written(list(row), rows), columns, setting)
-        yield place, row
+        yield Record(place, row)
 
 
 def _as_written(names: list[str], rows: Any) -> list[str]:

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ted_ds.config.data_section import HubDataset
-from ted_ds.data.bad_rows import BadRow, BadRows, usable
-from ted_ds.data.hub import hub_rows
-from ted_ds.data.records import RECORD_SUFFIXES, hub_records, iter_records
-from ted_ds.data.text_files import (
-    CR_ENDS,
-    PLAIN_SUFFIXES,
-    TEXT_SUFFIXES,
-    TextFile,
-    file_kind,
-    matching_files,
-    no_format,
-    text_file,
-)
+from ted_ds.data.bad_rows import BadRow, BadRows
+from ted_ds.data.records import RECORD_SUFFIXES, Record, hub_records, iter_records, usable
+from ted_ds.data.text_files import CR_ENDS, PLAIN_SUFFIXES, TEXT_SUFFIXES, TextFile, file_kind, no_format, text_file
 from ted_ds.errors import DataError
+
+SETTING = "data.text_column"
 
 PIECE_CHARACTERS = 1 << 16
 """A text file is cut into pieces of about this size, at line ends, so that one huge file is still many tasks."""
@@ -50,19 +42,15 @@ def iter_pieces(
     of them is raised.
     Raises DataError naming the file, and the line if there is one, that is missing, empty or unreadable.
     """
-    for entry in entries:
-        if isinstance(entry, HubDataset):
-            where, rows = hub_rows(entry)
-            remedy = "choose another split, or set data.text_column"
-            yield from _wanted(_hub_pieces(where, rows, text_column), where, remedy, bad)
-            continue
-        for path in matching_files(entry):
-            remedy = "remove it from the recipe's data, or fill it"
-            yield from _wanted(_file_pieces(path, text_column, by_line), str(path), remedy, bad)
-
-
-def _wanted(pieces: Iterator[Piece | BadRow], source: str, remedy: str, bad: BadRows | None) -> Iterator[Piece]:
-    for piece in usable(pieces, source, f"no text: {remedy}", bad):
+    pieces = usable(
+        entries,
+        lambda path: _file_pieces(path, text_column, by_line),
+        lambda where, rows: _row_pieces(hub_records(where, rows, (text_column,), SETTING), text_column),
+        "text",
+        bad,
+        hub_remedy="choose another split, or set data.text_column",
+    )
+    for piece in pieces:
         if bad is None or not bad.refused:
             yield piece
 
@@ -70,9 +58,7 @@ def _wanted(pieces: Iterator[Piece | BadRow], source: str, remedy: str, bad: Bad
 def _file_pieces(path: Path, text_column: str, by_line: bool) -> Iterator[Piece | BadRow]:
     kind = file_kind(path)
     if kind in RECORD_SUFFIXES:
-        for record in iter_records(path, (text_column,), "data.text_column"):
-            if piece := _whole(record.values, record.where, text_column, record.read):
-                yield piece
+        yield from _row_pieces(iter_records(path, (text_column,), SETTING), text_column)
     elif kind in TEXT_SUFFIXES:
         with text_file(path) as file:
             if kind in PLAIN_SUFFIXES and file.looks_like_json():
@@ -105,18 +91,13 @@ def _lines(file: TextFile) -> Iterator[Piece | BadRow]:
             yield BadRow(f"{file.name}, line {number}: {CR_ENDS}") if "\r" in text else Piece(text, read=file.read())
 
 
-def _whole(row: Mapping[str, Any] | BadRow, where: str, column: str, read: float) -> Piece | BadRow | None:
-    """A document that is one string; None of an empty one."""
-    if isinstance(row, BadRow):
-        return row
-    text = row[column]
-    if not isinstance(text, str):
-        return BadRow(f"{where}: {column!r} is {text!r:.40}, not a string", "set data.text_column")
-    return Piece(text, read=read) if text else None
-
-
-def _hub_pieces(where: str, rows: Any, column: str) -> Iterator[Piece | BadRow]:
-    for place, row in hub_records(where, rows, (column,), "data.text_column"):
-        piece = _whole(row, place, column, 0.0)
-        if piece:
-            yield piece
+def _row_pieces(records: Iterator[Record], column: str) -> Iterator[Piece | BadRow]:
+    """Rows that are a document each, without the empty ones."""
+    for where, row, read in records:
+        text = row if isinstance(row, BadRow) else row[column]
+        if isinstance(text, BadRow):
+            yield text
+        elif not isinstance(text, str):
+            yield BadRow(f"{where}: {column!r} is {text!r:.40}, not a string", "set data.text_column")
+        elif text:
+            yield Piece(text, read=read)

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ted_ds.config.data_section import HubDataset
-from ted_ds.data.bad_rows import BadRow, BadRows, usable
-from ted_ds.data.hub import hub_rows
-from ted_ds.data.records import PARQUET, iter_records
-from ted_ds.data.text_files import JSON_SUFFIXES, TwiceNamed, file_kind, matching_files, no_format, text_file
+from ted_ds.data.bad_rows import BadRow, BadRows
+from ted_ds.data.records import PARQUET, Record, hub_records, iter_records, usable
+from ted_ds.data.text_files import JSON_SUFFIXES, TwiceNamed, file_kind, no_format, text_file
 from ted_ds.errors import DataError
-
-NOTHING = "no questions: remove it from the recipe's data, or fill it"
 
 NEAR = 2
 """Characters by which `answer_start` may be off: some tools that wrote such files were."""
@@ -45,14 +42,13 @@ def iter_questions(
     bad: gets the questions that cannot be used; None: the first of them is raised.
     Raises DataError naming the question and file of an answer that is not in its context, and of unreadable files.
     """
-    for entry in entries:
-        if isinstance(entry, HubDataset):
-            where, rows = hub_rows(entry)
-            found = _flat((f"{where}, row {number}", row) for number, row in enumerate(rows, 1))
-            yield from usable(_answered(found, impossible), where, NOTHING, bad)
-            continue
-        for path in matching_files(entry):
-            yield from usable(_answered(_file_questions(path), impossible), str(path), NOTHING, bad)
+    yield from usable(
+        entries,
+        lambda path: _answered(_file_questions(path), impossible),
+        lambda where, rows: _answered(_flat(hub_records(where, rows, (), None)), impossible),
+        "questions",
+        bad,
+    )
 
 
 def _answered(questions: Iterator[Question | BadRow], impossible: bool) -> Iterator[Question | BadRow]:
@@ -71,8 +67,7 @@ def _file_questions(path: Path) -> Iterator[Question | BadRow]:
             text = "".join(line for _, line in file.lines())
             yield from _nested(file.json(text) if text.strip() else {"data": []}, path)
     elif kind == PARQUET or kind in JSON_SUFFIXES:
-        records = iter_records(path, ("id", "question", "context", "answers", "is_impossible"), None)
-        yield from _flat((record.where, record.values) for record in records)
+        yield from _flat(iter_records(path, ("id", "question", "context", "answers", "is_impossible"), None))
     else:
         no_format(path, ".json as SQuAD's, .jsonl or .parquet")
 
@@ -104,10 +99,9 @@ def _listed(parent: Any, key: str, where: str) -> list[Any]:
     return found if isinstance(found, list) else [BadRow(f"{where}: no list {key!r}")]
 
 
-def _flat(rows: Iterator[tuple[str, Any]]) -> Iterator[Question | BadRow]:
-    """The questions of (where, row) with the hub's columns."""
-    for where, row in rows:
-        yield _read(row, row, where, where)
+def _flat(records: Iterator[Record]) -> Iterator[Question | BadRow]:
+    """The questions of records with the hub's columns."""
+    return (_read(row, row, where, where) for where, row, _ in records)
 
 
 def _read(qa: Any, paragraph: Any, place: str, source: str) -> Question | BadRow:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import sysconfig
 from pathlib import Path
-from typing import TextIO
+
+from ted_ds.job.files import new_folder
 
 HELD_OUT_SHARE = 0.04
 LARGEST_CHARACTERS = 24_000
@@ -22,12 +22,13 @@ def write_stdlib_corpus(folder: Path) -> dict[str, int]:
 
     Which module is held out is decided by its name, so no module is in both and every machine splits alike.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     counts = {f"{split}_{unit}": 0 for split in ("train", "validation") for unit in ("documents", "characters")}
     library = Path(sysconfig.get_path("stdlib"))
-    with (temporary / "train.jsonl").open("w") as train, (temporary / "validation.jsonl").open("w") as validation:
+    with (
+        new_folder(folder) as new,
+        (new / "train.jsonl").open("w") as train,
+        (new / "validation.jsonl").open("w") as validation,
+    ):
         for path in sorted(library.rglob("*.py")):
             name = path.relative_to(library)
             if set(name.parts) & set(LEFT_OUT):
@@ -37,12 +38,7 @@ def write_stdlib_corpus(folder: Path) -> dict[str, int]:
                 continue
             held_out = int(hashlib.sha256(str(name).encode()).hexdigest(), 16) % 1000 < 1000 * HELD_OUT_SHARE
             split, file = ("validation", validation) if held_out else ("train", train)
-            _write(file, text)
+            file.write(json.dumps({"text": text}) + "\n")
             counts[f"{split}_documents"] += 1
             counts[f"{split}_characters"] += len(text)
-    temporary.rename(folder)
     return counts
-
-
-def _write(file: TextIO, text: str) -> None:
-    file.write(json.dumps({"text": text}) + "\n")

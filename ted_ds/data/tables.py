@@ -5,38 +5,35 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from ted_ds.config.data_section import HubDataset
-from ted_ds.config.tasks import TaskSpec, Tsv
-from ted_ds.data.bad_rows import BadRow, BadRows, usable
-from ted_ds.data.hub import hub_rows
+from ted_ds.config.tasks import KINDS, TaskSpec, Tsv
+from ted_ds.data.bad_rows import BadRow, BadRows
 from ted_ds.data.records import (
     PARQUET,
     RECORD_SUFFIXES,
+    Record,
     check_columns,
     class_names,
     hub_records,
     iter_records,
     tsv_rows,
+    usable,
 )
-from ted_ds.data.text_files import TSV_SUFFIXES, file_kind, matching_files, no_format, text_file
+from ted_ds.data.text_files import TSV_SUFFIXES, file_kind, no_format, text_file
 from ted_ds.errors import DataError
 
 logger = logging.getLogger("ted_ds")
-
-Row = Mapping[str, Any]
 
 LARGEST = 3e38
 """A label of a regression that float32 holds."""
 
 SETTINGS = "data.text_columns and data.label_column"
-
-NOTHING = "no rows: remove it from the recipe's data, or fill it"
 
 
 @dataclass(frozen=True)
@@ -58,69 +55,57 @@ def iter_examples(entries: Sequence[str | HubDataset], spec: TaskSpec, bad: BadR
     bad: gets the rows that cannot be used; None: the first of them is raised.
     Raises DataError naming the file and line of what is missing, unreadable or not a label.
     """
-    for entry in entries:
-        if isinstance(entry, HubDataset):
-            where, rows = hub_rows(entry)
-            yield from usable(_examples(_hub_table(where, rows, spec), spec), where, NOTHING, bad)
-            continue
-        for path in matching_files(entry):
-            yield from usable(_examples(_file_table(path, spec), spec), str(path), NOTHING, bad)
+    yield from usable(
+        entries,
+        lambda path: _file_examples(path, spec),
+        lambda where, rows: _hub_examples(where, rows, spec),
+        "rows",
+        bad,
+    )
 
 
-def _examples(rows: Iterator[tuple[str, Row | BadRow]], spec: TaskSpec) -> Iterator[Example | BadRow]:
-    for where, row in rows:
-        yield row if isinstance(row, BadRow) else _example(row, spec, where)
-
-
-def _example(row: Row, spec: TaskSpec, where: str) -> Example | BadRow:
-    try:
-        texts = tuple(_text(row[name], name, where) for name in spec.text_columns)
-        return Example(texts, _label(row.get(spec.label_column), spec, where), where)
-    except BadRow as error:
-        return error
-
-
-def _hub_table(where: str, rows: Any, spec: TaskSpec) -> Iterator[tuple[str, Row | BadRow]]:
+def _hub_examples(where: str, rows: Any, spec: TaskSpec) -> Iterator[Example | BadRow]:
     names = getattr((rows.features or {}).get(spec.label_column), "names", None)
-    yield from _named(hub_records(where, rows, _columns(spec), SETTINGS), where, names, spec)
+    yield from _examples(hub_records(where, rows, spec.columns, SETTINGS), where, names, spec)
 
 
-def _file_table(path: Path, spec: TaskSpec) -> Iterator[tuple[str, Row | BadRow]]:
+def _file_examples(path: Path, spec: TaskSpec) -> Iterator[Example | BadRow]:
     kind = file_kind(path)
     if kind not in RECORD_SUFFIXES:
         no_format(path, ".tsv, .csv, .jsonl or .parquet")
-    if kind in TSV_SUFFIXES and spec.tsv is not None:
-        yield from _official_table(path, spec, spec.tsv)
-        return
-    records = ((record.where, record.values) for record in iter_records(path, _columns(spec), SETTINGS))
+    official = kind in TSV_SUFFIXES and spec.tsv is not None
+    records = _official_records(path, spec) if official else iter_records(path, spec.columns, SETTINGS)
     names = class_names(path, spec.label_column) if kind == PARQUET else None
-    yield from _named(records, str(path), names, spec)
+    yield from _examples(records, str(path), names, spec)
 
 
-def _named(
-    rows: Iterator[tuple[str, Row | BadRow]], source: str, names: Sequence[str] | None, spec: TaskSpec
-) -> Iterator[tuple[str, Row | BadRow]]:
-    """Rows whose labels are numbers of the data's own `names`, with these names in their place."""
-    if names is None:
-        yield from rows
-        return
-    if sorted(names) != sorted(spec.labels):
+def _examples(
+    records: Iterator[Record], source: str, names: Sequence[str] | None, spec: TaskSpec
+) -> Iterator[Example | BadRow]:
+    """names: the data's own, of the labels that are numbers; None: it has none."""
+    if names is not None and sorted(names) != sorted(spec.labels):
         raise DataError(
             f"{source} has the labels {', '.join(names)}, the task {', '.join(spec.labels) or 'none'}: set data.labels"
         )
-    for where, row in rows:
-        label = None if isinstance(row, BadRow) else row[spec.label_column]
-        if not isinstance(label, int) or label < 0 or isinstance(row, BadRow):  # -1 is no label
-            yield where, row
-        elif label < len(names):
-            yield where, {**row, spec.label_column: names[label]}
-        else:
-            yield where, BadRow(f"{where}: the label is {label}, and the data names {len(names)}")
+    for where, row, _ in records:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            value = row.get(spec.label_column)
+            if names is not None and isinstance(value, int) and value >= 0:  # -1 is no label
+                if value >= len(names):
+                    raise BadRow(f"{where}: the label is {value}, and the data names {len(names)}")
+                value = names[value]
+            texts = tuple(_text(row[name], name, where) for name in spec.text_columns)
+            found: Example | BadRow = Example(texts, _label(value, spec, where), where)
+        except BadRow as error:
+            found = error
+        yield found
 
 
-def _official_table(path: Path, spec: TaskSpec, layout: Tsv) -> Iterator[tuple[str, Row | BadRow]]:
+def _official_records(path: Path, spec: TaskSpec) -> Iterator[Record]:
     """GLUE's own files, whose cells are never quoted."""
-    short: list[int] = []
+    layout, short = spec.tsv or Tsv(), list[int]()
     with text_file(path) as file:
         table = tsv_rows(file)
         first = next(table, None)
@@ -132,19 +117,15 @@ def _official_table(path: Path, spec: TaskSpec, layout: Tsv) -> Iterator[tuple[s
             table = chain([first], table)
         header = [layout.names.get(name, name) for name in official]
         # GLUE's test sets have no labels
-        needed = _columns(spec) if spec.label_column in header else spec.text_columns
+        needed = spec.columns if spec.label_column in header else spec.text_columns
         check_columns(str(path), header, needed, SETTINGS, official)
         for number, cells in table:
             if len(cells) < len(header):
                 short.append(number)
             else:
-                yield f"{path}, line {number}", dict(zip(header, cells, strict=False))
+                yield Record(f"{path}, line {number}", dict(zip(header, cells, strict=False)))
     if short:
         logger.warning("%s: %d rows lack cells and are passed over, the first in line %d", path, len(short), short[0])
-
-
-def _columns(spec: TaskSpec) -> tuple[str, ...]:
-    return (*spec.text_columns, spec.label_column)
 
 
 def _text(value: Any, column: str, where: str) -> str:
@@ -155,7 +136,7 @@ def _text(value: Any, column: str, where: str) -> str:
 
 def _label(value: Any, spec: TaskSpec, where: str) -> int | float | None:
     text = "" if value is None else str(value).strip()
-    if spec.kind == "regression":
+    if KINDS[spec.kind].numbers:
         return _number(text, spec, where)
     # pandas turns a column of numbers into 1.0 and nan if a row of it is empty
     whole = re.sub(r"(?<=[0-9])\.0+$", "", text)
@@ -187,5 +168,4 @@ def _number(text: str, spec: TaskSpec, where: str) -> float | None:
     # Python reads 1_0 as 10; labels are kept in float32
     if abs(value) > LARGEST or "_" in text:
         raise BadRow(f"{where}: the label is {text!r:.60}, expected a number")
-    # -1 is a value like others in a user's own data
-    return None if math.isnan(value) or (spec.name == "stsb" and value == -1) else value
+    return None if math.isnan(value) or value == spec.unlabelled else value

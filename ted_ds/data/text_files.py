@@ -65,8 +65,11 @@ ARCHIVES: tuple[tuple[bytes, str], ...] = (
 # those of UTF-32 first: its little-endian one begins with UTF-16's
 WIDE = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 
-_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPE = re.compile(
+    r"\\(?:\\|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2}))"
+)
+"""In JSON an escaped backslash, two surrogates that are one character, or as a group one that is alone."""
+
 _JSON_BEGINS = re.compile(rb'\s*\[?\s*\{\s*"(?:[^"\\]|\\.)*"\s*:')
 
 
@@ -123,15 +126,16 @@ class TextFile:
 
     def json(self, text: str, number: int | None = None) -> Any:
         """JSON of a line, or with None of the file. Lone surrogates, which no tokenizer takes, become U+FFFD."""
+        # most lines cost the first look alone
+        lone = sum(map(bool, _ESCAPE.findall(text))) if "\\u" in text else 0
+        mended = _ESCAPE.sub(lambda escape: r"\ufffd" if escape[1] else escape[0], text) if lone else text
         try:
-            value = _DECODER.decode(text)
+            value = _DECODER.decode(mended)
         except (ValueError, RecursionError) as error:
             raise self._not_json(error, text, number) from error
-        if "\\" in text and _ESCAPED_SURROGATE.search(text):  # most lines cost the first look alone
-            value, count = _mended(value)
-            if count and not self._mended:
-                self._first_mended = number
-            self._mended += count
+        if lone and not self._mended:
+            self._first_mended = number
+        self._mended += lone
         return value
 
     def _not_json(self, error: Exception, text: str, number: int | None) -> DataError:
@@ -239,23 +243,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
-def _mended(value: Any) -> tuple[Any, int]:
-    """(the value with U+FFFD for each lone surrogate, how many there were)."""
-    if isinstance(value, str):
-        return _LONE_SURROGATE.subn("\ufffd", value)
-    if isinstance(value, list):
-        parts = [_mended(part) for part in value]
-        return [part for part, _ in parts], sum(count for _, count in parts)
-    if isinstance(value, dict):
-        count = 0
-        for name in list(value):
-            (new, more), (part, still_more) = _mended(name), _mended(value.pop(name))
-            value[new] = part  # in its old place, as all others are put anew, too
-            count += more + still_more
-        return value, count
-    return value, 0
-
-
 def _only_member(raw: BufferedReader) -> Any:
     archive = ZipFile(raw)
     # macOS adds a file of its own for each
@@ -265,23 +252,19 @@ def _only_member(raw: BufferedReader) -> Any:
     return archive.open(members[0])
 
 
-def _by_arrow(codec: str) -> Callable[[BufferedReader], Any]:
+def _by_arrow(raw: BufferedReader, codec: str) -> Any:
     """A reader that goes on to further frames, and refuses one that is cut or broken."""
+    import pyarrow as pa
 
-    def unpack(raw: BufferedReader) -> Any:
-        import pyarrow as pa
-
-        return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), codec)
-
-    return unpack
+    return pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), codec)
 
 
 _UNPACKED: dict[str, Callable[[BufferedReader], Any]] = {
     ".gz": lambda raw: gzip.GzipFile(fileobj=raw),
     ".xz": lzma.LZMAFile,
     ".lzma": lzma.LZMAFile,
-    ".bz2": _by_arrow("bz2"),  # bz2 takes a broken later stream for the end
+    ".bz2": lambda raw: _by_arrow(raw, "bz2"),  # bz2 takes a broken later stream for the end
     ".zip": _only_member,
-    ".zst": _by_arrow("zstd"),
-    ".lz4": _by_arrow("lz4"),
+    ".zst": lambda raw: _by_arrow(raw, "zstd"),
+    ".lz4": lambda raw: _by_arrow(raw, "lz4"),
 }

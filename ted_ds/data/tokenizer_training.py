@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from ted_ds.data.sentencepiece_models import from_sentencepiece
 from ted_ds.data.tokenizers import SPIECE, Tokenizer
 from ted_ds.errors import DataError
+from ted_ds.job.files import new_folder
 
 logger = logging.getLogger("ted_ds")
 
@@ -37,49 +38,43 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, folder: Path) -> 
     are seen. The log says so.
     Raises DataError if the corpus is too small for `vocab_size` pieces, or has no text.
     """
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     sentencepiece.set_random_generator_seed(0)
     lines = _TrainingLines(texts)
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
-            model_prefix=str(temporary / "tokenizer"),
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            character_coverage=0.9995,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            split_digits=True,
-            allow_whitespace_only_pieces=True,
-            user_defined_symbols=["\n", "\t"],
-            unk_id=0,
-            bos_id=1,
-            eos_id=2,
-            pad_id=-1,
-            max_sentence_length=LINE_BYTES,
-            input_sentence_size=TRAINING_LINES,
-            shuffle_input_sentence=True,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        if lines.failure is not None:
-            raise lines.failure from error
-        # "INTERNAL: src/trainer_interface.cc(744) [condition] what a reader needs"
-        reason = (
-            re.sub(r"^[A-Z]+: \S+\(\d+\) \[.*\] *", "", str(error).splitlines()[-1])
-            if lines.count
-            else "it has no text"
-        )
-        raise DataError(f"no tokenizer of {vocab_size} pieces from this corpus: {reason or error}") from error
-    lines.report()
-    (temporary / "tokenizer.vocab").unlink()
-    Tokenizer(from_sentencepiece(temporary / SPIECE), str(folder)).save(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with new_folder(folder) as new:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(lines),
+                model_prefix=str(new / "tokenizer"),
+                vocab_size=vocab_size,
+                model_type="bpe",
+                byte_fallback=True,
+                character_coverage=0.9995,
+                normalization_rule_name="identity",
+                remove_extra_whitespaces=False,
+                add_dummy_prefix=False,
+                split_digits=True,
+                allow_whitespace_only_pieces=True,
+                user_defined_symbols=["\n", "\t"],
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=-1,
+                max_sentence_length=LINE_BYTES,
+                input_sentence_size=TRAINING_LINES,
+                shuffle_input_sentence=True,
+                minloglevel=2,
+            )
+        except RuntimeError as error:
+            if lines.failure is not None:
+                raise lines.failure from error
+            # "INTERNAL: src/trainer_interface.cc(744) [condition] what a reader needs"
+            said = re.sub(r"^[A-Z]+: \S+\(\d+\) \[.*\] *", "", str(error).splitlines()[-1]) or error
+            reason = said if lines.count else "it has no text"
+            raise DataError(f"no tokenizer of {vocab_size} pieces from this corpus: {reason}") from error
+        lines.report()
+        (new / "tokenizer.vocab").unlink()
+        Tokenizer(from_sentencepiece(new / SPIECE), str(folder)).save(new)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class _TrainingLines:
@@ -95,19 +90,15 @@ class _TrainingLines:
 
     def __iter__(self) -> Iterator[str]:
         try:
-            yield from self._lines()
-        except Exception as error:
-            self.failure = error
-            raise
-
-    def _lines(self) -> Iterator[str]:
-        for text in self._texts:
-            for line in text.splitlines():
+            for line in (line for text in self._texts for line in text.splitlines()):
                 self._reserved += RESERVED in line
                 for part in line.split(RESERVED):
                     for short in self._cut(part):
                         self.count += 1
                         yield short
+        except Exception as error:
+            self.failure = error
+            raise
 
     def _cut(self, line: str) -> Iterator[str]:
         """Parts of a line that is too long, cut at spaces if there are any, else between characters."""
@@ -124,21 +115,14 @@ class _TrainingLines:
 
     def report(self) -> None:
         """Says in the log what was done to the lines."""
+        at = "training the tokenizer: "
         if self._long:
-            logger.warning(
-                "training the tokenizer: lines of more than %d bytes, which were cut: %d", LINE_BYTES, self._long
-            )
+            logger.warning(at + "lines of more than %d bytes, which were cut: %d", LINE_BYTES, self._long)
         if self._reserved:
-            logger.warning(
-                "training the tokenizer: lines with U+%04X, which sentencepiece keeps for itself, and which were cut "
-                "there: %d",
-                ord(RESERVED),
-                self._reserved,
-            )
+            kept = at + "lines with U+%04X, which sentencepiece keeps for itself, and which were cut there: %d"
+            logger.warning(kept, ord(RESERVED), self._reserved)
         if self.count > TRAINING_LINES:
-            logger.warning(
-                "training the tokenizer: %d of %d lines, drawn at random, were seen", TRAINING_LINES, self.count
-            )
+            logger.warning(at + "%d of %d lines, drawn at random, were seen", TRAINING_LINES, self.count)
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
@@ -174,8 +158,6 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         **{f"{name}_token": token for name, token in special.items()},
     )
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    fast.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    with new_folder(folder) as new:
+        fast.save_pretrained(new)
+        shutil.rmtree(folder, ignore_errors=True)

@@ -6,11 +6,12 @@ import os
 import re
 import threading
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from multiprocessing import get_context, parent_process
+from typing import TypeVar
 
 from tqdm import tqdm
 
@@ -19,6 +20,8 @@ from ted_ds.data.manifests import Entries, file_sizes
 from ted_ds.data.sources import Piece, iter_pieces
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError
+
+Item = TypeVar("Item")
 
 TASK_CHARACTERS = 1 << 20
 """Text handed to a process at a time: tens of milliseconds of work, so that handing it over costs little."""
@@ -72,42 +75,40 @@ def _encoded(
     pieces: Iterator[Piece], tokenizer: Tokenizer, workers: int
 ) -> Iterator[tuple[list[Piece], list[list[int]]]]:
     """Groups of pieces with their ids, in order; reading goes on while `workers` processes tokenize."""
-    groups = _grouped(pieces)
+    groups = grouped(pieces, lambda piece: len(piece.text), TASK_CHARACTERS)
     first = list(islice(groups, 2))
     groups = chain(first, groups)
     if workers == 1 or len(first) == 1:  # a hub's data set may be small, too
         for group in groups:
             yield group, tokenizer.encode_batch([piece.text for piece in group])
         return
-    waiting: deque[tuple[list[Piece], Future[list[list[int]]]]] = deque()
     # spawned, not forked: the parent may hold threads and a process group
     with ProcessPoolExecutor(
         workers, get_context("spawn"), _start_worker, (tokenizer.name, tokenizer.trust_remote_code)
     ) as pool:
         try:
-            for group in groups:
-                waiting.append((group, pool.submit(_encode_group, [piece.text for piece in group])))
-                if len(waiting) > 2 * workers:
-                    done, ids = waiting.popleft()
-                    yield done, ids.result()
+            submitted = ((group, pool.submit(_encode_group, [piece.text for piece in group])) for group in groups)
+            waiting = deque(islice(submitted, 2 * workers))
             while waiting:
-                done, ids = waiting.popleft()
-                yield done, ids.result()
+                group, ids = waiting.popleft()
+                waiting.extend(islice(submitted, 1))
+                yield group, ids.result()
         except BrokenProcessPool as error:
             raise DataError(
                 "a tokenizing process died, most likely for lack of memory: set data.processes to less"
             ) from error
 
 
-def _grouped(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    group: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        group.append(piece)
-        size += len(piece.text)
-        if size >= TASK_CHARACTERS:
+def grouped(items: Iterable[Item], size: Callable[[Item], int], enough: int) -> Iterator[list[Item]]:
+    """Consecutive items, together of size `enough` or a little more; the last ones possibly of less."""
+    group: list[Item] = []
+    total = 0
+    for item in items:
+        group.append(item)
+        total += size(item)
+        if total >= enough:
             yield group
-            group, size = [], 0
+            group, total = [], 0
     if group:
         yield group
 

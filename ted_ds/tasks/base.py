@@ -234,6 +234,17 @@ def trusts_code(run: RunConfig, side: str) -> bool:
     return section.trust_remote_code
 
 
+def dealing(run: RunConfig, world: World, global_batch_size: int | None) -> dict[str, int]:
+    """How a run's training rows are dealt, for the classes of `data.loader`; None: as the recipe says."""
+    return {
+        "seed": run.seed,
+        "global_batch_size": global_batch_size or run.train.global_batch_size,
+        "micro_batch_size": run.train.micro_batch_size,
+        "rank": world.rank,
+        "world_size": world.size,
+    }
+
+
 def wide(tensor: torch.Tensor) -> torch.Tensor:
     """In float32 at least: sums of exponentials lose too much in half precision."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

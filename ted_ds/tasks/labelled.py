@@ -33,7 +33,7 @@ from ted_ds.evaluation.collect import collect_outputs
 from ted_ds.job.world import World
 from ted_ds.models.fit import check_ids, vocabulary_rows
 from ted_ds.models.readout import TaskReadout
-from ted_ds.tasks.base import CachedOutput, Field, Reading, Task, TaskLosses, wide
+from ted_ds.tasks.base import CachedOutput, Field, Reading, Task, TaskLosses, dealing, wide
 
 
 class RowLogits(CachedOutput):
@@ -193,14 +193,7 @@ class ExampleData:
 
     def training_rows(self, run: RunConfig, world: World, global_batch_size: int | None = None) -> BucketedRows:
         """This rank's rows of every step."""
-        return BucketedRows(
-            self.train,
-            seed=run.seed,
-            global_batch_size=global_batch_size or run.train.global_batch_size,
-            micro_batch_size=run.train.micro_batch_size,
-            rank=world.rank,
-            world_size=world.size,
-        )
+        return BucketedRows(self.train, **dealing(run, world, global_batch_size))
 
     def evaluate(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
         """validation_METRIC for every metric of the task; nothing without held-out data."""

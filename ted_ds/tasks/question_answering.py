@@ -60,7 +60,7 @@ class QuestionAnswering(LabelledTask):
     @classmethod
     def texts(cls, data: DataConfig, spec: TaskSpec, bad: BadRows) -> Iterable[str]:
         """Questions and contexts."""
-        questions = iter_questions(data.train, impossible=spec.name != "squad", bad=bad)
+        questions = iter_questions(data.train, impossible=spec.impossible, bad=bad)
         return (text for question in questions for text in (question.question, question.context))
 
     def comparable(self, output: torch.Tensor, batch: Batch, loss: LossConfig) -> torch.Tensor:
@@ -91,9 +91,9 @@ class QuestionAnswering(LabelledTask):
 
     def scores(self, rows: EncodedRows, outputs: np.ndarray) -> dict[str, float]:
         """SQuAD's of the candidates of all windows."""
-        answers, no_answer = select_answers(outputs, rows.window, rows.questions())
-        impossible = self.spec.name == "squad_v2" or any(question.impossible for question in rows.questions())
-        scores = squad_scores(answers, rows.questions(), no_answer=no_answer if impossible else None)
+        answers, no_answer = select_answers(outputs, rows.window, rows.questions)
+        impossible = self.spec.name == "squad_v2" or any(question.impossible for question in rows.questions)
+        scores = squad_scores(answers, rows.questions, no_answer=no_answer if impossible else None)
         return {name: float(value) for name, value in scores.items() if not name.endswith("total")}
 
 

@@ -12,13 +12,13 @@ from ted_ds.config.schema import RunConfig
 from ted_ds.data.bad_rows import BadRows
 from ted_ds.data.loader import EvaluationRows, TrainingRows
 from ted_ds.data.packed import PackedBlocks
-from ted_ds.data.prepare import ensure_prepared
+from ted_ds.data.prepare import prepare
 from ted_ds.data.sources import iter_pieces
 from ted_ds.data.tokenizer_training import train_sentencepiece
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.evaluation.perplexity import held_out_perplexity
 from ted_ds.job.world import World
-from ted_ds.tasks.base import Task
+from ted_ds.tasks.base import Task, dealing
 
 SPLITS = {"train": True, "validation": False}
 """Split -> whether its last, partial block is dropped: training drops it, evaluation counts every token."""
@@ -51,14 +51,7 @@ class TextData:
 
     def training_rows(self, run: RunConfig, world: World, global_batch_size: int | None = None) -> TrainingRows:
         """This rank's blocks of every step."""
-        return TrainingRows(
-            self.train,
-            seed=run.seed,
-            global_batch_size=global_batch_size or run.train.global_batch_size,
-            micro_batch_size=run.train.micro_batch_size,
-            rank=world.rank,
-            world_size=world.size,
-        )
+        return TrainingRows(self.train, **dealing(run, world, global_batch_size))
 
     def evaluate(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
         """validation_loss, validation_perplexity, and a word's and byte's; nothing without held-out data."""
@@ -90,7 +83,7 @@ def _all_texts(data: DataConfig) -> Iterator[str]:
 def prepare_text(data: DataConfig, tokenizer: Tokenizer, folder: Path) -> dict[str, PackedBlocks]:
     """Packs the splits into `folder`, as far as that is not done; on one rank."""
     return {
-        split: ensure_prepared(
+        split: prepare(
             getattr(data, split),
             tokenizer,
             data.sequence_length,

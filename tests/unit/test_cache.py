@@ -318,7 +318,7 @@ def test_the_fingerprint_of_examples_knows_where_second_texts_begin(tmp_path: Pa
     assert encoded.fingerprint() != before
     encoded.manifest = manifest
     assert encoded.fingerprint() == before
-    encoded._seconds = encoded._seconds - (np.arange(len(encoded)) == 7)
+    encoded._columns["second"] = encoded._columns["second"] - (np.arange(len(encoded)) == 7)
     assert encoded.fingerprint() != before
 
 

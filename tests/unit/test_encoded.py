@@ -148,7 +148,7 @@ def test_gold_answers_are_the_same_characters_in_every_window(tmp_path: Path, to
     asked[5] = ("none", "red", LONG, [])
     entry = squad_file(tmp_path / "a.jsonl", *asked)
     rows = encode(entry, SQUAD, tokenizer, tmp_path / "data", training=False)
-    questions = rows.questions()
+    questions = rows.questions
     assert questions == list(iter_questions([entry], impossible=True)) and len(questions) == len(asked)
     found: dict[int, int] = dict.fromkeys(range(len(asked)), 0)
     for i in range(len(rows)):
@@ -238,7 +238,7 @@ def test_a_question_that_stands_twice_is_scored_once(
     entry = squad_file(tmp_path / "a.jsonl", *[(str(i % 9), f"red {i % 9}", "blue", []) for i in range(11)])
     with caplog.at_level(logging.WARNING, "ted_ds"):
         rows = encode(entry, SQUAD, tokenizer, tmp_path / "data", training=False)
-    assert rows.manifest.examples == len(rows.questions()) == 9 and rows.manifest.left_out == 0
+    assert rows.manifest.examples == len(rows.questions) == 9 and rows.manifest.left_out == 0
     assert [record.getMessage() for record in caplog.records] == [
         "of questions that stand in the held-out data more than once, 2 are left out"
     ]
@@ -291,7 +291,7 @@ def test_bad_questions_are_left_out_if_asked(tmp_path: Path, tokenizer: Tokenize
     found = ensure_encoded(
         [entry], SQUAD, tokenizer, tmp_path / "data", max_length=40, stride=4, training=False, skip_bad_rows=True
     )
-    assert [question.id for question in found.questions()] == list("02468") and found.manifest.left_out == 4
+    assert [question.id for question in found.questions] == list("02468") and found.manifest.left_out == 4
     assert [found.window(row)[0] for row in range(len(found))] == list(range(5))
 
 
@@ -320,7 +320,7 @@ def test_what_was_encoded_is_read_again_unless_it_was_made_otherwise(
         "training": True,
     }
     first = ensure_encoded([entry], stride=4, **asked)
-    monkeypatch.setattr(module, "_encode", None)
+    monkeypatch.setattr(module, "_write", None)
     again = ensure_encoded([entry], stride=5, **asked)  # texts have no windows
     assert again.manifest == first.manifest
     assert torch.equal(again.batch(np.arange(21), 40).input_ids, first.batch(np.arange(21), 40).input_ids)

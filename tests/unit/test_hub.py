@@ -125,8 +125,7 @@ def test_a_clone_without_its_files_is_refused(tmp_path: Path, name: str) -> None
 def test_columns_that_are_not_known_before_are_looked_for_in_each_row(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = IterableDataset.from_generator(lambda: iter([{"text": "x", "label": "good"}, {"text": "y", "other": 1}]))
     assert rows.column_names is None
-    for module in ("sources", "tables"):
-        monkeypatch.setattr(f"ted_ds.data.{module}.hub_rows", lambda _: ("data set X", rows))
+    monkeypatch.setattr("ted_ds.data.records.hub_rows", lambda _: ("data set X", rows))
     entry = HubDataset(hub="X", streaming=True)
     with pytest.raises(
         DataError, match=r"X, row 2 has no column 'label', only text, other: set data\.text_columns and"

@@ -21,7 +21,7 @@ from ted_ds.data import packed as packed_module
 from ted_ds.data import sources, tokenizing
 from ted_ds.data.manifests import MANIFEST
 from ted_ds.data.packed import BLOCKS, PackedBlocks
-from ted_ds.data.prepare import check, ensure_prepared, prepare
+from ted_ds.data.prepare import prepare
 from ted_ds.data.sources import Piece
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
 from ted_ds.errors import DataError
@@ -165,7 +165,8 @@ def test_a_folder_of_before_is_what_it_was(tmp_path: Path, entries: list[str], t
     rows = new.rows(np.arange(len(new)))
     folder = tmp_path / "before"
     folder.mkdir()
-    with pa.OSFile(str(folder / BLOCKS), "wb") as sink, new._file as file:
+    with pa.OSFile(str(folder / BLOCKS), "wb") as sink, pa.memory_map(str(tmp_path / "data" / BLOCKS)) as made:
+        file = pa.ipc.open_file(made)
         batches = [file.get_batch(i).select(["input_ids"]) for i in range(file.num_record_batches)]
         with pa.ipc.new_file(sink, batches[0].schema) as writer:
             for batch in batches:
@@ -178,7 +179,7 @@ def test_a_folder_of_before_is_what_it_was(tmp_path: Path, entries: list[str], t
     assert np.array_equal(old.rows(np.arange(len(old))), rows) and old.inserted(np.arange(len(old))) is None
     assert (old.manifest.prefix, old.manifest.largest_id, old.largest_id()) == (None, None, int(rows.max()))
     assert hashlib.sha256(rows.astype(np.int32).tobytes()).hexdigest() == old.manifest.digest
-    check(old, folder, entries, tokenizer, 8, text_column="body")
+    prepare(entries, tokenizer, 8, folder, text_column="body")
 
 
 def test_nothing_is_added_to_the_file_of_a_tokenizer_without_a_beginning(tmp_path: Path, entries: list[str]) -> None:
@@ -236,14 +237,13 @@ def test_other_data_than_was_prepared_is_refused(
     folder = tmp_path / "data"
     asked: dict[str, Any] = {"entries": entries, "tokenizer": tokenizer, "sequence_length": 7}
     asked |= {"folder": folder, "text_column": "body"}
-    blocks = ensure_prepared(**asked, drop_tail=True, processes=1)
-    check(blocks, **asked)
+    prepare(**asked, processes=1)
     inode = folder.stat().st_ino
-    assert ensure_prepared(**asked, drop_tail=True, processes=1) and folder.stat().st_ino == inode
+    assert prepare(**asked, processes=1) and folder.stat().st_ino == inode
     change(tmp_path, asked)
     said = rf"^{folder} was prepared with other {re.escape(what)}: (.+), now (?!\1:).+: delete that folder .* data"
     with pytest.raises(DataError, match=said):
-        ensure_prepared(**asked, drop_tail=True, processes=1)
+        prepare(**asked, processes=1)
 
 
 @pytest.mark.parametrize(
@@ -307,11 +307,11 @@ def test_bad_rows_are_left_out_if_asked(tmp_path: Path, tokenizer: Tokenizer) ->
     assert blocks.rows(np.arange(len(blocks))).reshape(-1).tolist() == stream
     assert (blocks.manifest.documents, blocks.manifest.left_out) == (2, 2)
     asked: dict[str, Any] = {"text_column": "body", "drop_tail": True, "processes": 1}
-    assert ensure_prepared(entries, tokenizer, 1, tmp_path / "data", **asked, skip_bad_rows=True).manifest.left_out == 2
+    assert prepare(entries, tokenizer, 1, tmp_path / "data", **asked, skip_bad_rows=True).manifest.left_out == 2
     with pytest.raises(
         DataError, match=r"data was prepared without 2 bad rows, which data\.skip_bad_rows: false refuse"
     ):
-        ensure_prepared(entries, tokenizer, 1, tmp_path / "data", **asked)
+        prepare(entries, tokenizer, 1, tmp_path / "data", **asked)
     with pytest.raises(
         DataError, match=r"^2 rows cannot be used: .*a\.jsonl, line 2: 'body' is None, .* or set data\.sk"
     ):
