@@ -109,7 +109,7 @@ def _student_config(run: RunConfig) -> PreTrainedConfig:
         fields = {"vocab_size": _vocabulary(run)} | label_fields(run.spec)
         return AutoConfig.for_model(**{**fields, **student.init.config})
     assert run.teacher is not None
-    return plan_cut(run.teacher.model, student.init, kind, run.teacher.trust_remote_code).config
+    return plan_cut(run.teacher.model, student.init, kind, run.teacher.trust_remote_code).student.config
 
 
 def _vocabulary(run: RunConfig) -> int:

@@ -8,7 +8,7 @@ once was in `padding`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -41,6 +41,11 @@ class Axis:
     inner: int = 1
     scored: bool = True
 
+    def fits(self, length: int, sizes: Mapping[Part, int]) -> bool:
+        """Whether a dimension of this length can be made of the parts of a model of `sizes`."""
+        parts = self.outer * sizes[self.part]
+        return length == parts if self.part is Part.CHANNEL else length % (parts * self.inner) == 0
+
 
 Axes = tuple[Axis | None, ...]
 """An axis for each dimension of a tensor; None: not cut."""
@@ -57,7 +62,6 @@ class Family:
 
     For Stage 0's cut of the width: embeddings, norms, linears (axes of outputs and of inputs): its modules by the end
     of their names. transposed: whether its linears store [in, out]. ffn_size: the config's field of the FFN's width.
-    in_files: parameter -> its name in weight files, if they may spell it otherwise.
 
     positions: (config, rows of its table of positions) -> tokens that a row may have; None: any number.
     after_first_block: a module beside the blocks through which the first block's output goes before the second block.
@@ -69,7 +73,6 @@ class Family:
     linears: Mapping[str, tuple[Axis, Axis]] = field(default_factory=dict)
     transposed: bool = False
     ffn_size: str = "intermediate_size"
-    in_files: Mapping[str, str] = field(default_factory=dict)
     positions: Callable[[Any, int], int | None] = lambda config, rows: rows
     after_first_block: str | None = None
     external_weights: Callable[[nn.Module], Iterator[tuple[nn.Module, torch.Tensor]]] = lambda model: iter(())
@@ -120,7 +123,6 @@ FAMILIES: dict[str, Family] = {
             "mlp.dense_h_to_4h": (_FFN, _D),
             "mlp.dense_4h_to_h": (_D, _FFN),
         },
-        in_files={"lm_head.weight": "embed_out.weight"},
     ),
     "opt": Family(
         embeddings=("embed_tokens", "embed_positions", "lm_head"),
@@ -139,7 +141,6 @@ FAMILIES: dict[str, Family] = {
 """model_type -> the family."""
 
 FFN_SIZES = tuple(dict.fromkeys(family.ffn_size for family in FAMILIES.values()))
-IN_FILES = {ours: theirs for family in FAMILIES.values() for ours, theirs in family.in_files.items()}
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -166,6 +167,18 @@ def axes_of(name: str) -> Axes:
     """The axes of a parameter of any family; () if no family has a parameter of this name."""
     pieces = name.split(".")
     return _AXES.get(".".join(pieces[-2:])) or _AXES.get(".".join(pieces[-3:]), ())
+
+
+def fitting_axes(name: str, shape: Sequence[int], sizes: Mapping[Part, int]) -> Axes:
+    """The axes of a tensor by its name, as far as its shape bears them out; () if no family has a tensor of this name.
+
+    Another part of a model may have the same name: a norm within its heads, say.
+    """
+    axes = axes_of(name)
+    if len(axes) != len(shape):
+        return ()
+    pairs = zip(axes, shape, strict=True)
+    return tuple(axis if axis is not None and axis.fits(length, sizes) else None for axis, length in pairs)
 
 
 def row_limit(config: PreTrainedConfig) -> int | None:

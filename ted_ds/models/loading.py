@@ -87,7 +87,11 @@ def meta_model(name_or_path: str, kind: Kind, *, trust_remote_code: bool = False
     try:
         return on_meta(config, kind, trust_remote_code=trust_remote_code)
     except ValueError as error:
-        raise ModelError(f"model {name_or_path!r}, a {config.model_type}, has no head for {kind}") from error
+        what = ", an encoder-decoder," if getattr(config, "is_encoder_decoder", False) else ","
+        raise ModelError(
+            f"model {name_or_path!r}, a {config.model_type}{what} has no head for {kind} in transformers: give a model "
+            "that has"
+        ) from error
 
 
 def on_meta(config: PreTrainedConfig, kind: Kind, *, trust_remote_code: bool = False) -> PreTrainedModel:

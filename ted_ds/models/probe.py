@@ -23,9 +23,8 @@ from ted_ds.batch import Batch
 from ted_ds.config.sections import InitConfig
 from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.errors import ModelError
-from ted_ds.models.layer_map import keep_blocks
 from ted_ds.models.loading import load_model, meta_model, resident_readout
-from ted_ds.models.pruning import init_student
+from ted_ds.models.pruning import init_student, plan_cut
 from ted_ds.models.readout import LogitHead
 from ted_ds.models.structure import block_output, find_blocks, find_structure
 from ted_ds.models.tiny import tiny_ids, tiny_model
@@ -60,19 +59,18 @@ def probe(role: str, path: str, model: PreTrainedModel, kind: Kind, *, layers: b
 
 
 def probe_cut(teacher: str, init: InitConfig, kind: Kind, *, trust_remote_code: bool = False) -> None:
-    """Compares a tiny student that has lost a block with its tiny teacher whose block is skipped.
+    """Runs a tiny model of the student that is asked for, and compares a tiny teacher's cut with its skipped block.
 
     If the recipe keeps the teacher's first blocks, the last one is lost, and else one in the middle, so that those
     after it get other numbers. Raises ModelError if they differ: something depends on a block's number, or on how many
     there are.
     """
-    model = meta_model(teacher, kind, trust_remote_code=trust_remote_code)
-    blocks = find_blocks(model).num_blocks
-    wanted = keep_blocks(init.blocks, init.num_blocks, blocks)
-    if len(wanted) == blocks:
+    plan = plan_cut(teacher, init, kind, trust_remote_code)
+    tiny_model(plan.student)  # which says whether such a student runs
+    if len(plan.blocks) == plan.total:
         return
-    first_blocks = wanted == tuple(range(len(wanted)))
-    tiny = tiny_model(model)
+    first_blocks = plan.blocks == tuple(range(len(plan.blocks)))
+    tiny = tiny_model(meta_model(teacher, kind, trust_remote_code=trust_remote_code))
     total = find_blocks(tiny).num_blocks
     kept = tuple(range(total - 1)) if first_blocks else (0, *range(2, total))
     with tempfile.TemporaryDirectory() as folder:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from ted_ds.config.sections import InitConfig
 from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.errors import ModelError
 from ted_ds.models.channels import Sizes, WeightScores, cut
-from ted_ds.models.families import IN_FILES, Part, axes_of, set_sizes, sizes_of
+from ted_ds.models.families import Part, fitting_axes, set_sizes, sizes_of
 from ted_ds.models.layer_map import keep_blocks
-from ted_ds.models.loading import load_config, on_meta
+from ted_ds.models.loading import meta_model
 from ted_ds.models.structure import find_blocks, find_structure
 from ted_ds.models.task_head import AUTO_CLASSES
 from ted_ds.models.weight_files import WeightReader, copy_companions, write_weights
@@ -83,25 +85,25 @@ def _in_a_line(error: Exception) -> str:
 class CutPlan:
     """Teacher and student without weights.
 
-    names: the student's tensors (tied ones once) -> the teacher's block (None: no block) and tensor. prefix: of the
-    backbone's tensors.
+    student: on the meta device. blocks: of the teacher, in the student's order. total: how many the teacher has.
+    stack: the parameters' path of its blocks. unused: patterns of names in the files that the model has no use for.
     """
 
-    config: PreTrainedConfig
-    shapes: Mapping[str, torch.Size]
-    names: Mapping[str, tuple[int | None, str]]
+    student: PreTrainedModel
     blocks: tuple[int, ...]
-    prefix: str
+    total: int
+    stack: str
+    unused: tuple[str, ...]
     teacher_sizes: Sizes
     sizes: Sizes
 
 
 def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool) -> CutPlan:
     """What a student cut out of `teacher` will be, by configs alone; ModelError if it cannot be."""
-    config = load_config(teacher, trust_remote_code)
+    whole = meta_model(teacher, kind, trust_remote_code=trust_remote_code)
+    config = whole.config
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"teacher {teacher} is quantized: Stage 0 cuts plain weights, give the original")
-    whole = on_meta(config, kind, trust_remote_code=trust_remote_code)
     structure = find_blocks(whole)
     blocks = keep_blocks(init.blocks, init.num_blocks, structure.num_blocks)
     teacher_sizes = sizes_of(config)
@@ -114,29 +116,13 @@ def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool
         raise ModelError(
             f"a {config.model_type} of the sizes in student.init cannot be: {_in_a_line(error)}"
         ) from error
-    student = on_meta(student_config, kind, trust_remote_code=trust_remote_code)
-    student_config.architectures = [type(student).__name__]
-    tensors = student.state_dict(keep_vars=True)
-    first: dict[int, str] = {}  # a tied tensor has several names
-    for name, tensor in tensors.items():
-        first.setdefault(id(tensor), name)
-    return CutPlan(
-        config=student_config,
-        shapes={name: tensor.shape for name, tensor in tensors.items()},
-        names={name: _in_teacher(name, structure.blocks_path, blocks) for name in first.values()},
-        blocks=blocks,
-        prefix=whole.base_model_prefix,
-        teacher_sizes=teacher_sizes,
-        sizes=sizes,
-    )
-
-
-def _in_teacher(name: str, path: str, blocks: tuple[int, ...]) -> tuple[int | None, str]:
-    """The teacher's block and name of a tensor of the student."""
-    if not name.startswith(f"{path}."):
-        return None, name
-    number, _, rest = name.removeprefix(f"{path}.").partition(".")
-    return blocks[int(number)], f"{path}.{blocks[int(number)]}.{rest}"
+    with torch.device("meta"):
+        student = type(whole)(student_config)
+    if (found := find_blocks(student).num_blocks) != len(blocks):
+        raise ModelError(f"a {config.model_type} of {len(blocks)} blocks has {found}: give student.init.config")
+    student.config.architectures = [type(student).__name__]
+    unused = tuple(getattr(whole, "_keys_to_ignore_on_load_unexpected", None) or ())
+    return CutPlan(student, blocks, structure.num_blocks, structure.blocks_path, unused, teacher_sizes, sizes)
 
 
 def _requested(init: InitConfig, config: PreTrainedConfig, teacher: Sizes) -> Sizes:
@@ -198,6 +184,8 @@ def _student_config(
         )
     config = copy.deepcopy(config)
     config.num_hidden_layers = len(blocks)
+    if isinstance(scale := getattr(config, "scale_depth", None), float | int):  # MiniCPM: over the root of the depth
+        config.scale_depth = scale * (len(blocks) / total) ** 0.5
     for field, value in list(vars(config).items()):
         if "layer" in field and isinstance(value, list | tuple) and len(value) == total:
             setattr(config, field, [value[b] for b in blocks])
@@ -208,59 +196,126 @@ def _student_config(
     return config
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a tensor of the student comes from: the name in the teacher's file, and the block (None: no block)."""
+
+    name: str
+    block: int | None
+
+
 def _write_cut(plan: CutPlan, teacher: str, folder: Path) -> None:
     reader = WeightReader(teacher)
     sources = _sources(plan, reader, teacher)
+    shapes = _cut_shapes(plan, reader, sources, teacher)
     kept = _kept(plan, reader, sources)
 
-    def make(ours: str) -> torch.Tensor:
-        name, theirs = sources[ours]
-        tensor = cut(reader.read(theirs), axes_of(name), kept.get(plan.names[name][0], {}), plan.teacher_sizes)
-        if tensor.shape != plan.shapes[name]:
-            raise ModelError(
-                f"parameter {theirs} of teacher {teacher} cannot be cut: it would be {tuple(tensor.shape)}, the "
-                f"student's config wants {tuple(plan.shapes[name])}; cut blocks alone, or give student.init.config"
-            )
-        return tensor
+    def make(name: str) -> torch.Tensor:
+        source = sources[name]
+        tensor = reader.read(source.name)
+        axes = fitting_axes(source.name, tensor.shape, plan.teacher_sizes)
+        return cut(tensor, axes, kept.get(source.block, {}), plan.teacher_sizes)
 
-    itemsizes = {ours: reader.read(theirs).element_size() for ours, (_, theirs) in sources.items()}  # memory-mapped
-    write_weights(
-        folder, {ours: size * plan.shapes[sources[ours][0]].numel() for ours, size in itemsizes.items()}, make
-    )
-    plan.config.save_pretrained(folder)
+    itemsizes = {name: reader.read(source.name).element_size() for name, source in sources.items()}  # memory-mapped
+    write_weights(folder, {name: size * shapes[name].numel() for name, size in itemsizes.items()}, make)
+    plan.student.config.save_pretrained(folder)
     copy_companions(teacher, folder)
 
 
-def _sources(plan: CutPlan, reader: WeightReader, teacher: str) -> dict[str, tuple[str, str]]:
-    """A tensor's name in the student's file -> (its name in the student, its source's name in the teacher's file).
+def _sources(plan: CutPlan, reader: WeightReader, teacher: str) -> dict[str, Source]:
+    """A tensor's name in the student's file -> its source. Only the numbers of blocks differ.
 
-    Files spell names with or without the backbone's prefix; the student's file follows the teacher's.
+    So the files may spell names, and split or join tensors, in any way that transformers understands.
     """
-
-    def spellings(name: str) -> tuple[str, ...]:
-        return name, name.removeprefix(f"{plan.prefix}."), f"{plan.prefix}.{name}", IN_FILES.get(name, name)
-
-    sources: dict[str, tuple[str, str]] = {}
-    for name, (_, source) in plan.names.items():
-        pairs = zip(spellings(name), spellings(source), strict=True)
-        found = next(((ours, theirs) for ours, theirs in pairs if theirs in reader), None)
-        if found is None:
-            raise ModelError(
-                f"the weights of teacher {teacher} lack {source}: save it anew by transformers' save_pretrained"
-            )
-        sources[found[0]] = name, found[1]
+    stack = _stack_in_files(plan, reader, teacher)
+    position = {block: i for i, block in enumerate(plan.blocks)}
+    sources: dict[str, Source] = {}
+    for name in reader:
+        if name.startswith(f"{stack}."):
+            number, _, rest = name.removeprefix(f"{stack}.").partition(".")
+            if (block := int(number)) in position:
+                sources[f"{stack}.{position[block]}.{rest}"] = Source(name, block)
+        elif not any(re.search(pattern, name) for pattern in plan.unused):
+            sources[name] = Source(name, None)
     return sources
 
 
-def _kept(plan: CutPlan, reader: WeightReader, sources: Mapping[str, tuple[str, str]]) -> Kept:
+def _stack_in_files(plan: CutPlan, reader: WeightReader, teacher: str) -> str:
+    """How the files spell the path of the blocks: what stands before a number, for all numbers of the teacher's blocks.
+
+    Of several (a vision tower has blocks too) the one that ends most like the path in the model.
+    """
+    numbers: dict[str, set[int]] = {}
+    for name in reader:
+        if found := re.match(r"(.*?)\.(\d+)\.", name):
+            numbers.setdefault(found[1], set()).add(int(found[2]))
+    stacks = [stack for stack, there in numbers.items() if there >= set(range(plan.total))]
+    if not stacks:
+        raise ModelError(
+            f"the files of teacher {teacher} number no {plan.total} blocks: Stage 0 cannot tell them apart"
+        )
+    wanted = plan.stack.split(".")[::-1]
+
+    def alike(stack: str) -> int:
+        pairs = zip(wanted, stack.split(".")[::-1], strict=False)
+        return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+    return max(stacks, key=alike)
+
+
+def _cut_shapes(
+    plan: CutPlan, reader: WeightReader, sources: Mapping[str, Source], teacher: str
+) -> dict[str, torch.Size]:
+    """The shapes of the student's tensors, by their names in its file.
+
+    Raises ModelError, before a weight is read, if nothing follows a size, or transformers does not find in these names
+    and shapes exactly the student.
+    """
+    asked = {part for part, size in plan.sizes.items() if size != plan.teacher_sizes[part]}
+    follow: set[Part] = set()
+    shapes = {}
+    for name, source in sources.items():
+        shape = list(reader.read(source.name).shape)
+        for dim, axis in enumerate(fitting_axes(source.name, shape, plan.teacher_sizes)):
+            if axis is not None:
+                shape[dim] = shape[dim] // plan.teacher_sizes[axis.part] * plan.sizes[axis.part]
+                follow.add(axis.part)
+        shapes[name] = torch.Size(shape)
+    for part in sorted(asked - follow - {Part.KV_HEAD}):  # GPT-2 has none of their own
+        raise _uncut(teacher, f"no weight that ted_ds knows follows {part}")
+    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    family: Any = type(plan.student)
+    _, found = family.from_pretrained(
+        None,
+        config=copy.deepcopy(plan.student.config),
+        state_dict=empty,
+        device_map="meta",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    for name, there, wanted in sorted(found["mismatched_keys"]):
+        raise _uncut(teacher, f"{name} would be {tuple(there)}, the student's config wants {tuple(wanted)}")
+    for name in sorted(found["missing_keys"]):
+        raise _uncut(teacher, f"the student would lack {name}")
+    for name in found["unexpected_keys"] & shapes.keys():
+        del shapes[name], sources[name]
+    return shapes
+
+
+def _uncut(teacher: str, reason: str) -> ModelError:
+    return ModelError(f"teacher {teacher} cannot be cut so: {reason}; cut blocks alone, or give student.init.config")
+
+
+def _kept(plan: CutPlan, reader: WeightReader, sources: Mapping[str, Source]) -> Kept:
     """The parts that stay, by block; empty if the width is not cut."""
     sizes, teacher = plan.sizes, plan.teacher_sizes
     if sizes == teacher:
         return {}
     scores = WeightScores(teacher)
-    for name, theirs in sources.values():
-        if len(axes := axes_of(name)) == 2:
-            scores.add(plan.names[name][0], axes, reader.read(theirs))
+    for source in sources.values():
+        tensor = reader.read(source.name)
+        if len(axes := fitting_axes(source.name, tensor.shape, teacher)) == 2:
+            scores.add(source.block, axes, tensor)
     channels = {Part.CHANNEL: scores.channels(sizes[Part.CHANNEL])}
     kept: dict[int | None, dict[Part, torch.Tensor]] = {None: channels}
     for block in plan.blocks:

@@ -38,7 +38,8 @@ def tiny_model(model: PreTrainedModel) -> PreTrainedModel:
         except Exception as error:  # a class may object to sizes in any way; the next ones are nearer to its own
             fault = error
     raise ModelError(
-        f"a {model.config.model_type} cannot be built at small sizes: {' '.join(str(fault).split())[:200]}"
+        f"a {model.config.model_type} of this config does not run, tried at small sizes: "
+        f"{' '.join(str(fault).split())[:200]}"
     )
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.errors import ModelError, load_failure
-from ted_ds.models.loading import load_config
+from ted_ds.models.loading import load_config, meta_model
 from ted_ds.models.task_head import AUTO_CLASSES
 from ted_ds.models.weight_files import WeightReader
 
@@ -28,6 +28,9 @@ def check_weights(role: str, path: str, kind: Kind, *, trust_remote_code: bool =
     only two tensors are ever read, if they should be one (tied) and the files have both.
     new_head: whether all outside the backbone will be made anew, and may be missing or of another shape.
     """
+    meta_model(
+        path, kind, trust_remote_code=trust_remote_code
+    )  # whose message about a family without such a head is better
     config = load_config(path, trust_remote_code)
     try:
         model, found = AUTO_CLASSES[kind].from_pretrained(

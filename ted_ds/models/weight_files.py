@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ class WeightReader:
         else:
             raise ModelError(f"teacher {model} has no weights: expected {SINGLE} or {INDEX}")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
 
     def find(self, name: str) -> str | None:
         """How the files spell a parameter's name, whose first parts are often left out or others; None: not there."""

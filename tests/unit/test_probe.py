@@ -110,5 +110,5 @@ def test_a_family_that_no_tiny_model_can_be_made_of_is_refused(monkeypatch: pyte
         raise RuntimeError("sizes do not\nfit")
 
     monkeypatch.setattr("ted_ds.models.tiny._build", broken)
-    with pytest.raises(ModelError, match="a llama cannot be built at small sizes: sizes do not fit"):
+    with pytest.raises(ModelError, match="a llama of this config does not run, tried at small sizes: sizes do not fit"):
         tiny_model(large("llama"))
