@@ -58,8 +58,8 @@ class DataConfig(Section):
         default=False,
         description="run the tokenizer's own code; true if `tokenizer` is a model whose section says so",
     )
-    sequence_length: PositiveInt = Field(
-        default=1024, description="tokens a row (S); other tasks than causal-lm: at most, longer texts are cut"
+    sequence_length: int = Field(
+        default=1024, ge=2, description="tokens a row (S); other tasks than causal-lm: at most, longer texts are cut"
     )
     doc_stride: PositiveInt = Field(
         default=128, description="tokens that neighbouring windows of a long context share (question answering)"

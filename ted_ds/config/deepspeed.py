@@ -148,6 +148,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: the DeepSpeed file cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{path}: a DeepSpeed file is a JSON object, this is {config!r:.60}")
+    if not isinstance(zero := config.setdefault("zero_optimization", {}), dict):
+        raise ConfigError(
+            f'{path}: zero_optimization is {json.dumps(zero)}: write an object with a stage, e.g. {{"stage": 3}}'
+        )
+    zero.setdefault("stage", 0)
     return config
 
 

@@ -10,6 +10,7 @@ which the same is computed as before, and it stands in one of the two sets of `t
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar, get_args
 
@@ -37,7 +38,7 @@ Every = NonNegativeInt | Literal["epoch"]
 class Section(BaseModel):
     """Base of every section: unknown keys are refused, values cannot be assigned."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -47,7 +48,14 @@ class Section(BaseModel):
         kinds = {getattr(part, "__origin__", part) for part in (kind, *get_args(kind))}
         if value is True and {int, float} & kinds:
             raise PydanticCustomError("number_type", "Input should be a number, not true, on or yes")
-        return value
+        return _at_home(value)
+
+
+def _at_home(value: Any) -> Any:
+    """With the home folder for the `~` of a path, or of the paths of a list."""
+    if isinstance(value, list | tuple):
+        return [_at_home(one) for one in value]
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 T = TypeVar("T")

@@ -33,11 +33,24 @@ def build_trained_engine(
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
             (matrices if len(shape) > 1 else vectors).append(parameter)
-    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    # without ZeRO, DeepSpeed's bfloat16 optimizer makes its state by a step on zero gradients: that must not decay
+    blank_step = deepspeed_config["bf16"]["enabled"] and not deepspeed_config["zero_optimization"]["stage"]
+    decay = deepspeed_config["optimizer"]["params"]["weight_decay"]
+    decaying = {"params": matrices, "weight_decay": 0.0 if blank_step else decay}
+    groups: list[dict[str, Any]] = [decaying, {"params": vectors, "weight_decay": 0.0}]
     engine, *_ = deepspeed.initialize(
         model=module,
         model_parameters=[group for group in groups if group["params"]],
         config=deepspeed_config,
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
     )
+    if blank_step:
+        _forget_blank_step(engine, decay)
     return engine
+
+
+def _forget_blank_step(engine: Any, decay: float) -> None:
+    """As if no step had been: Adam's bias correction counts from 0, and matrices decay from now on."""
+    for state in engine.optimizer.optimizer.state.values():
+        state["step"].zero_()
+    engine.optimizer.param_groups[0]["weight_decay"] = decay

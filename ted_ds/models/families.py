@@ -43,8 +43,8 @@ class Axis:
 
     def fits(self, length: int, sizes: Mapping[Part, int]) -> bool:
         """Whether a dimension of this length can be made of the parts of a model of `sizes`."""
-        parts = self.outer * sizes[self.part]
-        return length == parts if self.part is Part.CHANNEL else length % (parts * self.inner) == 0
+        parts = self.outer * self.inner * sizes.get(self.part, 0)
+        return length == parts if self.part is Part.CHANNEL else bool(parts) and length % parts == 0
 
 
 Axes = tuple[Axis | None, ...]

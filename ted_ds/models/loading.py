@@ -149,16 +149,15 @@ def load_tensors(module: nn.Module, path: Path, *, is_main: bool) -> None:
                     parameter.copy_(stored.get_tensor(name))
 
 
-def resident_readout(
-    model: PreTrainedModel, device: torch.device, *, trust_remote_code: bool = False
-) -> tuple[nn.Module, Head]:
+def resident_readout(model: PreTrainedModel, device: torch.device) -> tuple[nn.Module, Head]:
     """The final norm and the LM head of a frozen model, whole on this rank; a collective.
 
     The norm is a module of its own, without ZeRO-3's hooks, made from the model's config. Weights are
     copied only if they are sharded.
     """
     structure = find_structure(model)
-    norm = find_structure(on_meta(model.config, "causal-lm", trust_remote_code=trust_remote_code)).final_norm
+    with torch.device("meta"):
+        norm = find_structure(type(model)(model.config)).final_norm
     head = structure.lm_head
     owned = [p for p in (*structure.final_norm.parameters(), *head.parameters())]
     with gathered(owned):
@@ -170,12 +169,27 @@ def resident_readout(
 
 
 def load_config(name_or_path: str, trust_remote_code: bool) -> PreTrainedConfig:
-    """The config of a folder or hub model; ModelError if there is none."""
+    """The config of a folder or hub model; ModelError if there is none, or it is no model of transformers."""
+    _refuse_other_formats(name_or_path)
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"model {name_or_path!r} could not be found: {load_failure(error)}") from error
     return config
+
+
+def _refuse_other_formats(name_or_path: str) -> None:
+    folder = Path(name_or_path)
+    if name_or_path.endswith(".gguf") or (folder.is_dir() and any(folder.glob("*.gguf"))):
+        raise ModelError(
+            f"model {name_or_path!r} is a GGUF file, quantized for inference: give the Hugging Face model that it was "
+            "made of"
+        )
+    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        raise ModelError(
+            f"model {name_or_path!r} is an adapter (LoRA), not a model: merge it by PEFT's merge_and_unload(), save "
+            "that by save_pretrained(FOLDER), and give FOLDER"
+        )
 
 
 def _resident(parameter: torch.Tensor, device: torch.device) -> torch.Tensor:

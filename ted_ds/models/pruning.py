@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import re
 import shutil
 from collections.abc import Mapping
@@ -24,7 +25,11 @@ from ted_ds.models.layer_map import keep_blocks
 from ted_ds.models.loading import meta_model
 from ted_ds.models.structure import find_blocks, find_structure
 from ted_ds.models.task_head import AUTO_CLASSES
+from ted_ds.models.tiny import tiny_model
 from ted_ds.models.weight_files import WeightReader, copy_companions, write_weights
+
+FIRST_BLOCKS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
+"""Fields of configs that count first blocks of another kind."""
 
 Kept = Mapping[int | None, Mapping[Part, torch.Tensor]]
 """Teacher block (None: outside the blocks) -> the parts that stay there."""
@@ -67,6 +72,7 @@ def init_student(
 def _write_random(config: dict[str, Any], kind: Kind, folder: Path, seed: int, trust_remote_code: bool) -> None:
     try:
         model_config = AutoConfig.for_model(**config)
+        _refuse_unknown(config, model_config)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AUTO_CLASSES[kind].from_config(model_config, trust_remote_code=trust_remote_code)
@@ -74,7 +80,22 @@ def _write_random(config: dict[str, Any], kind: Kind, folder: Path, seed: int, t
         what = "a causal LM" if KINDS[kind].lm_head else f"a model for {kind}"
         raise ModelError(f"student.init.config is not {what} of transformers: {_in_a_line(error)}") from error
     (find_structure if KINDS[kind].lm_head else find_blocks)(model)
+    try:
+        tiny_model(model)
+    except ModelError as error:
+        raise ModelError(f"student.init.config: {error}") from error
     model.save_pretrained(folder)
+
+
+def _refuse_unknown(given: Mapping[str, Any], config: PreTrainedConfig) -> None:
+    """Raises ModelError for a field that the family's config does not have, and transformers takes without a word."""
+    blank = type(config)()
+    known = {*vars(blank), *blank.to_dict(), *blank.attribute_map}
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "remove it"
+            raise ModelError(f"student.init.config.{name}: a {config.model_type} has no such field; {hint}")
 
 
 def _in_a_line(error: Exception) -> str:
@@ -189,8 +210,9 @@ def _student_config(
     for field, value in list(vars(config).items()):
         if "layer" in field and isinstance(value, list | tuple) and len(value) == total:
             setattr(config, field, [value[b] for b in blocks])
-    if isinstance(window := getattr(config, "max_window_layers", None), int):
-        config.max_window_layers = sum(b < window for b in blocks)
+    for field in FIRST_BLOCKS:
+        if isinstance(first := getattr(config, field, None), int):
+            setattr(config, field, sum(b < first for b in blocks))
     if sizes != teacher:
         set_sizes(config, sizes)
     return config

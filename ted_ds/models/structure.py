@@ -71,8 +71,15 @@ def find_blocks(model: Any) -> ModelStructure:
     """
     name = type(model).__name__
     backbone = getattr(model, "base_model", None)
-    if backbone is None or backbone is model:
+    if backbone is model:  # Llama-4's text model calls it otherwise than its class says
+        backbone = getattr(model, "model", None)
+    if backbone is None:
         raise ModelError(f"{name} has no backbone (`base_model`) apart from its head: give a model of transformers")
+    if (text := model.config.get_text_config()) is not model.config:
+        raise ModelError(
+            f"{name} is more than a text model: give its {text.model_type} alone, as AutoModelForImageTextToText."
+            "from_pretrained(IT).get_decoder().save_pretrained(FOLDER) writes it if its LM head is tied"
+        )
     path, blocks = _blocks(model, name)
     return ModelStructure(model, backbone, blocks, path, model.config.hidden_size)
 

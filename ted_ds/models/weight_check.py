@@ -15,7 +15,7 @@ from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.errors import ModelError, load_failure
 from ted_ds.models.loading import load_config, meta_model
 from ted_ds.models.task_head import AUTO_CLASSES
-from ted_ds.models.weight_files import WeightReader
+from ted_ds.models.weight_files import WeightReader, damaged_file
 
 OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "RewardModel")
 """Ends of the names of classes whose models were trained for something else than to predict text."""
@@ -42,7 +42,8 @@ def check_weights(role: str, path: str, kind: Kind, *, trust_remote_code: bool =
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
-        raise ModelError(f"the {role} {path} could not be loaded: {load_failure(error)}") from error
+        reason = damaged_file(path) or load_failure(error)
+        raise ModelError(f"the {role} {path} could not be loaded: {reason}") from error
     backbone = f"{model.base_model_prefix}."
     missing = sorted(name for name in found["missing_keys"] if not new_head or name.startswith(backbone))
     if missing:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.utils import cached_file
 
@@ -21,6 +21,7 @@ SHARD_BYTES = 5_000_000_000
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+LFS_POINTER = b"version https://git-lfs"
 COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "spm.model", "chat_template.jinja"),
@@ -45,6 +46,37 @@ def copy_companions(model: str, folder: Path) -> None:
             shutil.copyfile(path, folder / name)
 
 
+def pickled_files(model: str) -> list[Path]:
+    """A model's pickled weights; [] if it has safetensors, which are always taken."""
+    if find_file(model, INDEX) is not None or find_file(model, SINGLE) is not None:
+        return []
+    if (single := find_file(model, PICKLED[0])) is not None:
+        return [single]
+    index = find_file(model, PICKLED[1])
+    names = [] if index is None else sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    return [path for name in names if (path := find_file(model, name)) is not None]
+
+
+def damaged_file(model: str) -> str | None:
+    """The first file of a model's safetensors that cannot be read, and why; None if all can."""
+    index = find_file(model, INDEX)
+    names = (
+        [SINGLE] if index is None else sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    )
+    for name in names:
+        if (path := find_file(model, name)) is None:
+            continue
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            with path.open("rb") as file:
+                if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                    return f"{name} is a pointer of git-lfs, not the file itself: run git lfs pull"
+            return f"{name} is damaged, maybe cut off ({error}): copy or download it again"
+    return None
+
+
 class WeightReader:
     """The safetensors of a local folder or a hub model, sharded or not, memory-mapped.
 
@@ -58,13 +90,13 @@ class WeightReader:
             self._file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         elif find_file(model, SINGLE) is not None:
             self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
-        elif any(find_file(model, name) for name in PICKLED):
+        elif pickled_files(model):
             raise ModelError(
-                f"teacher {model} has pickled weights only ({PICKLED[0]}): convert them with "
+                f"model {model} has pickled weights only ({PICKLED[0]}): convert them with "
                 f"AutoModelForCausalLM.from_pretrained({model!r}).save_pretrained(FOLDER) and give FOLDER"
             )
         else:
-            raise ModelError(f"teacher {model} has no weights: expected {SINGLE} or {INDEX}")
+            raise ModelError(f"model {model} has no weights: expected {SINGLE} or {INDEX}")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
@@ -87,7 +119,7 @@ class WeightReader:
         if file not in self._files:
             path = find_file(self._model, file)
             if path is None:
-                raise ModelError(f"teacher {self._model} lacks {file}, which its {INDEX} names: download it again")
+                raise ModelError(f"model {self._model} lacks {file}, which its {INDEX} names: download it again")
             self._files[file] = safe_open(path, framework="pt")
         return self._files[file]
 

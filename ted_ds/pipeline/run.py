@@ -12,6 +12,7 @@ from ted_ds.config.continuation import first_change
 from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.load import dump_config, read_yaml
 from ted_ds.config.schema import RunConfig
+from ted_ds.distill.engine_config import check_engine_config
 from ted_ds.errors import CheckpointError, ConfigError
 from ted_ds.job.lock import alone
 from ted_ds.job.versions import commit, versions
@@ -28,6 +29,12 @@ from ted_ds.teacher.hosting import HOSTS
 LOCK = "run.lock"
 """In an output folder: held by the run that writes there."""
 
+WRITTEN = (
+    *("data", "initial_student", "published_teacher", "published_student", "teacher_filters", "student_filters"),
+    *("checkpoints", "best", "student"),
+)
+"""Folders in an output folder that stages make and replace."""
+
 Goal = Literal["student", "filters", "distilled", "export"]
 """Stage 0 done; Stage I done; all done; the last checkpoint exported, whether or not all is done."""
 
@@ -39,6 +46,7 @@ def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[s
 
     Raises a TedError, on every rank, if recipe, data or models are wrong.
     """
+    _refuse_own_folders(run)
     _check_engines(run, world)
     if goal == "export":
         return _run(run, world, goal)
@@ -75,13 +83,37 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
     return last_stage(resolved, world, data, Plan(models, pairs, filters))
 
 
+def _refuse_own_folders(run: RunConfig) -> None:
+    """Raises ConfigError if the recipe reads something from where the run will write: it would be replaced."""
+    given: dict[str, list[str | None]] = {
+        "student.model": [run.student.model],
+        "student.pretrained": [run.student.pretrained],
+        "teacher.model": [None if run.teacher is None else run.teacher.model],
+        "data.tokenizer": [run.data.tokenizer],
+    }
+    entries = {"data.train": run.data.train, "data.validation": run.data.validation}
+    entries |= {f"data.extra_validation.{name}": files for name, files in run.data.extra_validation.items()}
+    given |= {key: [entry for entry in files if isinstance(entry, str)] for key, files in entries.items()}
+    for key, paths in given.items():
+        for path in filter(None, paths):
+            for own in (run.output_dir / name for name in WRITTEN):
+                if Path(path).resolve().is_relative_to(own.resolve()):
+                    raise ConfigError(
+                        f"{key} is {path}, but the run writes {own} itself: give a copy that lies elsewhere, or "
+                        "another output_dir"
+                    )
+
+
 def _check_engines(run: RunConfig, world: World) -> None:
     """Raises ConfigError for DeepSpeed files and batch sizes that cannot be, before hours are spent on data."""
     own = run.filters.global_batch_size if METHODS[run.method].learns_filters else None
     for size in (None, *(() if own is None else (own.teacher, own.student))):
-        trained_engine_config(run, world_size=world.size, cpu=world.device.type == "cpu", global_batch_size=size)
-    if run.teacher is not None:
-        HOSTS[run.teacher.sharding].engine_config(run, world.size)
+        config = trained_engine_config(
+            run, world_size=world.size, cpu=world.device.type == "cpu", global_batch_size=size
+        )
+        check_engine_config(run.deepspeed, config)
+    if run.teacher is not None and (frozen := HOSTS[run.teacher.sharding].engine_config(run, world.size)) is not None:
+        check_engine_config(run.teacher.deepspeed, frozen)
 
 
 def _check_shared(path: Path, world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,8 @@ from ted_ds.config.choices import METHODS
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.tasks import KINDS
 from ted_ds.data.tokenizers import Tokenizer
+from ted_ds.errors import ModelError
+from ted_ds.job.files import write_atomically
 from ted_ds.job.world import World, logger
 from ted_ds.models.fit import check_fit, check_outputs
 from ted_ds.models.loading import meta_model
@@ -20,6 +23,10 @@ from ted_ds.models.published import is_published, unpack_published
 from ted_ds.models.task_head import label_fields, start_from_pretrained
 from ted_ds.models.weight_check import check_weights
 from ted_ds.tasks.registry import TASK_CLASSES
+from ted_ds.teacher.fingerprints import model_fingerprint
+
+MODELS = "models.json"
+"""In a run's folder: the fingerprints of the models that it was given."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,7 @@ def ensure_models(run: RunConfig, tokenizer: Tokenizer, world: World) -> ModelPa
     def whole(side: str, name_or_path: str, trusted: bool) -> str:
         path = plain(side, name_or_path)
         world.on_main(lambda: check_weights(side, path, run.spec.kind, trust_remote_code=trusted))
+        world.on_main(lambda: _same_weights(run.output_dir / MODELS, side, path))
         return path
 
     teacher = (
@@ -73,6 +81,21 @@ def ensure_models(run: RunConfig, tokenizer: Tokenizer, world: World) -> ModelPa
     folder = run.output_dir / "initial_student"
     world.on_main(lambda: None if folder.exists() else _make_student(run, tokenizer, teacher, folder))
     return ModelPaths(str(folder), teacher, published)
+
+
+def _same_weights(record: Path, side: str, path: str) -> None:
+    """Raises ModelError if a model is not what it was when the run began; on one rank.
+
+    A run of an earlier version has no record: what is found now is put down.
+    """
+    known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
+    found = model_fingerprint(path)
+    if known.setdefault(side, found) != found:
+        raise ModelError(
+            f"the {side} {path} has other weights, or another config.json, than when the run in {record.parent} began: "
+            "put the old ones back, or give another output_dir"
+        )
+    write_atomically(record, json.dumps(known, indent=2) + "\n")
 
 
 def _make_student(run: RunConfig, tokenizer: Tokenizer, teacher: str | None, folder: Path) -> None:

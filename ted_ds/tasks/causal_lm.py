@@ -33,7 +33,6 @@ from ted_ds.tasks.base import (
     Reading,
     Task,
     TaskLosses,
-    trusts_code,
 )
 from ted_ds.tasks.text import TextData, prepare_text, train_text_tokenizer
 from ted_ds.telemetry.flops import gemm_flops, logit_loss_flops
@@ -107,7 +106,7 @@ class CausalLM(Task):
 
     def disposable_head(self, model: PreTrainedModel, run: RunConfig, world: World, side: str) -> LMHead:
         """The model's own final norm and LM head."""
-        norm, head = resident_readout(model, world.device, trust_remote_code=trusts_code(run, side))
+        norm, head = resident_readout(model, world.device)
         fraction = run.filters.token_fraction
         return LMHead(norm, head, vocab_size=self.vocab_size, token_fraction=fraction, seed=run.seed)
 

@@ -137,8 +137,7 @@ class _Cache:
         """Loads the teacher, records it and lets it go; a collective."""
         folder, world, teacher = self.folder, self.world, load()
         if output is not None and output.head is not None:
-            trusted = self.section.trust_remote_code
-            _, head = resident_readout(teacher.module.model, world.device, trust_remote_code=trusted)
+            _, head = resident_readout(teacher.module.model, world.device)
             world.on_main(lambda: write_head(folder, head))
             del head
         record = partial(record_batch, teacher, self.plan.blocks, output)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 
 from ted_ds.telemetry.recorder import read_metrics
 from tests.jobs import first_gradients, pretrain_recipe
@@ -134,3 +136,20 @@ def test_bfloat16_stays_near_float32(
     for ours, expected in zip(losses_of(project / path.stem), plain_stage2(path, steps=5)[0], strict=True):
         for name in TERMS:
             assert ours[name] == pytest.approx(expected[name], rel=0.1), name
+
+
+def test_bfloat16_is_updated_alike_under_every_zero_stage(project: Path, workers: Callable[[int], Workers]) -> None:
+    short = {"train__steps": 1, "train__save_every": 0, "train__evaluate_every": 0, "optimizer__warmup_steps": 0}
+    students = {}
+    for stage in range(4):
+        (project / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+        changes = {**short, "optimizer__weight_decay": 0.5, "deepspeed": str(project / f"zero{stage}.json")}
+        dtypes = {"teacher__dtype": "bfloat16", "student__dtype": "bfloat16"}
+        path = write_recipe(project, f"first-update-{stage}", method="kd", **changes, **dtypes)
+        workers(2).run(pretrain_recipe, path)
+        students[stage] = load_file(project / f"first-update-{stage}/student/model.safetensors")
+    start = load_file(project / "first-update-0/initial_student/model.safetensors")
+    for stage, student in students.items():
+        for name, tensor in student.items():
+            moved, expected = ((t.float() - start[name]).norm() for t in (tensor, students[3][name]))
+            assert float(moved) == pytest.approx(float(expected), rel=0.02), (stage, name)

@@ -1,0 +1,66 @@
+"""Whether DeepSpeed knows every key of an engine's configuration, and takes every value."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from deepspeed.runtime.config import DeepSpeedConfig
+from pydantic import ValidationError
+
+from ted_ds.errors import ConfigError
+
+
+class _Noting(dict[str, Any]):
+    """A dict that notes which keys it was asked for."""
+
+    def __init__(self, content: dict[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.asked.add(str(key))
+        return super().__contains__(key)
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked.add(key)
+        return super().get(key, default)
+
+    def keys(self) -> Any:
+        return self
+
+    def __copy__(self) -> _Noting:
+        return self
+
+
+def check_engine_config(path: Path, config: dict[str, Any]) -> None:
+    """Lets DeepSpeed read the configuration of an engine, made of the file `path`, before anything is loaded.
+
+    Raises ConfigError for a value that it refuses, and for a key that it never asked for: it passes over those.
+    """
+    # sizes that fit each other on any number of ranks: the recipe's were solved above
+    noting = _Noting({**config, "train_batch_size": None, "gradient_accumulation_steps": None})
+    try:
+        DeepSpeedConfig(noting)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        key = ".".join(map(str, fault["loc"]))
+        section = next(
+            (name for name, part in config.items() if isinstance(part, dict) and fault["loc"][0] in part), ""
+        )
+        unknown = fault["type"] == "extra_forbidden"
+        said = "DeepSpeed has no such key: see its name there, or remove it" if unknown else f"{fault['msg'].lower()}"
+        raise ConfigError(f"{path}: {section}.{key} is {json.dumps(fault['input'])}: {said}") from error
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{path}: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from error
+    for key in config:
+        if key not in noting.asked:
+            close = difflib.get_close_matches(key, noting.asked, n=1)
+            hint = f"did you mean {close[0]}?" if close else "remove it"
+            raise ConfigError(f"{path}: {key}: DeepSpeed has no such key; {hint}")
