@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from ted_ds.batch import IGNORED
 from ted_ds.config.load import load_config
+from ted_ds.config.sections import InitConfig
 from ted_ds.data.loader import EvaluationRows
 from ted_ds.data.packed import PackedBlocks
 from ted_ds.errors import TedError
 from ted_ds.job.world import World
 from ted_ds.models.layer_map import keep_blocks
 from ted_ds.models.loading import on_meta
-from ted_ds.models.probe import skipped_blocks
+from ted_ds.models.probe import probe_cut, skipped_blocks
+from ted_ds.models.pruning import init_student
 from ted_ds.models.structure import find_blocks, find_structure
 from ted_ds.models.tiny import tiny_model
 from ted_ds.pipeline.run import run_recipe
@@ -37,7 +40,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """What a family can do beside its defaults, which are 1 or off."""
 
 TOLERANCE = 2e-4
-PARTS = ("both stages", "kd", "Stage 0: blocks", "Stage 0: width", "export")
+PARTS = ("Stage 0: blocks", "Stage 0: width", "both stages", "export", "kd")
+RIGHT = "right"
 SHORT: dict[str, Any] = {
     "filters__steps": 2,
     "train__steps": 2,
@@ -49,101 +53,111 @@ SHORT: dict[str, Any] = {
 }
 
 
-@dataclass
-class Outcome:
-    """What became of a family: part -> "right", or what was wrong; or the sentence that refuses it."""
+def check_family(world: World, folder: Path, family: str) -> dict[str, str]:
+    """For each of `PARTS` "right", "refused: SENTENCE", or "WRONG: what differs"; of a family that no part takes alike.
 
-    family: str
-    parts: dict[str, str] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def wrong(self) -> dict[str, str]:
-        """The parts that gave something else than plain transformers."""
-        return {part: said for part, said in self.parts.items() if said != "right"}
-
-
-def family_config(family: str) -> PreTrainedConfig:
-    """The family's default config, with what `SETTINGS` has for it."""
-    return AutoConfig.for_model(family, **SETTINGS.get(family, {}))
-
-
-def check_family(world: World, folder: Path, family: str) -> Outcome:
-    """Both stages, kd, Stage 0 by blocks and by width, and the export, on one rank; each is compared."""
-    outcome = Outcome(family)
+    On one rank, under ZeRO-3 on both sides, with a tiny model of the family's default config and `SETTINGS`.
+    """
     try:
-        model = on_meta(family_config(family), "causal-lm")
+        model = on_meta(AutoConfig.for_model(family, **SETTINGS.get(family, {})), "causal-lm")
         find_structure(model)
         model.config.get_text_config().vocab_size = VOCAB
-        teacher = tiny_model(model)
+        check = _FamilyCheck(world, make_project(folder, blocks=1), tiny_model(model))
     except TedError as error:
-        outcome.refused["all"] = str(error)
-        return outcome
-    project = make_project(folder, blocks=1)
-    teacher.save_pretrained(project / "teacher")
-    blocks = find_blocks(teacher).num_blocks
+        return dict.fromkeys(PARTS, f"refused: {error}")
+    return {
+        part: _outcome(look)
+        for part, look in zip(
+            PARTS, (check.cut_blocks, check.cut_width, check.both_stages, check.export, check.kd), strict=True
+        )
+    }
 
-    def part(name: str, *checks: Any) -> bool:
-        try:
-            for check in checks:
-                check()
-        except TedError as error:
-            outcome.refused[name] = str(error)
-        except Exception as error:  # whatever it is, the other families are looked at too
-            outcome.parts[name] = f"{type(error).__name__}: {error}"
-        else:
-            outcome.parts[name] = "right"
-        return outcome.parts.get(name) == "right"
 
-    def run(name: str, **changes: Any) -> Path:
-        path = write_recipe(project, name, **{**SHORT, **changes})
-        run_recipe(load_config(path, []), world)
-        return path
+def _outcome(look: Callable[[], None]) -> str:
+    try:
+        look()
+    except TedError as error:
+        return f"refused: {error}"
+    except Exception as error:  # whatever it is: the other parts and families are looked at too
+        return f"WRONG: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return RIGHT
 
-    def cut_blocks() -> None:
-        run("cut", method="ce", student__init={"num_blocks": blocks - 1}, **{"train__steps": 1})
-        student = AutoModelForCausalLM.from_pretrained(project / "cut/initial_student").eval()
-        kept = keep_blocks("uniform", blocks - 1, blocks)
-        with skipped_blocks(teacher, set(range(blocks)) - set(kept)):
-            expected = _logits(teacher)
-        _same("logits", _logits(student), expected)
 
-    def cut_width() -> None:
-        text = teacher.config.get_text_config()
-        sizes = {"hidden_size": text.hidden_size // 2, "num_heads": text.num_attention_heads // 2}
-        run("narrow", method="kd", student__init={**sizes}, **{"train__steps": 1, "train__evaluate_every": 1})
-        student = AutoModelForCausalLM.from_pretrained(project / "narrow/initial_student")
-        assert student.config.get_text_config().hidden_size == sizes["hidden_size"]
-        _same_held_out(project / "narrow", student, 0)
+class _FamilyCheck:
+    """A project whose teacher is of the family; a student is cut if that can be done, and else a copy of the teacher."""
 
-    part("Stage 0: blocks", cut_blocks)
-    part("Stage 0: width", cut_width)
-    cut = outcome.parts.get("Stage 0: blocks") == "right"
-    init = {"num_blocks": blocks - 1} if cut else None
-    student = {"dtype": "float32"} | ({"init": init} if init else {"model": str(project / "teacher")})
+    def __init__(self, world: World, project: Path, teacher: PreTrainedModel) -> None:
+        self._world, self._project, self._teacher = world, project, teacher
+        self._path = str(project / "teacher")
+        teacher.save_pretrained(self._path)
 
-    def both_stages() -> None:
-        path = run("ted", student=student)
-        expected = plain_stage2(path, steps=2)[0]
-        for line, plain in zip([x for x in read_metrics(project / "ted") if "loss" in x], expected, strict=True):
+    def cut_blocks(self) -> None:
+        """A student that lacks a block has the logits of the teacher whose block is skipped."""
+        total = find_blocks(self._teacher).num_blocks
+        init = InitConfig(num_blocks=total - 1)
+        probe_cut(self._path, init, "causal-lm")
+        init_student(self._path, init, self._project / "shallow")
+        with skipped_blocks(self._teacher, set(range(total)) - set(keep_blocks("uniform", total - 1, total))):
+            expected = _logits(self._teacher)
+        found = _logits(_loaded(self._project / "shallow"))
+        worst = float((found - expected).abs().max() / expected.abs().max())
+        assert worst < TOLERANCE, f"logits differ by {worst:.2g}"
+
+    def cut_width(self) -> None:
+        """A student of half the width and heads; it is what kd trains."""
+        text = self._teacher.config.get_text_config()
+        init = InitConfig(hidden_size=text.hidden_size // 2, num_heads=text.num_attention_heads // 2)
+        probe_cut(self._path, init, "causal-lm")
+        init_student(self._path, init, self._project / "narrow")
+        assert _loaded(self._project / "narrow").config.get_text_config().hidden_size == init.hidden_size
+
+    def both_stages(self) -> None:
+        """Losses of Stage I and of two steps of Stage II are those of a plain loop."""
+        path = self._run("ted", "shallow")
+        lines = [line for line in read_metrics(self._project / "ted") if "loss" in line]
+        for line, plain in zip(lines, plain_stage2(path, steps=2)[0], strict=True):
             for name, value in plain.items():
                 _close(f"{name} of step {line['step']}", line[name], value)
-        ours = [line["loss"] for line in read_metrics(project / "ted/teacher_filters")]
-        for value, plain in zip(ours, plain_stage1(path, "teacher", steps=2), strict=True):
-            _close("Stage I", value, plain)
+        found = [line["loss"] for line in read_metrics(self._project / "ted/teacher_filters")]
+        for value, plain_loss in zip(found, plain_stage1(path, "teacher", steps=2), strict=True):
+            _close("Stage I", value, plain_loss)
 
-    def export() -> None:
-        _same_held_out(project / "ted", AutoModelForCausalLM.from_pretrained(project / "ted/student"), -1)
+    def export(self) -> None:
+        """The exported student's own logits give the last held-out loss."""
+        self._held_out("ted", self._project / "ted/student", -1)
 
-    def kd() -> None:
-        path = run("kd", method="kd", student=student)
-        first, plain = next(x for x in read_metrics(project / "kd") if "loss" in x), plain_stage2(path, steps=1)
-        _close("kl_loss", first["kl_loss"], plain[0][0]["kl_loss"])
+    def kd(self) -> None:
+        """The first held-out loss and the KL of kd are those of plain logits."""
+        path = self._run("kd", "narrow")
+        first = next(line for line in read_metrics(self._project / "kd") if "loss" in line)
+        _close("kl_loss", first["kl_loss"], plain_stage2(path, steps=1)[0][0]["kl_loss"])
+        self._held_out("kd", self._student("narrow"), 0)
 
-    if part("both stages", both_stages):
-        part("export", export)
-    part("kd", kd)
-    return outcome
+    def _student(self, cut: str) -> Path:
+        folder = self._project / cut
+        return folder if folder.exists() else self._project / "teacher"
+
+    def _run(self, method: str, cut: str) -> Path:
+        student = {"dtype": "float32", "model": str(self._student(cut))}
+        path = write_recipe(self._project, method, **SHORT, method=method, student=student)
+        run_recipe(load_config(path, []), self._world)
+        return path
+
+    def _held_out(self, run: str, student: Path, line: int) -> None:
+        model, total, count = _loaded(student), 0.0, 0
+        blocks = PackedBlocks(self._project / run / "data/validation")
+        with torch.no_grad():
+            for batch in EvaluationRows(blocks, batch_size=2, rank=0, world_size=1):
+                logits, targets = model(batch.input_ids).logits.float().flatten(0, 1), batch.targets.flatten()
+                total += float(F.cross_entropy(logits, targets, reduction="sum"))
+                count += int((targets != IGNORED).sum())
+        scored = [x for x in read_metrics(self._project / run) if "validation_loss" in x]
+        _close("validation_loss", scored[line]["validation_loss"], total / count)
+
+
+def _loaded(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.eval()
 
 
 def _logits(model: PreTrainedModel) -> torch.Tensor:
@@ -151,25 +165,6 @@ def _logits(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(ids).logits
     return logits
-
-
-def _same_held_out(folder: Path, model: PreTrainedModel, line: int) -> None:
-    """The held-out loss of a line of metrics.jsonl is what the plain model's own logits give."""
-    rows = EvaluationRows(PackedBlocks(folder / "data/validation"), batch_size=2, rank=0, world_size=1)
-    total, count = 0.0, 0
-    with torch.no_grad():
-        for batch in rows:
-            logits = model.eval()(batch.input_ids).logits[..., :61].float().flatten(0, 1)
-            targets = batch.targets.flatten()
-            total += float(F.cross_entropy(logits, targets, reduction="sum"))
-            count += int((targets != -100).sum())
-    scored = [x for x in read_metrics(folder) if "validation_loss" in x]
-    _close("validation_loss", scored[line]["validation_loss"], total / count)
-
-
-def _same(what: str, ours: torch.Tensor, plain: torch.Tensor) -> None:
-    worst = float((ours - plain).abs().max() / plain.abs().max())
-    assert worst < TOLERANCE, f"{what} differ by {worst:.2g}"
 
 
 def _close(what: str, ours: float, plain: float) -> None:

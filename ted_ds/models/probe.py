@@ -76,7 +76,10 @@ def probe_cut(teacher: str, init: InitConfig, kind: Kind, *, trust_remote_code: 
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Path(folder) / "teacher", Path(folder) / "student"
         tiny.save_pretrained(whole)
-        init_student(str(whole), InitConfig(blocks=kept), cut, kind=kind, trust_remote_code=trust_remote_code)
+        try:
+            init_student(str(whole), InitConfig(blocks=kept), cut, kind=kind, trust_remote_code=trust_remote_code)
+        except ModelError as error:
+            raise ModelError(str(error).replace(str(whole), teacher)) from error
         student = load_model(str(cut), kind, dtype="float32", trust_remote_code=trust_remote_code).eval()
     with torch.no_grad(), skipped_blocks(tiny, set(range(total)) - set(kept)):
         expected = _logits(tiny)
