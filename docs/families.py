@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -37,13 +39,30 @@ A run measures its own models in the same way before it begins, whatever their f
 """
 
 
+LIMIT_S = 120
+"""For a family; some have kernels for GPUs alone, and loops in their place elsewhere."""
+
+
+class _TooLong(BaseException):
+    """The family's time is over; no other handler must take it for a fault."""
+
+
+def _end(number: int, frame: Any) -> None:
+    raise _TooLong
+
+
 def row(world: World, family: str) -> tuple[str, dict[str, str]]:
     """The family's line of the table, and what was said of the parts that are not right."""
     with tempfile.TemporaryDirectory() as folder:
+        signal.alarm(LIMIT_S)
         try:
             found = check_family(world, Path(folder) / "project", family)
+        except _TooLong:
+            found = dict.fromkeys(PARTS, f"not run: its plain torch code takes more than {LIMIT_S} s")
         except Exception as error:  # a family whose default config is not one that can be built
             found = dict.fromkeys(PARTS, f"no default config: {type(error).__name__}")
+        finally:
+            signal.alarm(0)
     words = [found[part].partition(":")[0] for part in PARTS]
     said = {part: re.sub(r"\S*/project/", "", text) for part, text in found.items() if text != RIGHT}
     return f"| {family} | {' | '.join(words)} |", said
@@ -57,6 +76,7 @@ def main(families: list[str]) -> None:
     os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
     world = init_world()
+    signal.signal(signal.SIGALRM, _end)
     if not families:
         print(INTRODUCTION, end="")
     sentences: dict[str, dict[str, str]] = {}

@@ -84,7 +84,7 @@ def _outcome(look: Callable[[], None]) -> str:
 
 
 class _FamilyCheck:
-    """A project whose teacher is of the family; a student is cut if that can be done, and else a copy of the teacher."""
+    """A project whose teacher is of the family; a student is cut from it if possible, else a copy of it."""
 
     def __init__(self, world: World, project: Path, teacher: PreTrainedModel) -> None:
         self._world, self._project, self._teacher = world, project, teacher

@@ -82,8 +82,9 @@ def plain_stage2(recipe: Path, *, steps: int) -> tuple[list[dict[str, float]], d
         optimizer.zero_grad()
         loss.backward()
         if step == 0:
-            gradients = {f"student.{n}": p.grad.clone() for n, p in student.named_parameters()}
-            gradients |= {f"filters.{n}": p.grad.clone() for n, p in filters_s.named_parameters()}
+            named = [("student", student), ("filters", filters_s)]
+            of_all = {f"{side}.{n}": p.grad for side, module in named for n, p in module.named_parameters()}
+            gradients = {n: gradient.clone() for n, gradient in of_all.items() if gradient is not None}
         nn.utils.clip_grad_norm_(parameters, run.optimizer.gradient_clipping)
         for group in optimizer.param_groups:
             group["lr"] = rate.learning_rate * schedule(step)

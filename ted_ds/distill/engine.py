@@ -34,9 +34,9 @@ def build_trained_engine(
             shape = getattr(parameter, "ds_shape", parameter.shape)
             (matrices if len(shape) > 1 else vectors).append(parameter)
     # without ZeRO, DeepSpeed's bfloat16 optimizer makes its state by a step on zero gradients: that must not decay
-    blank_step = deepspeed_config["bf16"]["enabled"] and not deepspeed_config["zero_optimization"]["stage"]
-    decay = deepspeed_config["optimizer"]["params"]["weight_decay"]
-    decaying = {"params": matrices, "weight_decay": 0.0 if blank_step else decay}
+    stage = deepspeed_config.get("zero_optimization", {}).get("stage", 0)
+    blank_step = deepspeed_config.get("bf16", {}).get("enabled", False) and not stage
+    decaying = {"params": matrices, **({"weight_decay": 0.0} if blank_step else {})}
     groups: list[dict[str, Any]] = [decaying, {"params": vectors, "weight_decay": 0.0}]
     engine, *_ = deepspeed.initialize(
         model=module,
@@ -45,12 +45,13 @@ def build_trained_engine(
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
     )
     if blank_step:
-        _forget_blank_step(engine, decay)
+        _forget_blank_step(engine)
     return engine
 
 
-def _forget_blank_step(engine: Any, decay: float) -> None:
+def _forget_blank_step(engine: Any) -> None:
     """As if no step had been: Adam's bias correction counts from 0, and matrices decay from now on."""
-    for state in engine.optimizer.optimizer.state.values():
+    adam = engine.optimizer.optimizer
+    for state in adam.state.values():
         state["step"].zero_()
-    engine.optimizer.param_groups[0]["weight_decay"] = decay
+    adam.param_groups[0]["weight_decay"] = adam.defaults["weight_decay"]

@@ -253,10 +253,9 @@ def _sources(plan: CutPlan, reader: WeightReader, teacher: str) -> dict[str, Sou
     position = {block: i for i, block in enumerate(plan.blocks)}
     sources: dict[str, Source] = {}
     for name in reader:
-        if name.startswith(f"{stack}."):
-            number, _, rest = name.removeprefix(f"{stack}.").partition(".")
-            if (block := int(number)) in position:
-                sources[f"{stack}.{position[block]}.{rest}"] = Source(name, block)
+        if found := re.match(rf"{re.escape(stack)}\.(\d+)\.(.*)", name):
+            if (block := int(found[1])) in position:
+                sources[f"{stack}.{position[block]}.{found[2]}"] = Source(name, block)
         elif not any(re.search(pattern, name) for pattern in plan.unused):
             sources[name] = Source(name, None)
     return sources

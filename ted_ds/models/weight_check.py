@@ -15,7 +15,7 @@ from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.errors import ModelError, load_failure
 from ted_ds.models.loading import load_config, meta_model
 from ted_ds.models.task_head import AUTO_CLASSES
-from ted_ds.models.weight_files import WeightReader, damaged_file
+from ted_ds.models.weight_files import damaged_file, stored_tensors
 
 OTHER_HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "RewardModel")
 """Ends of the names of classes whose models were trained for something else than to predict text."""
@@ -80,10 +80,9 @@ def _check_tied(role: str, path: str, model: PreTrainedModel) -> None:
     both = [pair for pair in ties.items() if model.get_parameter(pair[0]) is not model.get_parameter(pair[1])]
     if not both:
         return
-    reader = WeightReader(path)
+    tensors = stored_tensors(path, {name for pair in both for name in pair})
     for target, source in both:
-        first, second = (reader.find(name) for name in (target, source))
-        if first is None or second is None or not torch.equal(reader.read(first), reader.read(second)):
+        if target not in tensors or source not in tensors or not torch.equal(tensors[target], tensors[source]):
             raise ModelError(
                 f"the {role} {path} has two different tensors for {source} and {target}, which its config.json says "
                 "are one: set tie_word_embeddings to false there if both are meant, or delete one of them"

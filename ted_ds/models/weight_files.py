@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
@@ -57,6 +58,25 @@ def pickled_files(model: str) -> list[Path]:
     return [path for name in names if (path := find_file(model, name)) is not None]
 
 
+def stored_tensors(model: str, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Parameters as the files have them, on the CPU; of safetensors or pickles, which are read safely.
+
+    Files often leave out the first parts of a name, or have others there: its last two parts tell.
+    """
+
+    def wanted(own: str) -> str | None:
+        return next((name for name in names if own.endswith(".".join(name.split(".")[-2:]))), None)
+
+    if not (pickled := pickled_files(model)):
+        reader = WeightReader(model)
+        return {name: reader.read(own) for own in reader if (name := wanted(own)) is not None}
+    found: dict[str, torch.Tensor] = {}
+    for path in pickled:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        found |= {name: tensor for own, tensor in content.items() if (name := wanted(own)) is not None}
+    return found
+
+
 def damaged_file(model: str) -> str | None:
     """The first file of a model's safetensors that cannot be read, and why; None if all can."""
     index = find_file(model, INDEX)
@@ -100,11 +120,6 @@ class WeightReader:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
-
-    def find(self, name: str) -> str | None:
-        """How the files spell a parameter's name, whose first parts are often left out or others; None: not there."""
-        end = ".".join(name.split(".")[-2:])
-        return next((own for own in self._file_of if own in (name, end) or own.endswith(f".{end}")), None)
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU, in the file's dtype."""

@@ -95,6 +95,7 @@ def _same_weights(record: Path, side: str, path: str) -> None:
             f"the {side} {path} has other weights, or another config.json, than when the run in {record.parent} began: "
             "put the old ones back, or give another output_dir"
         )
+    record.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(record, json.dumps(known, indent=2) + "\n")
 
 

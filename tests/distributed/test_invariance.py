@@ -113,7 +113,7 @@ def test_gradients_are_plain_torchs(project: Path, workers: Callable[[int], Work
     assert relative(ours["filters.0.weight"], 2 * expected["filters.0.weight"]) > 0.1  # the measure can fail
 
 
-@pytest.mark.parametrize("family", [f if f in ("gpt2", "llama", "gemma3_text") else slow(f) for f in FAMILIES])
+@pytest.mark.parametrize("family", [f if f == "gemma3_text" else slow(f) for f in FAMILIES])
 def test_every_family_goes_through_both_stages(tmp_path: Path, workers: Callable[[int], Workers], family: str) -> None:
     project = make_project(tmp_path, family=family)
     short = {"filters__steps": 3, "train__steps": 3, "train__save_every": 0, "optimizer__warmup_steps": 0}

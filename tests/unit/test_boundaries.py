@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,10 +74,30 @@ def test_what_the_run_would_replace_is_refused(tmp_path: Path, given: str, place
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("sharding", ["zero3", "replicated"])
+@pytest.mark.parametrize("side", ["teacher", "student"])
+@pytest.mark.parametrize("fault", ["gone", "renamed", "another shape"])
+def test_a_wrong_model_ends_the_run_before_data_is_prepared(
+    tmp_path: Path, sharding: str, side: str, fault: str
+) -> None:
+    project, name = make_project(tmp_path), "model.layers.1.mlp.up_proj.weight"
+    shutil.copytree(project / "teacher", project / "own")
+    changed = project / ("teacher" if side == "teacher" else "own") / "model.safetensors"
+    tensors = load_file(changed)
+    tensor = tensors.pop(name)
+    if fault != "gone":
+        tensors |= {f"_orig_mod.{name}": tensor} if fault == "renamed" else {name: tensor[1:].clone()}
+    save_file(tensors, changed, metadata={"format": "pt"})
+    changes = {"student": {"model": str(project / "own")}, "teacher__sharding": sharding}
+    run = load_config(write_recipe(project, "run", **changes))
+    with pytest.raises(ModelError, match=name):
+        run_recipe(run, WORLD)
+    assert not (project / "run/data").exists()
+
+
 @pytest.mark.parametrize("pickled", [False, True])
 def test_a_teacher_that_changed_between_two_starts_is_refused(tmp_path: Path, pickled: bool) -> None:
     project = make_project(tmp_path)
-    (project / "run").mkdir()
     run = load_config(write_recipe(project, "run", method="kd", student={"model": str(project / "teacher")}))
     weights = project / "teacher/model.safetensors"
     tensors = load_file(weights)

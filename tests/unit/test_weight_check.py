@@ -99,12 +99,16 @@ def test_a_reward_model_is_no_teacher(tmp_path: Path) -> None:
         check_weights("teacher", str(tmp_path), "causal-lm")
 
 
+@pytest.mark.parametrize("pickled", [True, False])
 @pytest.mark.parametrize("equal", [True, False])
-def test_tied_tensors_that_differ_are_refused(tmp_path: Path, equal: bool) -> None:
+def test_tied_tensors_that_differ_are_refused(tmp_path: Path, equal: bool, pickled: bool) -> None:
     tiny_model("llama", vocab=61, tie_word_embeddings=True).save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (0 if equal else 1)
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    if pickled:
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+        (tmp_path / "model.safetensors").unlink()
     if equal:
         check_weights("teacher", str(tmp_path), "causal-lm")
         return
