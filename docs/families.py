@@ -5,23 +5,18 @@ About 10 minutes on a core. `python docs/families.py llama gpt2` prints these ro
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import socket
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
-import torch
 import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from ted_ds.job.world import World, init_world
 from tests.families import PARTS, RIGHT, check_family
+from tests.workers import Workers
 
 INTRODUCTION = f"""# Families of causal LMs
 
@@ -39,30 +34,17 @@ A run measures its own models in the same way before it begins, whatever their f
 """
 
 
-LIMIT_S = 120
-"""For a family; some have kernels for GPUs alone, and loops in their place elsewhere."""
-
-
-class _TooLong(BaseException):
-    """The family's time is over; no other handler must take it for a fault."""
-
-
-def _end(number: int, frame: Any) -> None:
-    raise _TooLong
-
-
-def row(world: World, family: str) -> tuple[str, dict[str, str]]:
+def row(family: str) -> tuple[str, dict[str, str]]:
     """The family's line of the table, and what was said of the parts that are not right."""
+    workers = Workers(1)  # for each family a new process: DeepSpeed keeps memory of its engines
     with tempfile.TemporaryDirectory() as folder:
-        signal.alarm(LIMIT_S)
         try:
-            found = check_family(world, Path(folder) / "project", family)
-        except _TooLong:
-            found = dict.fromkeys(PARTS, f"not run: its plain torch code takes more than {LIMIT_S} s")
-        except Exception as error:  # a family whose default config is not one that can be built
-            found = dict.fromkeys(PARTS, f"no default config: {type(error).__name__}")
+            (found,) = workers.run(check_family, Path(folder) / "project", family)
+        except AssertionError as error:
+            reason = "it takes minutes" if "came back" in str(error) else str(error).strip().splitlines()[-1][:200]
+            found = dict.fromkeys(PARTS, f"not run: {reason}")
         finally:
-            signal.alarm(0)
+            workers.close()
     words = [found[part].partition(":")[0] for part in PARTS]
     said = {part: re.sub(r"\S*/project/", "", text) for part, text in found.items() if text != RIGHT}
     return f"| {family} | {' | '.join(words)} |", said
@@ -70,24 +52,17 @@ def row(world: World, family: str) -> tuple[str, dict[str, str]]:
 
 def main(families: list[str]) -> None:
     """Prints the page, or the rows of `families`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    world = init_world()
-    signal.signal(signal.SIGALRM, _end)
     if not families:
         print(INTRODUCTION, end="")
     sentences: dict[str, dict[str, str]] = {}
     for family in families or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        line, sentences[family] = row(world, family)
+        line, sentences[family] = row(family)
         print(line, flush=True)
     print("\n## What is not right, and why\n")
     for family, said in sentences.items():
         for text in dict.fromkeys(said.values()):
             parts = [part for part, other in said.items() if other == text]
-            print(f"* {family}, {'all parts' if len(parts) == len(PARTS) else ', '.join(parts)}: {text}")
+            print(f"* {family}, {'all parts' if len(parts) == len(PARTS) else ', '.join(parts)}: {text}", flush=True)
 
 
 if __name__ == "__main__":

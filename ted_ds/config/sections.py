@@ -48,6 +48,11 @@ class Section(BaseModel):
         kinds = {getattr(part, "__origin__", part) for part in (kind, *get_args(kind))}
         if value is True and {int, float} & kinds:
             raise PydanticCustomError("number_type", "Input should be a number, not true, on or yes")
+        return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _home_in_paths(cls, value: Any) -> Any:
         return _at_home(value)
 
 
@@ -55,6 +60,8 @@ def _at_home(value: Any) -> Any:
     """With the home folder for the `~` of a path, or of the paths of a list."""
     if isinstance(value, list | tuple):
         return [_at_home(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _at_home(one) for key, one in value.items()}
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 

@@ -45,13 +45,14 @@ def build_trained_engine(
         lr_scheduler=lambda optimizer: LambdaLR(optimizer, schedule),
     )
     if blank_step:
-        _forget_blank_step(engine)
+        _forget_blank_step(engine, decays=bool(matrices))
     return engine
 
 
-def _forget_blank_step(engine: Any) -> None:
-    """As if no step had been: Adam's bias correction counts from 0, and matrices decay from now on."""
+def _forget_blank_step(engine: Any, *, decays: bool) -> None:
+    """As if no step had been: Adam's bias correction counts from 0; matrices, the first group, decay from now on."""
     adam = engine.optimizer.optimizer
     for state in adam.state.values():
         state["step"].zero_()
-    adam.param_groups[0]["weight_decay"] = adam.defaults["weight_decay"]
+    if decays:
+        adam.param_groups[0]["weight_decay"] = adam.defaults["weight_decay"]

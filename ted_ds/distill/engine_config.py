@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
 from ted_ds.errors import ConfigError
@@ -44,23 +44,23 @@ def check_engine_config(path: Path, config: dict[str, Any]) -> None:
 
     Raises ConfigError for a value that it refuses, and for a key that it never asked for: it passes over those.
     """
-    # sizes that fit each other on any number of ranks: the recipe's were solved above
+    # DeepSpeed compares these with the number of ranks; the recipe's sizes were solved before
     noting = _Noting({**config, "train_batch_size": None, "gradient_accumulation_steps": None})
     try:
         DeepSpeedConfig(noting)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
-        key = ".".join(map(str, fault["loc"]))
-        section = next(
-            (name for name, part in config.items() if isinstance(part, dict) and fault["loc"][0] in part), ""
-        )
+        if not fault["loc"]:
+            raise ConfigError(f"{path}: {fault['msg']}") from error
+        inside = [name for name, part in config.items() if isinstance(part, dict) and fault["loc"][0] in part]
+        key = ".".join(map(str, (*inside[:1], *fault["loc"])))
         unknown = fault["type"] == "extra_forbidden"
-        said = "DeepSpeed has no such key: see its name there, or remove it" if unknown else f"{fault['msg'].lower()}"
-        raise ConfigError(f"{path}: {section}.{key} is {json.dumps(fault['input'])}: {said}") from error
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        said = "DeepSpeed has no such key: see its name there, or remove it" if unknown else fault["msg"].lower()
+        raise ConfigError(f"{path}: {key} is {json.dumps(fault['input'])}: {said}") from error
+    except (DeepSpeedConfigError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{path}: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from error
     for key in config:
-        if key not in noting.asked:
+        if key not in noting.asked and not key.startswith(("_", "/")):  # as comments are written in JSON
             close = difflib.get_close_matches(key, noting.asked, n=1)
             hint = f"did you mean {close[0]}?" if close else "remove it"
             raise ConfigError(f"{path}: {key}: DeepSpeed has no such key; {hint}")

@@ -1,4 +1,4 @@
-"""Whether a model is what ted_ds takes it for, measured on its family's tiny model before anything is loaded.
+"""Whether a model behaves as ted_ds assumes, measured on its family's tiny model before anything is loaded.
 
 Distillation does not call a causal LM's own forward: it runs the backbone, takes hidden states out of the blocks, and
 puts the LM head behind them itself. What `structure` found and `families` knows is compared here with what the model
@@ -23,11 +23,13 @@ from ted_ds.batch import Batch
 from ted_ds.config.sections import InitConfig
 from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.errors import ModelError
+from ted_ds.job.world import logger
 from ted_ds.models.loading import load_model, meta_model, resident_readout
 from ted_ds.models.pruning import init_student, plan_cut
 from ted_ds.models.readout import LogitHead
 from ted_ds.models.structure import block_output, find_blocks, find_structure
 from ted_ds.models.tiny import tiny_ids, tiny_model
+from ted_ds.models.weight_files import copy_companions
 from ted_ds.ops import Head
 from ted_ds.ops.reference import soft_capped
 
@@ -39,10 +41,15 @@ def probe(role: str, path: str, model: PreTrainedModel, kind: Kind, *, layers: b
     """Compares the parts that ted_ds puts together with the whole of a tiny model of `model`'s class and config.
 
     model: with or without weights, on any device. layers: whether hidden states are taken out of blocks, and read by
-    the final norm and the LM head. About 0.1 s.
-    Raises ModelError that names the family and the part that is not what ted_ds takes it for.
+    the final norm and the LM head. It takes some tenths of a second; seconds for scans that have no code for CPUs.
+    Raises ModelError that names the family and the part that behaves differently from what ted_ds assumes. A family of
+    which no tiny model can be made is let through, with a warning.
     """
-    tiny = tiny_model(model)
+    try:
+        tiny = tiny_model(model)
+    except ModelError as error:
+        logger.warning("the %s %s could not be measured: %s", role, path, error)
+        return
     with torch.no_grad(), _seen_blocks(tiny) as (order, states):
         logits = _logits(tiny)
     lm = KINDS[kind].lm_head
@@ -66,21 +73,26 @@ def probe_cut(teacher: str, init: InitConfig, kind: Kind, *, trust_remote_code: 
     there are.
     """
     plan = plan_cut(teacher, init, kind, trust_remote_code)
+    try:
+        tiny = tiny_model(meta_model(teacher, kind, trust_remote_code=trust_remote_code))
+    except ModelError as error:
+        logger.warning("the cut of the teacher %s could not be measured: %s", teacher, error)
+        return
     tiny_model(plan.student)  # which says whether such a student runs
     if len(plan.blocks) == plan.total:
         return
     first_blocks = plan.blocks == tuple(range(len(plan.blocks)))
-    tiny = tiny_model(meta_model(teacher, kind, trust_remote_code=trust_remote_code))
     total = find_blocks(tiny).num_blocks
     kept = tuple(range(total - 1)) if first_blocks else (0, *range(2, total))
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = Path(folder) / "teacher", Path(folder) / "student"
         tiny.save_pretrained(whole)
         try:
+            copy_companions(teacher, whole)
             init_student(str(whole), InitConfig(blocks=kept), cut, kind=kind, trust_remote_code=trust_remote_code)
+            student = load_model(str(cut), kind, dtype="float32", trust_remote_code=trust_remote_code).eval()
         except ModelError as error:
             raise ModelError(str(error).replace(str(whole), teacher)) from error
-        student = load_model(str(cut), kind, dtype="float32", trust_remote_code=trust_remote_code).eval()
     with torch.no_grad(), skipped_blocks(tiny, set(range(total)) - set(kept)):
         expected = _logits(tiny)
     with torch.no_grad():
@@ -132,8 +144,8 @@ def _seen_blocks(model: PreTrainedModel) -> Iterator[tuple[list[int], list[tuple
 
 
 def _hidden_input(inputs: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
-    hidden: torch.Tensor = inputs[0] if inputs else named["hidden_states"]
-    return hidden
+    given = (*inputs, named.get("hidden_states"), *named.values())
+    return next(value for value in given if isinstance(value, torch.Tensor))
 
 
 def _logits(model: PreTrainedModel) -> torch.Tensor:
@@ -150,6 +162,8 @@ def _head_fault(model: PreTrainedModel, logits: torch.Tensor) -> str | None:
         own = readout(readout.read(Batch(ids, ids)), use=_through)
     if not _differ(own, logits):
         return None
+    if own.shape != logits.shape:
+        return f"its logits are {list(logits.shape)}, its LM head makes {list(own.shape)} of its last hidden state"
     ratio = (logits / own).flatten()
     same = (ratio / ratio.median() - 1).abs().median() < TOLERANCE
     factor = f" (they are {ratio.median():.4g} times as large)" if same else ""

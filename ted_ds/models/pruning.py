@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import difflib
+import inspect
 import re
-import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,6 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ted_ds.config.sections import InitConfig
 from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.errors import ModelError
+from ted_ds.job.files import new_folder
 from ted_ds.models.channels import Sizes, WeightScores, cut
 from ted_ds.models.families import Part, fitting_axes, set_sizes, sizes_of
 from ted_ds.models.layer_map import keep_blocks
@@ -57,28 +59,27 @@ def init_student(
     """
     if output_dir.exists():
         raise ModelError(f"the student's folder {output_dir} exists already: delete it, or choose another")
-    temporary = output_dir.with_name(output_dir.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if init.config is not None:
-        _write_random({**(defaults or {}), **init.config}, kind, temporary, seed, trust_remote_code)
-    elif teacher is not None:
-        _write_cut(plan_cut(teacher, init, kind, trust_remote_code), teacher, temporary)
-    else:
-        raise ModelError("student.init cuts the student out of a teacher: give teacher.model")
-    temporary.rename(output_dir)
+    with new_folder(output_dir) as folder:
+        if init.config is not None:
+            _write_random(init.config, defaults or {}, kind, folder, seed, trust_remote_code)
+        elif teacher is not None:
+            _write_cut(plan_cut(teacher, init, kind, trust_remote_code), teacher, folder)
+        else:
+            raise ModelError("student.init cuts the student out of a teacher: give teacher.model")
 
 
-def _write_random(config: dict[str, Any], kind: Kind, folder: Path, seed: int, trust_remote_code: bool) -> None:
+def _write_random(
+    given: Mapping[str, Any], defaults: Mapping[str, Any], kind: Kind, folder: Path, seed: int, trust_remote_code: bool
+) -> None:
     try:
-        model_config = AutoConfig.for_model(**config)
-        _refuse_unknown(config, model_config)
+        model_config = AutoConfig.for_model(**{**defaults, **given})
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = AUTO_CLASSES[kind].from_config(model_config, trust_remote_code=trust_remote_code)
     except (ValueError, StrictDataclassError) as error:
         what = "a causal LM" if KINDS[kind].lm_head else f"a model for {kind}"
         raise ModelError(f"student.init.config is not {what} of transformers: {_in_a_line(error)}") from error
+    _refuse_misspelt(given, model)
     (find_structure if KINDS[kind].lm_head else find_blocks)(model)
     try:
         tiny_model(model)
@@ -87,15 +88,23 @@ def _write_random(config: dict[str, Any], kind: Kind, folder: Path, seed: int, t
     model.save_pretrained(folder)
 
 
-def _refuse_unknown(given: Mapping[str, Any], config: PreTrainedConfig) -> None:
-    """Raises ModelError for a field that the family's config does not have, and transformers takes without a word."""
-    blank = type(config)()
-    known = {*vars(blank), *blank.to_dict(), *blank.attribute_map}
-    for name in given:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else "remove it"
-            raise ModelError(f"student.init.config.{name}: a {config.model_type} has no such field; {hint}")
+def _refuse_misspelt(given: Mapping[str, Any], model: PreTrainedModel) -> None:
+    """Raises ModelError for a field that nothing reads, and that is spelt nearly as one that the family has.
+
+    transformers takes any field. Some that a config does not list are read all the same: by the model's code, or to
+    make other fields of (`rope_theta`).
+    """
+    family = model.config.model_type
+    blank = AutoConfig.for_model(family)
+    known = {name for name in {*vars(blank), *blank.to_dict(), *blank.attribute_map} if not name.startswith("_")}
+    source = inspect.getsource(sys.modules[type(model).__module__])
+    for name in given.keys() - known - {"model_type"}:
+        if hasattr(blank, name) or name in source:
+            continue
+        if AutoConfig.for_model(family, **{name: given[name]}).to_dict() | {name: 0} != blank.to_dict() | {name: 0}:
+            continue
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
+            raise ModelError(f"student.init.config.{name}: a {family} has no such field; did you mean {close[0]}?")
 
 
 def _in_a_line(error: Exception) -> str:

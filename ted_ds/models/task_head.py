@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from transformers import AutoConfig
 from ted_ds.config.tasks import KINDS, Kind, TaskSpec
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.errors import ModelError, load_failure
+from ted_ds.job.files import new_folder
 
 AUTO_CLASSES: dict[Kind, Any] = {kind: getattr(transformers, traits.auto_class) for kind, traits in KINDS.items()}
 """Kind of task -> the class of transformers that puts its head on a model."""
@@ -41,8 +41,6 @@ def start_from_pretrained(
     not drawn as the model is loaded, so that every method and number of ranks starts alike.
     Raises ModelError if the model cannot be loaded with such a head.
     """
-    temporary = output_dir.with_name(output_dir.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
         config = AutoConfig.from_pretrained(pretrained, trust_remote_code=trust_remote_code, **label_fields(spec))
         config.pad_token_id = tokenizer.pad_id
@@ -61,6 +59,6 @@ def start_from_pretrained(
         for name, tensor in fresh.state_dict().items():
             if not name.startswith(f"{model.base_model_prefix}."):
                 own[name].copy_(tensor)
-    model.save_pretrained(temporary)
-    tokenizer.save(temporary)
-    temporary.rename(output_dir)
+    with new_folder(output_dir) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save(folder)

@@ -10,6 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ted_ds.errors import ModelError
 
+SPAN = 4
+"""Tokens that local attention sees."""
+
 VOCABULARY, UNITS, EXPERTS, STATES, BLOCKS, WIDTH = 96, 64, 16, 16, 4, 256
 """The most ids, FFN units, experts, states of a scan and blocks, and about the largest width, of a tiny model."""
 
@@ -57,6 +60,7 @@ def _smaller(config: PreTrainedConfig, *, width: bool, units: bool) -> PreTraine
         if hasattr(part, "num_hidden_layers"):
             _shrink(part, width=width, units=units)
         part.use_cache = False
+        part.pad_token_id = part.pad_token_id or 0  # sequence classifiers want one
     return small
 
 
@@ -75,6 +79,8 @@ def _shrink(config: Any, *, width: bool, units: bool) -> None:
             setattr(config, name, min(value, UNITS))
         elif name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"):
             setattr(config, name, min(value, EXPERTS))
+        elif "window" in name or name == "attention_chunk_size":  # shorter than the tokens, so that it matters
+            setattr(config, name, min(value, SPAN))
         elif name.endswith(("chunk_size", "d_state", "state_size")):  # of a scan, whose plain torch code is slow
             setattr(config, name, min(value, STATES))
 
@@ -122,7 +128,7 @@ def _build(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedM
     with torch.device("meta"):
         if sum(p.numel() for p in kind(config).parameters()) > LARGEST:
             return None
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model: PreTrainedModel = kind(config).float().eval()
         for parameter in model.parameters():  # nothing is 0 or 1 that need not be: a part that is left out shows

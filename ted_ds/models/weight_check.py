@@ -26,7 +26,8 @@ def check_weights(role: str, path: str, kind: Kind, *, trust_remote_code: bool =
 
     Names are matched by transformers itself on the meta device, with all that it renames and converts; of the weights
     only two tensors are ever read, if they should be one (tied) and the files have both.
-    new_head: whether all outside the backbone will be made anew, and may be missing or of another shape.
+    new_head: whether all outside the backbone, and a pooler in it, will be made anew and may be missing or of another
+    shape.
     """
     meta_model(
         path, kind, trust_remote_code=trust_remote_code
@@ -41,15 +42,18 @@ def check_weights(role: str, path: str, kind: Kind, *, trust_remote_code: bool =
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError, UnpicklingError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, EOFError, SafetensorError, UnpicklingError) as error:
         reason = damaged_file(path) or load_failure(error)
         raise ModelError(f"the {role} {path} could not be loaded: {reason}") from error
-    backbone = f"{model.base_model_prefix}."
-    missing = sorted(name for name in found["missing_keys"] if not new_head or name.startswith(backbone))
+
+    def needed(name: str) -> bool:
+        return not new_head or (name.startswith(f"{model.base_model_prefix}.") and ".pooler." not in name)
+
+    missing = sorted(filter(needed, found["missing_keys"]))
     if missing:
         raise ModelError(_missing(role, path, kind, model, missing, sorted(found["unexpected_keys"])))
     for name, there, wanted in sorted(found["mismatched_keys"]):
-        if not new_head or name.startswith(backbone):
+        if needed(name):
             raise ModelError(
                 f"the {role} {path}: {name} is {tuple(there)} in its files, its config.json makes it {tuple(wanted)}: "
                 "give the config that the weights were saved with"
@@ -82,7 +86,7 @@ def _check_tied(role: str, path: str, model: PreTrainedModel) -> None:
         return
     tensors = stored_tensors(path, {name for pair in both for name in pair})
     for target, source in both:
-        if target not in tensors or source not in tensors or not torch.equal(tensors[target], tensors[source]):
+        if target in tensors and source in tensors and not torch.equal(tensors[target], tensors[source]):
             raise ModelError(
                 f"the {role} {path} has two different tensors for {source} and {target}, which its config.json says "
                 "are one: set tie_word_embeddings to false there if both are meant, or delete one of them"

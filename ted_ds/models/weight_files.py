@@ -41,21 +41,24 @@ def find_file(model: str, name: str) -> Path | None:
 
 
 def copy_companions(model: str, folder: Path) -> None:
-    """Copies the tokenizer's files and generation_config.json into `folder`, as far as there are any."""
-    for name in COMPANIONS:
+    """Copies the tokenizer's files, generation_config.json and a folder's own code into `folder`, if there are any."""
+    code = [path.name for path in Path(model).glob("*.py")]
+    for name in (*COMPANIONS, *code):
         if (path := find_file(model, name)) is not None:
             shutil.copyfile(path, folder / name)
 
 
+def _shards(model: str, single: str, index: str) -> list[str] | None:
+    """The names of the files that hold a model's weights: of an index, or the single one; None if there is neither."""
+    if (path := find_file(model, index)) is not None:
+        return sorted({*json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()})
+    return None if find_file(model, single) is None else [single]
+
+
 def pickled_files(model: str) -> list[Path]:
     """A model's pickled weights; [] if it has safetensors, which are always taken."""
-    if find_file(model, INDEX) is not None or find_file(model, SINGLE) is not None:
-        return []
-    if (single := find_file(model, PICKLED[0])) is not None:
-        return [single]
-    index = find_file(model, PICKLED[1])
-    names = [] if index is None else sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    return [path for name in names if (path := find_file(model, name)) is not None]
+    names = [] if _shards(model, SINGLE, INDEX) else _shards(model, *PICKLED)
+    return [path for name in names or () if (path := find_file(model, name)) is not None]
 
 
 def stored_tensors(model: str, names: Collection[str]) -> dict[str, torch.Tensor]:
@@ -65,7 +68,7 @@ def stored_tensors(model: str, names: Collection[str]) -> dict[str, torch.Tensor
     """
 
     def wanted(own: str) -> str | None:
-        return next((name for name in names if own.endswith(".".join(name.split(".")[-2:]))), None)
+        return next((name for name in names if f".{own}".endswith("." + ".".join(name.split(".")[-2:]))), None)
 
     if not (pickled := pickled_files(model)):
         reader = WeightReader(model)
@@ -78,21 +81,22 @@ def stored_tensors(model: str, names: Collection[str]) -> dict[str, torch.Tensor
 
 
 def damaged_file(model: str) -> str | None:
-    """The first file of a model's safetensors that cannot be read, and why; None if all can."""
-    index = find_file(model, INDEX)
-    names = (
-        [SINGLE] if index is None else sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
-    )
+    """The first of a model's weight files that cannot be read, and why; None if all can."""
+    names = _shards(model, SINGLE, INDEX) or _shards(model, *PICKLED) or []
     for name in names:
         if (path := find_file(model, name)) is None:
             continue
+        with path.open("rb") as file:
+            head = file.read(len(LFS_POINTER))
+        if head == LFS_POINTER:
+            return f"{name} is a pointer of git-lfs, not the file itself: run git lfs pull"
         try:
-            with safe_open(path, framework="pt"):
-                pass
+            if name.endswith(".safetensors"):
+                with safe_open(path, framework="pt"):
+                    pass
+            elif not head or (head.startswith(b"PK") and not is_zipfile(path)):
+                raise OSError("it is no whole archive")
         except (SafetensorError, OSError) as error:
-            with path.open("rb") as file:
-                if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                    return f"{name} is a pointer of git-lfs, not the file itself: run git lfs pull"
             return f"{name} is damaged, maybe cut off ({error}): copy or download it again"
     return None
 
@@ -112,8 +116,8 @@ class WeightReader:
             self._file_of = dict.fromkeys(self._open(SINGLE).keys(), SINGLE)
         elif pickled_files(model):
             raise ModelError(
-                f"model {model} has pickled weights only ({PICKLED[0]}): convert them with "
-                f"AutoModelForCausalLM.from_pretrained({model!r}).save_pretrained(FOLDER) and give FOLDER"
+                f"model {model} has pickled weights only ({PICKLED[0]}): convert them with transformers, by "
+                f"from_pretrained({model!r}) and save_pretrained(FOLDER), and give FOLDER"
             )
         else:
             raise ModelError(f"model {model} has no weights: expected {SINGLE} or {INDEX}")

@@ -29,12 +29,6 @@ from ted_ds.teacher.hosting import HOSTS
 LOCK = "run.lock"
 """In an output folder: held by the run that writes there."""
 
-WRITTEN = (
-    *("data", "initial_student", "published_teacher", "published_student", "teacher_filters", "student_filters"),
-    *("checkpoints", "best", "student"),
-)
-"""Folders in an output folder that stages make and replace."""
-
 Goal = Literal["student", "filters", "distilled", "export"]
 """Stage 0 done; Stage I done; all done; the last checkpoint exported, whether or not all is done."""
 
@@ -85,6 +79,10 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
 
 def _refuse_own_folders(run: RunConfig) -> None:
     """Raises ConfigError if the recipe reads something from where the run will write: it would be replaced."""
+    written = ["published_teacher", "published_student", "teacher_filters", "student_filters"]
+    written += ["checkpoints", "best", "student"]
+    written += ["initial_student"] if run.student.model is None or run.student.init_from_pretrained else []
+    written += ["data"] if run.data.prepared is None else []
     given: dict[str, list[str | None]] = {
         "student.model": [run.student.model],
         "student.pretrained": [run.student.pretrained],
@@ -96,7 +94,7 @@ def _refuse_own_folders(run: RunConfig) -> None:
     given |= {key: [entry for entry in files if isinstance(entry, str)] for key, files in entries.items()}
     for key, paths in given.items():
         for path in filter(None, paths):
-            for own in (run.output_dir / name for name in WRITTEN):
+            for own in (run.output_dir / name for name in written):
                 if Path(path).resolve().is_relative_to(own.resolve()):
                     raise ConfigError(
                         f"{key} is {path}, but the run writes {own} itself: give a copy that lies elsewhere, or "

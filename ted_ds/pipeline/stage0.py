@@ -23,7 +23,7 @@ from ted_ds.models.published import is_published, unpack_published
 from ted_ds.models.task_head import label_fields, start_from_pretrained
 from ted_ds.models.weight_check import check_weights
 from ted_ds.tasks.registry import TASK_CLASSES
-from ted_ds.teacher.fingerprints import model_fingerprint
+from ted_ds.teacher.fingerprints import weights_fingerprint
 
 MODELS = "models.json"
 """In a run's folder: the fingerprints of the models that it was given."""
@@ -89,11 +89,11 @@ def _same_weights(record: Path, side: str, path: str) -> None:
     A run of an earlier version has no record: what is found now is put down.
     """
     known = json.loads(record.read_text(encoding="utf-8")) if record.exists() else {}
-    found = model_fingerprint(path)
+    found = weights_fingerprint(path)
     if known.setdefault(side, found) != found:
         raise ModelError(
-            f"the {side} {path} has other weights, or another config.json, than when the run in {record.parent} began: "
-            "put the old ones back, or give another output_dir"
+            f"the {side} {path} has other weights than when the run in {record.parent} began ({record.name}): put the "
+            "old ones back, or give another output_dir"
         )
     record.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(record, json.dumps(known, indent=2) + "\n")
@@ -141,8 +141,8 @@ def _defaults(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
 def check_models(run: RunConfig, models: ModelPaths, tokenizer: Tokenizer, world: World) -> int:
     """The fewest vocabulary rows of teacher and student; a collective.
 
-    Raises ModelError if one of them does not fit task and data, or its family is not what ted_ds takes it for, by
-    their configs alone.
+    Raises ModelError if one of them does not fit task and data, or its family behaves differently from what
+    ted_ds assumes, by their configs alone.
     """
     fewest, layers = [], bool(run.loss.mse_alpha)
     sides = [("student", models.student, run.student.trust_remote_code)]

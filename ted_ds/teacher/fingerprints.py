@@ -26,7 +26,16 @@ def model_fingerprint(model: str) -> str:
     code, can go unnoticed. How weights are split into files does not matter. A few pages of each tensor are read; of
     pickled weights the size and the ends of each file.
     """
-    digest = hashlib.sha256(_config(model).encode())
+    return _digest(model, _config(model))
+
+
+def weights_fingerprint(model: str) -> str:
+    """Likewise, of the weights alone."""
+    return _digest(model, "")
+
+
+def _digest(model: str, config: str) -> str:
+    digest = hashlib.sha256(config.encode())
     pickled = pickled_files(model)
     for path in pickled:
         digest.update(f"{path.stat().st_size}".encode())

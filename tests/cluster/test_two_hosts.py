@@ -124,6 +124,7 @@ def wait_for(happened: Callable[[], bool], within_s: float) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_cut_link_ends_both_sides_and_the_run_goes_on_over_the_mended_one(hosts: Hosts, project: Path) -> None:
     changes = {"train__steps": STEPS, "train__timeout_minutes": TIMEOUT_S / 60}
     run(2, write_recipe(project, "undisturbed", **changes), logs=project / "logs")

@@ -14,13 +14,15 @@ import psutil
 import pytest
 
 from tests.faults.ranks import latest_is_whole
+from tests.marks import slow
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 
 
 @pytest.mark.parametrize(
-    ("launcher", "number"), [("deepspeed --num_gpus", signal.SIGTERM), ("torchrun --nproc_per_node", signal.SIGKILL)]
+    ("launcher", "number"),
+    [("deepspeed --num_gpus", signal.SIGTERM), slow("torchrun --nproc_per_node", signal.SIGKILL)],
 )
 def test_no_rank_outlives_its_launcher(
     fault_project: Path, disturbed: Callable[..., tuple[Path, Path]], launcher: str, number: int
