@@ -40,12 +40,12 @@ def main(argv: Sequence[str]) -> int:
 
 def _examine(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
     from ted_ds.doctor.machine import machine
-    from ted_ds.doctor.recipe import data_files, folders
+    from ted_ds.doctor.recipe import data_files, folders, models
 
     environment = {**os.environ, **slurm_environment(os.environ)}
     speaks = environment.get("RANK", "0") == "0"
     run, own = _recipe(arguments.config, overrides)
-    own = [*machine(), *own, *folders(run), *(data_files(run) if run is not None else [])]
+    own = [*machine(), *own, *folders(run), *([*data_files(run), *models(run)] if run is not None else [])]
     if speaks:
         _print(own)
     found = _among_ranks(environment, timedelta(seconds=arguments.wait), own, run)

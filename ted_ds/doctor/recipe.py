@@ -22,6 +22,10 @@ from ted_ds.doctor.machine import existing, writable
 from ted_ds.doctor.ranks import Facts
 from ted_ds.doctor.shapes import Shapes, run_shapes
 from ted_ds.errors import TedError
+from ted_ds.models.loading import meta_model
+from ted_ds.models.probe import probe
+from ted_ds.models.published import is_published
+from ted_ds.models.weight_check import check_weights
 from ted_ds.teacher.hosting import HOSTS
 
 OFFLOAD, RANKS = Path("ds_configs/zero3_offload.json"), "ranks"
@@ -67,6 +71,25 @@ def _tokenizer(run: RunConfig) -> Finding:
     except TedError as error:
         return Finding("FAIL", "data.tokenizer", str(error), "give another, or data.train_tokenizer")
     return Finding("ok", "data.tokenizer", f"{name}, {tokenizer.vocab_size} ids")
+
+
+def models(run: RunConfig) -> list[Finding]:
+    """Whether the files of the models that are given hold all weights, and their families behave as ted_ds assumes."""
+    found = []
+    for role, section in (("teacher", run.teacher), ("student", run.student)):
+        path = None if section is None else section.model
+        if section is None or path is None or is_published(path):
+            continue
+        kind, trusted = run.spec.kind, section.trust_remote_code
+        try:
+            check_weights(role, path, kind, trust_remote_code=trusted)
+            model = meta_model(path, kind, trust_remote_code=trusted)
+            probe(role, path, model, kind, layers=bool(run.loss.mse_alpha))
+        except TedError as error:
+            found.append(Finding("FAIL", f"{role}.model", str(error), "give another, or mend it"))
+        else:
+            found.append(Finding("ok", f"{role}.model", f"{path}, {model.config.model_type}: all weights are there"))
+    return found
 
 
 def share_of(facts: list[Facts], device: torch.device) -> Machine:

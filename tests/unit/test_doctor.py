@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -495,6 +496,18 @@ def test_models_that_cannot_be_looked_at(project: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("ted_ds.doctor.shapes.model_shape", fail)
     (found,) = fitting.fit(project_run(project), the_machine(9))
     assert (found.status, found.what) == ("warn", "not estimated: data-dependent")
+
+
+def test_models_are_measured(project: Path) -> None:
+    own = shutil.copytree(project / "teacher", project / "own")
+    run = project_run(project, student={"model": str(own)})
+    assert [f.status for f in fitting.models(run)] == ["ok", "ok"]
+    tensors = load_file(own / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, own / "model.safetensors", metadata={"format": "pt"})
+    teacher, student = fitting.models(run)
+    assert (teacher.status, student.status) == ("ok", "FAIL") and "lack model.norm.weight" in student.what
+    shutil.rmtree(own)
 
 
 def test_data_files_and_tokenizer(project: Path) -> None:
