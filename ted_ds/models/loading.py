@@ -47,7 +47,7 @@ def load_model(
     Only rank 0 reads the weights then (memory-mapped), and only its page cache ever sees a whole model.
     dropout: set on every dropout of the model; None keeps the checkpoint's. head_dropout: likewise, of the one
     before the task head.
-    Weights that its files lack are random: `check_weights` comes before. Raises ModelError if it cannot be loaded.
+    What its files lack, `check_weights` names before. Raises ModelError if it cannot be loaded, or not whole.
     """
     # transformers shards in from_pretrained while this object lives
     sharding = HfDeepSpeedConfig(deepspeed_config) if is_sharded(deepspeed_config) else None
@@ -57,13 +57,23 @@ def load_model(
     if head_dropout is not None:
         set_head_dropout(config, head_dropout)
     try:
-        model: PreTrainedModel = AUTO_CLASSES[kind].from_pretrained(
-            name_or_path, config=config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code
+        model: PreTrainedModel
+        model, found = AUTO_CLASSES[kind].from_pretrained(
+            name_or_path,
+            config=config,
+            dtype=DTYPES[dtype],
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
         )
     except (OSError, ValueError) as error:
         raise ModelError(f"model {name_or_path!r} could not be loaded: {load_failure(error)}") from error
     finally:
         del sharding
+    if found["missing_keys"]:  # of the final norm of a DeepSeek-V4, if it is loaded into shards
+        raise ModelError(
+            f"model {name_or_path!r}: transformers does not load {min(found['missing_keys'])} out of its files if it is "
+            "sharded: set teacher.sharding: replicated, or for a student deepspeed: ds_configs/zero1.json"
+        )
     if is_sharded(deepspeed_config):
         for module, weight in family_of(config).external_weights(model):
             deepspeed.zero.register_external_parameter(module, weight)

@@ -142,12 +142,12 @@ def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool
     try:
         if hasattr(student_config, "validate"):  # Llama and Gemma want hidden_size to be a multiple of num_heads
             student_config.validate()
-    except StrictDataclassError as error:
+        with torch.device("meta"):
+            student = type(whole)(student_config)
+    except (StrictDataclassError, ValueError, AssertionError, RuntimeError, TypeError) as error:
         raise ModelError(
             f"a {config.model_type} of the sizes in student.init cannot be: {_in_a_line(error)}"
         ) from error
-    with torch.device("meta"):
-        student = type(whole)(student_config)
     if (found := find_blocks(student).num_blocks) != len(blocks):
         raise ModelError(f"a {config.model_type} of {len(blocks)} blocks has {found}: give student.init.config")
     student.config.architectures = [type(student).__name__]

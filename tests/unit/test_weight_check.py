@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 from ted_ds.errors import ModelError
+from ted_ds.models.loading import load_model
 from ted_ds.models.weight_check import check_weights
 from tests.tiny_encoders import tiny_encoder
 from tests.tiny_models import tiny_config, tiny_model
@@ -90,6 +91,19 @@ def test_a_file_that_lost_its_end_is_named(folder: Path, name: str) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"the teacher .* could not be loaded"):
         check_weights("teacher", str(folder), "causal-lm")
+
+
+def test_a_weight_that_is_not_loaded_ends_the_run_too(tmp_path: Path) -> None:
+    tiny_model("llama", blocks=3, vocab=61).save_pretrained(tmp_path)
+    changed(tmp_path, "model.norm.weight", {})
+    with pytest.raises(ModelError, match=r"transformers does not load model.norm.weight out of its files"):
+        load_model(str(tmp_path), "causal-lm", dtype="float32")
+
+
+def test_a_masked_lm_is_a_start_for_a_classifier(tmp_path: Path) -> None:
+    config = tiny_encoder("bert").config
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path)
+    check_weights("student", str(tmp_path), "classification", new_head=True)
 
 
 def test_a_reward_model_is_no_teacher(tmp_path: Path) -> None:
