@@ -61,3 +61,8 @@ def load_failure(error: Exception) -> str:
             "section, teacher or student (ted-ds evaluate: --trust-remote-code)"
         )
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def in_a_line(error: Exception | str) -> str:
+    """An error's message without line breaks, and not more than 200 characters of it."""
+    return " ".join(str(error).split())[:200]

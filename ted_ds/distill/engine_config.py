@@ -10,7 +10,7 @@ from typing import Any
 from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 from pydantic import ValidationError
 
-from ted_ds.errors import ConfigError
+from ted_ds.errors import ConfigError, in_a_line
 
 
 class _Noting(dict[str, Any]):
@@ -58,7 +58,7 @@ def check_engine_config(path: Path, config: dict[str, Any]) -> None:
         said = "DeepSpeed has no such key: see its name there, or remove it" if unknown else fault["msg"].lower()
         raise ConfigError(f"{path}: {key} is {json.dumps(fault['input'])}: {said}") from error
     except (DeepSpeedConfigError, AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{path}: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from error
+        raise ConfigError(f"{path}: DeepSpeed refuses it: {in_a_line(error)}") from error
     for key in config:
         if key not in noting.asked and not key.startswith(("_", "/")):  # as comments are written in JSON
             close = difflib.get_close_matches(key, noting.asked, n=1)

@@ -69,10 +69,10 @@ def load_model(
         raise ModelError(f"model {name_or_path!r} could not be loaded: {load_failure(error)}") from error
     finally:
         del sharding
-    if found["missing_keys"]:  # of the final norm of a DeepSeek-V4, if it is loaded into shards
+    if missing := found["missing_keys"]:  # the final norm of a DeepSeek-V4, if it is loaded into shards
         raise ModelError(
-            f"model {name_or_path!r}: transformers does not load {min(found['missing_keys'])} out of its files if it is "
-            "sharded: set teacher.sharding: replicated, or for a student deepspeed: ds_configs/zero1.json"
+            f"model {name_or_path!r}: transformers does not load {min(missing)} out of its files if it is sharded: set "
+            "teacher.sharding: replicated, or for a student deepspeed: ds_configs/zero1.json"
         )
     if is_sharded(deepspeed_config):
         for module, weight in family_of(config).external_weights(model):

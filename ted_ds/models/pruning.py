@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import difflib
-import inspect
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -15,19 +12,18 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ted_ds.config.sections import InitConfig
-from ted_ds.config.tasks import KINDS, Kind
-from ted_ds.errors import ModelError
+from ted_ds.config.tasks import Kind
+from ted_ds.errors import ModelError, in_a_line
 from ted_ds.job.files import new_folder
 from ted_ds.models.channels import Sizes, WeightScores, cut
 from ted_ds.models.families import Part, fitting_axes, set_sizes, sizes_of
 from ted_ds.models.layer_map import keep_blocks
 from ted_ds.models.loading import meta_model
-from ted_ds.models.structure import find_blocks, find_structure
-from ted_ds.models.task_head import AUTO_CLASSES
-from ted_ds.models.tiny import tiny_model
+from ted_ds.models.random_start import write_random
+from ted_ds.models.structure import find_blocks
 from ted_ds.models.weight_files import WeightReader, copy_companions, write_weights
 
 FIRST_BLOCKS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
@@ -61,54 +57,11 @@ def init_student(
         raise ModelError(f"the student's folder {output_dir} exists already: delete it, or choose another")
     with new_folder(output_dir) as folder:
         if init.config is not None:
-            _write_random(init.config, defaults or {}, kind, folder, seed, trust_remote_code)
+            write_random(init.config, defaults or {}, kind, folder, seed, trust_remote_code)
         elif teacher is not None:
             _write_cut(plan_cut(teacher, init, kind, trust_remote_code), teacher, folder)
         else:
             raise ModelError("student.init cuts the student out of a teacher: give teacher.model")
-
-
-def _write_random(
-    given: Mapping[str, Any], defaults: Mapping[str, Any], kind: Kind, folder: Path, seed: int, trust_remote_code: bool
-) -> None:
-    try:
-        model_config = AutoConfig.for_model(**{**defaults, **given})
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            model = AUTO_CLASSES[kind].from_config(model_config, trust_remote_code=trust_remote_code)
-    except (ValueError, StrictDataclassError) as error:
-        what = "a causal LM" if KINDS[kind].lm_head else f"a model for {kind}"
-        raise ModelError(f"student.init.config is not {what} of transformers: {_in_a_line(error)}") from error
-    _refuse_misspelt(given, model)
-    (find_structure if KINDS[kind].lm_head else find_blocks)(model)
-    try:
-        tiny_model(model)
-    except ModelError as error:
-        raise ModelError(f"student.init.config: {error}") from error
-    model.save_pretrained(folder)
-
-
-def _refuse_misspelt(given: Mapping[str, Any], model: PreTrainedModel) -> None:
-    """Raises ModelError for a field that nothing reads, and that is spelt nearly as one that the family has.
-
-    transformers takes any field. Some that a config does not list are read all the same: by the model's code, or to
-    make other fields of (`rope_theta`).
-    """
-    family = model.config.model_type
-    blank = AutoConfig.for_model(family)
-    known = {name for name in {*vars(blank), *blank.to_dict(), *blank.attribute_map} if not name.startswith("_")}
-    source = inspect.getsource(sys.modules[type(model).__module__])
-    for name in given.keys() - known - {"model_type"}:
-        if hasattr(blank, name) or name in source:
-            continue
-        if AutoConfig.for_model(family, **{name: given[name]}).to_dict() | {name: 0} != blank.to_dict() | {name: 0}:
-            continue
-        if close := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
-            raise ModelError(f"student.init.config.{name}: a {family} has no such field; did you mean {close[0]}?")
-
-
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 @dataclass(frozen=True)
@@ -145,9 +98,7 @@ def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool
         with torch.device("meta"):
             student = type(whole)(student_config)
     except (StrictDataclassError, ValueError, AssertionError, RuntimeError, TypeError) as error:
-        raise ModelError(
-            f"a {config.model_type} of the sizes in student.init cannot be: {_in_a_line(error)}"
-        ) from error
+        raise ModelError(f"a {config.model_type} of the sizes in student.init cannot be: {in_a_line(error)}") from error
     if (found := find_blocks(student).num_blocks) != len(blocks):
         raise ModelError(f"a {config.model_type} of {len(blocks)} blocks has {found}: give student.init.config")
     student.config.architectures = [type(student).__name__]

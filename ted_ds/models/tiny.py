@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ted_ds.errors import ModelError
+from ted_ds.errors import ModelError, in_a_line
 
 SPAN = 4
 """Tokens that local attention sees."""
@@ -41,8 +41,7 @@ def tiny_model(model: PreTrainedModel) -> PreTrainedModel:
         except Exception as error:  # a class may object to sizes in any way; the next ones are nearer to its own
             fault = error
     raise ModelError(
-        f"a {model.config.model_type} of this config does not run, tried at small sizes: "
-        f"{' '.join(str(fault).split())[:200]}"
+        f"a {model.config.model_type} of this config does not run, tried at small sizes: {in_a_line(fault)}"
     )
 
 
