@@ -5,6 +5,7 @@ About a quarter of an hour on 2 cores. `python docs/families.py llama gpt2` prin
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import tempfile
@@ -16,8 +17,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.families import PARTS, RIGHT, check_family
-from tests.workers import Workers
+with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed logs to as it is imported
+    from tests.families import PARTS, RIGHT, check_family
+    from tests.workers import Workers
 
 INTRODUCTION = f"""# Families of causal LMs
 
