@@ -109,7 +109,8 @@ class _FamilyCheck:
     def cut_width(self) -> None:
         """A student of half the width and heads; it is what kd trains."""
         text = self._teacher.config.get_text_config()
-        init = InitConfig(hidden_size=text.hidden_size // 2, num_heads=text.num_attention_heads // 2)
+        heads = getattr(text, "num_attention_heads", None)
+        init = InitConfig(hidden_size=text.hidden_size // 2, num_heads=heads and heads // 2)
         probe_cut(self._path, init, "causal-lm")
         init_student(self._path, init, self._project / "narrow")
         assert _loaded(self._project / "narrow").config.get_text_config().hidden_size == init.hidden_size
