@@ -45,13 +45,13 @@ with those of the loaded folder. "right": equal to 2e-4 or better. "refused": wi
 A run measures its own models in the same way before it begins, also those of families that are not listed here: see
 `ted_ds/models/probe.py`.
 
-| family | {" | ".join(PARTS)} |
-|---|{"---|" * len(PARTS)}
+| family | {" | ".join(PARTS)} | why |
+|---|{"---|" * len(PARTS)}---|
 """
 
 
-def row(family: str) -> tuple[str, dict[str, str]]:
-    """The family's line of the table, and what was said of the parts that are not right."""
+def row(family: str) -> str:
+    """The family's line of the table."""
     workers = Workers(1)  # for each family a new process: DeepSpeed keeps memory of its engines
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -61,26 +61,18 @@ def row(family: str) -> tuple[str, dict[str, str]]:
             found = dict.fromkeys(PARTS, f"not run: {reason}")
         finally:
             workers.close()
-    words = [found[part].partition(":")[0] for part in PARTS]
-    said = {part: re.sub(r"\S*/project/", "", text) for part, text in found.items() if text != RIGHT}
-    return f"| {family} | {' | '.join(words)} |", said
+    said = [text.partition(": ")[2] for text in found.values() if text != RIGHT]
+    why = "; ".join(re.sub(r"\S*/project/", "", text).replace("|", "/") for text in dict.fromkeys(said))
+    return f"| {family} | {' | '.join(found[part].partition(':')[0] for part in PARTS)} | {why} |"
 
 
 def main(families: list[str]) -> None:
     """Prints the page, or the rows of `families`."""
     if not families:
         print(INTRODUCTION, end="")
-    sentences: dict[str, dict[str, str]] = {}
-    families = families or list(FAMILIES)
     with ThreadPoolExecutor(2) as pool:
-        for family, (line, said) in zip(families, pool.map(row, families), strict=True):
+        for line in pool.map(row, families or FAMILIES):
             print(line, flush=True)
-            sentences[family] = said
-    print("\n## What is not right, and why\n")
-    for family, said in sentences.items():
-        for text in dict.fromkeys(said.values()):
-            parts = [part for part, other in said.items() if other == text]
-            print(f"* {family}, {'all parts' if len(parts) == len(PARTS) else ', '.join(parts)}: {text}", flush=True)
 
 
 if __name__ == "__main__":
