@@ -7,6 +7,7 @@ transformers can be named.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 import transformers
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed says what it found, in the middle of the page
 
 with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed logs to as it is imported
     from tests.families import PARTS, RIGHT, check_family

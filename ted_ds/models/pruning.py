@@ -228,6 +228,8 @@ def _stack_in_files(plan: CutPlan, reader: WeightReader, teacher: str) -> str:
     """
     numbers: dict[str, set[int]] = {}
     for name in reader:
+        if any(re.search(pattern, name) for pattern in plan.unused):
+            continue
         if found := re.match(r"(.*?)\.(\d+)\.", name):
             numbers.setdefault(found[1], set()).add(int(found[2]))
     stacks = [stack for stack, there in numbers.items() if there >= set(range(plan.total))]
@@ -241,12 +243,14 @@ def _stack_in_files(plan: CutPlan, reader: WeightReader, teacher: str) -> str:
         pairs = zip(wanted, stack.split(".")[::-1], strict=False)
         return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
-    return max(stacks, key=alike)
+    best = max(map(alike, stacks))
+    likely = [stack for stack in stacks if alike(stack) == best]
+    if len(likely) > 1:
+        raise ModelError(f"the files of teacher {teacher} have more than one stack of blocks: {', '.join(likely)}")
+    return likely[0]
 
 
-def _cut_shapes(
-    plan: CutPlan, reader: WeightReader, sources: Mapping[str, Source], teacher: str
-) -> dict[str, torch.Size]:
+def _cut_shapes(plan: CutPlan, reader: WeightReader, sources: dict[str, Source], teacher: str) -> dict[str, torch.Size]:
     """The shapes of the student's tensors, by their names in its file.
 
     Raises ModelError, before a weight is read, if nothing follows a size, or transformers does not find in these names
@@ -279,12 +283,14 @@ def _cut_shapes(
     for name in sorted(found["missing_keys"]):
         raise _uncut(teacher, f"the student would lack {name}")
     for name in found["unexpected_keys"] & shapes.keys():
+        if sources[name].block is not None:
+            raise _uncut(teacher, f"the student has no place for {name}")
         del shapes[name], sources[name]
     return shapes
 
 
 def _uncut(teacher: str, reason: str) -> ModelError:
-    return ModelError(f"teacher {teacher} cannot be cut so: {reason}; cut blocks alone, or give student.init.config")
+    return ModelError(f"teacher {teacher} cannot be cut so: {reason}; ask for another cut, or give student.init.config")
 
 
 def _kept(plan: CutPlan, reader: WeightReader, sources: Mapping[str, Source]) -> Kept:

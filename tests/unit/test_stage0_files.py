@@ -76,6 +76,17 @@ def test_a_text_model_within_another(tmp_path: Path) -> None:
     assert_is_skipped(student, teacher, {1})
 
 
+def test_two_stacks_that_could_be_the_blocks_are_refused(tmp_path: Path) -> None:
+    teacher = made("llama", blocks=3, vocab=61)
+    teacher.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors |= {f"model.tower.layers.{b}.norm.weight": torch.ones(4) for b in range(3)}
+    tensors = {name.replace("model.layers", "model.text.layers"): tensor for name, tensor in tensors.items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"more than one stack of blocks: model.t.*layers, model.t.*layers"):
+        init_student(str(tmp_path), InitConfig(blocks=(0, 2)), tmp_path / "s")
+
+
 def test_a_tied_file_that_holds_the_lm_head_alone(tmp_path: Path) -> None:
     teacher = made("llama", blocks=3, vocab=61, tie_word_embeddings=True)
     teacher.save_pretrained(tmp_path)
