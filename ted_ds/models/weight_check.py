@@ -29,9 +29,8 @@ def check_weights(role: str, path: str, kind: Kind, *, trust_remote_code: bool =
     new_head: whether all outside the backbone, and a pooler in it, will be made anew and may be missing or of another
     shape.
     """
-    meta_model(
-        path, kind, trust_remote_code=trust_remote_code
-    )  # whose message about a family without such a head is better
+    # first, for its message about a family without such a head
+    meta_model(path, kind, trust_remote_code=trust_remote_code)
     config = load_config(path, trust_remote_code)
     try:
         model, found = AUTO_CLASSES[kind].from_pretrained(
