@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ import torch
 import torch.multiprocessing as mp
 from matplotlib.figure import Figure
 from torch import nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from benchmarks.collectives import CollectiveLog, parameter_bytes, theory
 from benchmarks.report import parser_of, publish, table
@@ -188,9 +188,7 @@ def surplus(log: CollectiveLog, sides: dict[str, tuple[nn.Module, int]]) -> list
 
 def measure(setting: Setting, ranks: int, folder: Path) -> dict[str, Any]:
     """Runs `ranks` processes to their end."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = get_free_port()
     cpu = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(setting.threads)}  # both are read as a rank imports
     with patch.dict(os.environ, cpu if setting.device == "cpu" else {}):
         mp.spawn(run_rank, args=(ranks, port, setting, folder), nprocs=ranks)

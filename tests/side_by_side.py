@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -13,6 +12,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = sys.executable
@@ -70,12 +71,17 @@ class Check:
 
     def launch(self, script: str, recipe: Path) -> None:
         """Runs a recipe on one rank by the deepspeed launcher."""
-        launcher = [PYTHON, "-m", "deepspeed.launcher.runner", "--num_gpus", 1, "--master_port", free_port()]
+        launcher = [PYTHON, "-m", "deepspeed.launcher.runner", "--num_gpus", 1, "--master_port", get_free_port()]
         self.run(*launcher, f"launchers/{script}.sh", "--config", recipe)
 
     def ranks(self, size: int, recipe: Path, *, cpu: bool = False) -> list[subprocess.Popen[bytes]]:
         """Starts pretrain.sh on `size` ranks, without a launcher: a signal reaches them at once."""
-        common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        common = {
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": get_free_port(),
+        }
         command = [PYTHON, "launchers/pretrain.sh", "--config", recipe]
         return [self.start(*command, cpu=cpu, RANK=rank, LOCAL_RANK=rank, **common) for rank in range(size)]
 
@@ -146,9 +152,3 @@ class Checks:
             with (self._out / "summary.txt").open("a") as summary, (self._out / "logs.txt").open("a") as logs:
                 summary.write(line + "\n")
                 logs.write(f"\n===== {line}\n{check.said()}")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

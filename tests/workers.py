@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import queue
-import socket
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 # CUDA does not survive a fork
 CONTEXT: Any = mp.get_context("spawn" if torch.cuda.is_available() else "forkserver")
@@ -56,9 +56,7 @@ class Workers:
     """
 
     def __init__(self, size: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = get_free_port()
         self._tasks = [CONTEXT.Queue() for _ in range(size)]
         self._results = CONTEXT.Queue()
         self._processes = [

@@ -57,8 +57,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _pretrain(ranks: int, recipe: Path, overrides: Sequence[str]) -> None:
+    from torch.distributed.elastic.utils.distributed import get_free_port
+
     launcher = Path(sys.executable).with_name("deepspeed")
-    options = ["--num_gpus", str(ranks), "--log_level", "error"]
+    # deepspeed's own port, 29500, may be another job's on this machine
+    options = ["--num_gpus", str(ranks), "--master_port", str(get_free_port()), "--log_level", "error"]
     command = [str(launcher), *options, str(shipped_folder() / "launchers/pretrain.sh"), "--config", str(recipe)]
     print("$ deepspeed", *command[1:], *overrides, flush=True)
     code = subprocess.run([*command, *overrides]).returncode

@@ -146,6 +146,11 @@ def init_world(timeout: timedelta = TIMEOUT, stop: StopRequest | None = None) ->
         watch = RankWatch(rank, size, timeout, *_master()) if size > 1 else None
     except torch.distributed.DistError as error:
         place, why = ":".join(map(str, _master())), str(error).splitlines()[0]
+        if "EADDRINUSE" in why:
+            raise RankLost(
+                f"the port of {place} is in use, perhaps by another job on this machine: choose another "
+                "(deepspeed --master_port N, or MASTER_PORT=N before bash launchers/...)"
+            ) from error
         raise RankLost(
             f"the {os.environ['WORLD_SIZE']} ranks did not meet at {place} ({why}): see whether all of them were "
             "started, and see that node and port"

@@ -11,7 +11,6 @@ import multiprocessing as mp
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.elastic.utils.distributed import get_free_port
 from tqdm import tqdm
 
 from ted_ds.telemetry.recorder import read_metrics
@@ -62,9 +62,7 @@ class Ranks:
     ) -> None:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = get_free_port()
         logs.mkdir(parents=True, exist_ok=True)
         self._logs = [logs / f"rank-{rank}.log" for rank in range(size)]
         argv = ["--config", str(recipe), *overrides]

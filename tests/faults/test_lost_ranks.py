@@ -6,7 +6,6 @@ import multiprocessing as mp
 import os
 import re
 import signal
-import socket
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from ted_ds.job.lost_ranks import RankWatch
 from tests.faults.patches import bad_rows, errs, hangs, has_a_bug, waits_for
@@ -68,9 +68,7 @@ def test_a_stopped_process_is_named_by_the_watch(fault_project: Path, undisturbe
 def test_a_killed_rank_among_many_is_named_alone(tmp_path: Path) -> None:
     """In a ring its two neighbours alone fail in the collective; the others wait, and are alive."""
     context = mp.get_context("forkserver")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = get_free_port()
     logs = [tmp_path / str(rank) for rank in range(8)]
     ranks = [context.Process(target=ring, args=(rank, port, str(log))) for rank, log in enumerate(logs)]
     for rank in ranks:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ted_ds.cli.report import main as report
@@ -21,11 +22,13 @@ from tests.project import make_project, write_recipe
 ROOT = Path(__file__).parents[2]
 TED_DS = [sys.executable, "-m", "ted_ds.cli.main"]
 BIN = Path(sys.executable).parent
+PORT = str(get_free_port())  # the launchers' own default would be that of the tests beside these
+DEEPSPEED = [BIN / "deepspeed", "--num_gpus", "2", "--master_port", PORT]
 
 LAUNCHERS = {
     "bash": ["bash", "launchers/pretrain.sh"],
-    "deepspeed --no_python": [BIN / "deepspeed", "--num_gpus", "2", "--no_python", "launchers/pretrain.sh"],
-    "torchrun": [BIN / "torchrun", "--nproc_per_node", "2", "launchers/pretrain.sh"],
+    "deepspeed --no_python": [*DEEPSPEED, "--no_python", "launchers/pretrain.sh"],
+    "torchrun": [BIN / "torchrun", "--standalone", "--nproc_per_node", "2", "launchers/pretrain.sh"],
 }
 """bash starts deepspeed itself, on the file as Python; what else each of them does, a stub shows in test_launcher."""
 
@@ -37,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(*command: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"TED_DS_RANKS": "2", "MASTER_PORT": "29611"}
+    environment |= {"TED_DS_RANKS": "2", "MASTER_PORT": PORT}
     done = subprocess.run(
         [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
     )

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer
 
 from ted_ds.cli.report import main as report
-from tests.integration.test_commands import BIN, TED_DS, run
+from tests.integration.test_commands import DEEPSPEED, TED_DS, run
 from tests.task_project import make_task_project, write_task_recipe
 
-FINETUNE = [BIN / "deepspeed", "--num_gpus", "2", "launchers/finetune.sh"]
+FINETUNE = [*DEEPSPEED, "launchers/finetune.sh"]
 """A launcher is Python as well: started by itself it is one rank, and spares DeepSpeed's own start."""
 
 

@@ -1,10 +1,17 @@
-"""What SLURM says of a task, in the words of torch's launchers; the environments are those of a real step."""
+"""What SLURM says of a task, in the words of torch's launchers; the environments are those of a real step.
+
+And what a rank says if the port that its launcher chose is another's.
+"""
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
+from ted_ds.errors import RankLost
 from ted_ds.job.slurm import slurm_environment
+from ted_ds.job.world import init_world
 
 TASK = {
     "SLURM_JOB_ID": "12005",
@@ -72,3 +79,15 @@ def test_nothing_is_said_where_a_task_is_no_rank() -> None:
 def test_the_first_host(nodes: str, first: str) -> None:
     """As `scontrol show hostnames NODES` says."""
     assert slurm_environment(TASK | {"SLURM_STEP_NODELIST": nodes})["MASTER_ADDR"] == first
+
+
+def test_a_port_in_use_is_named_with_the_way_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        place = RANK | {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in place.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(RankLost, match=f"^the port of 127.0.0.1:{port} is in use, .*--master_port N"):
+            init_world()

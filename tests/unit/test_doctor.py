@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.elastic.utils.distributed import get_free_port
 from transformers import AutoModelForCausalLM
 
 from ted_ds.config.schema import RunConfig
@@ -602,7 +603,7 @@ def test_two_ranks_and_an_engine(workers: Callable[[int], Workers], project: Pat
 def test_a_rank_that_does_not_come_is_waited_for_and_said(tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("metod: ted\n")
     environment = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29653"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": (port := str(get_free_port()))}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "ted_ds.cli.main", "doctor", "--wait", "2", "--config", "wrong.yaml"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
@@ -611,5 +612,5 @@ def test_a_rank_that_does_not_come_is_waited_for_and_said(tmp_path: Path) -> Non
     assert all(re.match(r"(ok  |warn|FAIL)  \S", line) for line in lines)
     assert re.match(r"ok    python +3\.1", lines[0])
     assert any(line.startswith("FAIL  recipe") and "metod" in line for line in lines)
-    assert re.search(r"FAIL  ranks +\S+ waited \d+ s for 2 ranks to meet at 127.0.0.1:29653 \(.*1/2", lines[-1])
+    assert re.search(rf"FAIL  ranks +\S+ waited \d+ s for 2 ranks to meet at 127.0.0.1:{port} \(.*1/2", lines[-1])
     assert [path.name for path in tmp_path.iterdir()] == ["wrong.yaml"]
