@@ -27,7 +27,7 @@ from ted_ds.job.world import logger
 from ted_ds.models.loading import load_model, meta_model, resident_readout
 from ted_ds.models.pruning import init_student, plan_cut
 from ted_ds.models.readout import LogitHead
-from ted_ds.models.structure import block_output, find_blocks, find_structure
+from ted_ds.models.structure import block_input, block_output, find_blocks, find_structure
 from ted_ds.models.tiny import tiny_ids, tiny_model
 from ted_ds.models.weight_files import copy_companions
 from ted_ds.ops import Head
@@ -41,7 +41,7 @@ def probe(role: str, path: str, model: PreTrainedModel, kind: Kind, *, layers: b
     """Compares the parts that ted_ds puts together with the whole of a tiny model of `model`'s class and config.
 
     model: with or without weights, on any device. layers: whether hidden states are taken out of blocks, and read by
-    the final norm and the LM head. It takes some tenths of a second; seconds for scans that have no code for CPUs.
+    the final norm and the LM head. It takes some tenths of a second.
     Raises ModelError that names the family and the part that behaves differently from what ted_ds assumes. A family of
     which no tiny model can be made is let through, with a warning.
     """
@@ -110,7 +110,7 @@ def skipped_blocks(model: PreTrainedModel, numbers: set[int]) -> Iterator[None]:
     """Within it, these blocks of a model give what they are given."""
 
     def skip(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
-        hidden = _hidden_input(inputs, named)
+        hidden = block_input(inputs, named)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     blocks = find_blocks(model).blocks
@@ -131,7 +131,7 @@ def _seen_blocks(model: PreTrainedModel) -> Iterator[tuple[list[int], list[tuple
     def note(number: int) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
             order.append(number)
-            states.append((_hidden_input(inputs, named).clone(), block_output(output).clone()))
+            states.append((block_input(inputs, named).clone(), block_output(output).clone()))
 
         return hook
 
@@ -141,11 +141,6 @@ def _seen_blocks(model: PreTrainedModel) -> Iterator[tuple[list[int], list[tuple
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _hidden_input(inputs: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
-    given = (*inputs, named.get("hidden_states"), *named.values())
-    return next(value for value in given if isinstance(value, torch.Tensor))
 
 
 def _logits(model: PreTrainedModel) -> torch.Tensor:

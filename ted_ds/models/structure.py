@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,12 @@ def find_structure(model: Any) -> LMStructure:
 def block_output(output: torch.Tensor | tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The hidden state [B, S, D] in what a block's forward returned: a tensor, or a tuple that starts with it."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def block_input(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> torch.Tensor:
+    """The hidden state [B, S, D] in what a block's forward was given, by position and by name."""
+    given = (*inputs, named.get("hidden_states"), *named.values())
+    return next(value for value in given if isinstance(value, torch.Tensor))
 
 
 def set_dropout(config: PreTrainedConfig, probability: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -101,12 +102,15 @@ def _narrower(config: Any) -> None:
     """Few heads of the family's own width; what equals the width, or is a small multiple of it, follows it."""
     heads_name = "num_attention_heads" if hasattr(config, "num_attention_heads") else "num_heads"
     heads, hidden = getattr(config, heads_name, None), config.hidden_size
-    if not isinstance(heads, int) or hidden <= WIDTH or hidden % heads:
+    if not isinstance(heads, int) or hidden <= WIDTH:
         return
     own_kv = getattr(config, "num_key_value_heads", None)
     kv = min(own_kv, 2) if own_kv else min(heads, 4)
     fewer = kv * min(heads // (own_kv or heads), 2)
-    narrow = hidden // heads * fewer
+    if hidden % heads == 0:
+        narrow = hidden // heads * fewer
+    else:  # the width of its heads is a field of its own
+        narrow = hidden // math.gcd(hidden, 1 << (hidden // WIDTH).bit_length() - 1)
     if narrow >= hidden:
         return
     for name, value in list(vars(config).items()):
@@ -114,7 +118,7 @@ def _narrower(config: Any) -> None:
             continue
         if value >= hidden and value % hidden == 0:
             setattr(config, name, value // hidden * narrow)
-        elif name in ("mamba_n_heads", "mamba_num_heads"):
+        elif name in ("mamba_n_heads", "mamba_num_heads", "mamba_d_ssm") or name.startswith("linear_num_"):
             setattr(config, name, max(1, value * narrow // hidden))
         elif name in ("n_groups", "mamba_n_groups"):
             setattr(config, name, 1)

@@ -146,6 +146,10 @@ class RunData(Protocol):
         """This rank's rows; global_batch_size: None is the recipe's."""
         ...
 
+    def sample(self, run: RunConfig) -> Rows:
+        """The training rows in a random order, one a step; every rank has them all."""
+        ...
+
     def evaluate(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
         """Scores of the held-out data, by names that begin with `validation_`; a collective."""
         ...
@@ -243,6 +247,10 @@ def dealing(run: RunConfig, world: World, global_batch_size: int | None) -> dict
         "rank": world.rank,
         "world_size": world.size,
     }
+
+
+ONE_BY_ONE = {"global_batch_size": 1, "micro_batch_size": 1, "rank": 0, "world_size": 1}
+"""How rows are dealt to a sample, for the classes of `data.loader`."""
 
 
 def wide(tensor: torch.Tensor) -> torch.Tensor:

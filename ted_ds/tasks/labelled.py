@@ -33,7 +33,7 @@ from ted_ds.evaluation.collect import collect_outputs
 from ted_ds.job.world import World
 from ted_ds.models.fit import check_ids, vocabulary_rows
 from ted_ds.models.readout import TaskReadout
-from ted_ds.tasks.base import CachedOutput, Field, Reading, Task, TaskLosses, dealing, wide
+from ted_ds.tasks.base import ONE_BY_ONE, CachedOutput, Field, Reading, Task, TaskLosses, dealing, wide
 
 
 class RowLogits(CachedOutput):
@@ -194,6 +194,10 @@ class ExampleData:
     def training_rows(self, run: RunConfig, world: World, global_batch_size: int | None = None) -> BucketedRows:
         """This rank's rows of every step."""
         return BucketedRows(self.train, **dealing(run, world, global_batch_size))
+
+    def sample(self, run: RunConfig) -> BucketedRows:
+        """Rows, one a step."""
+        return BucketedRows(self.train, seed=run.seed, **ONE_BY_ONE)
 
     def evaluate(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
         """validation_METRIC for every metric of the task; nothing without held-out data."""

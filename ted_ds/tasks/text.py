@@ -18,7 +18,7 @@ from ted_ds.data.tokenizer_training import train_sentencepiece
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.evaluation.perplexity import held_out_perplexity
 from ted_ds.job.world import World
-from ted_ds.tasks.base import Task, dealing
+from ted_ds.tasks.base import ONE_BY_ONE, Task, dealing
 
 SPLITS = {"train": True, "validation": False}
 """Split -> whether its last, partial block is dropped: training drops it, evaluation counts every token."""
@@ -52,6 +52,10 @@ class TextData:
     def training_rows(self, run: RunConfig, world: World, global_batch_size: int | None = None) -> TrainingRows:
         """This rank's blocks of every step."""
         return TrainingRows(self.train, **dealing(run, world, global_batch_size))
+
+    def sample(self, run: RunConfig) -> TrainingRows:
+        """Blocks, one a step."""
+        return TrainingRows(self.train, seed=run.seed, **ONE_BY_ONE)
 
     def evaluate(self, engine: Any, run: RunConfig, world: World) -> dict[str, float]:
         """validation_loss, validation_perplexity, and a word's and byte's; nothing without held-out data."""
