@@ -32,7 +32,7 @@ FAMILIES = (
     *("llama", "llama4_text", "mamba", "mamba2", "minicpm3", "minimax", "mistral", "mixtral", "modernbert-decoder"),
     *("mpt", "nanochat", "nemotron_h", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe"),
     *("qwen2", "qwen2_moe", "qwen3", "qwen3_5_text", "qwen3_moe", "qwen3_next", "recurrent_gemma", "seed_oss"),
-    *("smollm3", "stablelm", "starcoder2", "t5", "vaultgemma", "xglm", "zamba"),
+    *("smollm3", "stablelm", "starcoder2", "vaultgemma", "xglm", "zamba"),
 )
 """Decoders whose default config is whole, and a few that are refused; all encoders are refused as causal LMs."""
 
@@ -65,7 +65,7 @@ def row(family: str) -> str:
         finally:
             workers.close()
     said = [text.partition(": ")[2].replace("|", "/") for text in found.values() if text != RIGHT]
-    why = re.sub(r"(?:teacher )?\S*/project/teacher", "the teacher", "; ".join(dict.fromkeys(said)))
+    why = re.sub(r"(?:the )?(teacher|student) \S*/project/\w+", r"the \1", "; ".join(dict.fromkeys(said)))
     return f"| {family} | {' | '.join(found[part].partition(':')[0] for part in PARTS)} | {why} |"
 
 

@@ -54,7 +54,7 @@ SHORT: dict[str, Any] = {
 
 
 def check_family(world: World, folder: Path, family: str) -> dict[str, str]:
-    """For each of `PARTS` "right", "refused: SENTENCE", or "WRONG: what differs"; of a family that no part takes alike.
+    """For each of `PARTS` "right", "refused: SENTENCE", "not compared: WHY", or "WRONG: what differs".
 
     On one rank, under ZeRO-3 on both sides, with a tiny model of the family's default config and `SETTINGS`.
     """
@@ -76,11 +76,17 @@ def check_family(world: World, folder: Path, family: str) -> dict[str, str]:
     return found
 
 
+class _NotComparedError(Exception):
+    pass
+
+
 def _outcome(look: Callable[[], None]) -> str:
     try:
         look()
     except TedError as error:
         return f"refused: {error}"
+    except _NotComparedError as error:
+        return f"not compared: {error}"
     except Exception as error:  # whatever it is: the other parts and families are looked at too
         return f"WRONG: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return RIGHT
@@ -142,6 +148,11 @@ class _FamilyCheck:
         return folder if folder.exists() else self._project / "teacher"
 
     def _run(self, method: str, cut: str) -> Path:
+        self._teacher.train()
+        drawn = not torch.equal(_logits(self._teacher), _logits(self._teacher))
+        self._teacher.eval()
+        if drawn:  # PhiMoE's router
+            raise _NotComparedError("its forward draws at random while it trains, also without dropout")
         student = {"dtype": "float32", "model": str(self._student(cut))}
         path = write_recipe(self._project, method, **SHORT, method=method, student=student)
         run_recipe(load_config(path, []), self._world)

@@ -60,7 +60,7 @@ def _smaller(config: PreTrainedConfig, *, width: bool, units: bool) -> PreTraine
         if hasattr(part, "num_hidden_layers"):
             _shrink(part, width=width, units=units)
         part.use_cache = False
-        part.pad_token_id = part.pad_token_id or 0  # sequence classifiers want one
+        part.pad_token_id = getattr(part, "pad_token_id", None) or 0  # sequence classifiers want one
     return small
 
 
