@@ -40,6 +40,11 @@ class Batch:
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "rows"}
         return replace(self, **{name: on_device(t, device) for name, t in given.items() if t is not None})
 
+    def copies(self, count: int) -> Batch:
+        """Its rows `count` times, one copy after another."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: torch.cat([t] * count) for name, t in given.items() if t is not None})
+
 
 class BatchCounts:
     """The numbers that losses are divided by, of the *global* batch, so that a step does not depend on how it is split.

@@ -103,7 +103,7 @@ class _FamilyCheck:
     def cut_blocks(self) -> None:
         """A student that lacks a block has the logits of the teacher whose block is skipped."""
         total = find_blocks(self._teacher).num_blocks
-        init = InitConfig(num_blocks=total - 1)
+        init = InitConfig(blocks="uniform", num_blocks=total - 1)
         probe_cut(self._path, init, "causal-lm")
         init_student(self._path, init, self._project / "shallow")
         with skipped_blocks(self._teacher, set(range(total)) - set(keep_blocks("uniform", total - 1, total))):

@@ -20,6 +20,7 @@ from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.errors import TedError
 from ted_ds.job.world import World
 from ted_ds.models.loading import gathered
+from ted_ds.pipeline.calibration import Calibration, Trial
 from ted_ds.pipeline.run import Goal, run_recipe
 from ted_ds.pipeline.stage0 import ensure_models
 from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
@@ -161,3 +162,17 @@ def _share(batch: Batch, world: World) -> Batch:
     """This rank's rows of a batch."""
     tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
     return replace(batch, **{name: t[world.rank :: world.size] for name, t in tensors.items() if t is not None})
+
+
+def trials_of(
+    world: World, path: Path, left_out: list[tuple[int, ...]], overrides: tuple[str, ...] = ()
+) -> list[Trial]:
+    """What the calibration of a recipe finds of its teacher without these blocks."""
+    run = load_config(path, list(overrides))
+    assert run.teacher is not None and run.student.init is not None
+    tokenizer = open_tokenizer(run, world)
+    data = open_data(run, world, tokenizer)
+    teacher = load_frozen(run, world, run.teacher.model, task=data.task, tokenizer=tokenizer, trust_remote_code=False)
+    found = Calibration.of(run, world, data, teacher, run.student.init.calibration_tokens).trials(left_out)
+    teacher.close()
+    return found

@@ -40,8 +40,8 @@ def recipe(project: Path, output: str, **changes: Any) -> dict[str, Any]:
         "method": "ted",
         "output_dir": str(project / output),
         "teacher": {"model": str(project / "teacher"), "dtype": "float32"},
-        "student": {"dtype": "float32", "init": {"num_blocks": 2}},
-        "filters": {"steps": 10, "learning_rate": 0.01},
+        "student": {"dtype": "float32", "init": {"blocks": "uniform", "num_blocks": 2}},
+        "filters": {"steps": 10, "learning_rate": 0.01, "layer_map": "uniform"},
         "loss": {},
         "data": {
             "train": [str(project / "train.txt")],

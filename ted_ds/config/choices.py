@@ -9,6 +9,9 @@ Method = Literal["ce", "kd", "lwd", "ted"]
 Dtype = Literal["float32", "bfloat16"]
 Sharding = Literal["zero3", "replicated"]
 
+Measured = Literal["greedy", "influence"]
+"""Policies of `student.init.blocks` for which the teacher reads a sample of the training data."""
+
 Divergence = Literal["forward", "reverse", "jensen-shannon"]
 """forward: KL(p || q); reverse: KL(q || p); jensen-shannon: (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2.
 

@@ -53,11 +53,33 @@ MAY_CHANGE = frozenset(
 """Keys that another start may change. What was computed so far stays as it is."""
 
 
+FORMER_DEFAULTS = {"filters.layer_map": "uniform", "student.init.blocks": "uniform"}
+"""Keys whose default was another one. A run that was begun with that one keeps it if its recipe leaves the key out."""
+
+
+def as_begun(run: RunConfig, before: Mapping[str, Any]) -> RunConfig:
+    """The recipe `run`, with those of `FORMER_DEFAULTS` that the run was begun with. before: its config.yaml."""
+    for key, former in FORMER_DEFAULTS.items():
+        *path, name = key.split(".")
+        sections: list[Any] = [run]
+        written: Any = before
+        for part in path:
+            sections.append(getattr(sections[-1], part, None))
+            written = (written or {}).get(part)
+        if sections[-1] is None or name in sections[-1].model_fields_set or (written or {}).get(name) != former:
+            continue
+        changed = sections[-1].model_copy(update={name: former})
+        for section, part in zip(reversed(sections[:-1]), reversed(path), strict=True):
+            changed = section.model_copy(update={part: changed})
+        run = changed
+    return run
+
+
 def deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe as JSON values, without the keys that may change and what is about the run: what a checkpoint keeps.
 
-    Two changes of the schema need an entry. A key that is removed: in `load.REMOVED`. A key whose default is not what
-    earlier versions computed: add it here with the value that is.
+    Changes of the schema need an entry. A key that is removed: in `load.REMOVED`. A default that changes: in
+    `FORMER_DEFAULTS`. A new key whose default is not what earlier versions computed: here, with the value that is.
     """
     kept = {name: value for name, value in recipe.items() if name not in MAY_CHANGE | {ENVIRONMENT}}
     for name, value in kept.items():

@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ted_ds.config.choices import Divergence, Dtype, LayerLossKind, Sharding
+from ted_ds.config.choices import Divergence, Dtype, LayerLossKind, Measured, Sharding
 
 Pair = tuple[NonNegativeInt, NonNegativeInt]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -129,10 +129,16 @@ class TeacherConfig(Section):
 class InitConfig(Section):
     """Stage 0: the student cut out of the teacher, or (`config`) made at random. A size left out is kept."""
 
-    blocks: Literal["uniform", "first", "last"] | tuple[NonNegativeInt, ...] = Field(
-        default="uniform", description="which of the teacher's blocks stay, by policy or by 0-based index"
+    blocks: Measured | Literal["uniform", "first", "last"] | tuple[NonNegativeInt, ...] = Field(
+        default="greedy",
+        description="which of the teacher's blocks stay, by policy or by 0-based index; greedy: those without which a "
+        "sample of the training data has the least loss, left out one by one; influence: those that change hidden "
+        "states most",
     )
     num_blocks: PositiveInt | None = Field(default=None, description="number of blocks that a policy keeps")
+    calibration_tokens: PositiveInt = Field(
+        default=4096, description="size of the sample, in rows of data.sequence_length, that greedy and influence read"
+    )
     hidden_size: PositiveInt | None = Field(default=None, description="width D, in channels")
     num_heads: PositiveInt | None = Field(default=None, description="attention (query) heads a block")
     intermediate_size: PositiveInt | None = Field(default=None, description="FFN units a block")
@@ -159,6 +165,15 @@ class InitConfig(Section):
                     "remove num_blocks"
                 )
         return self
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether the teacher has to read data before it is known which of its blocks stay."""
+        return self.num_blocks is not None and self.blocks in get_args(Measured)
+
+    def unmeasured(self) -> Self:
+        """A cut of the same sizes that needs no data."""
+        return self.model_copy(update={"blocks": "uniform"}) if self.is_measured else self
 
 
 class StudentConfig(Section):
@@ -209,8 +224,10 @@ class FiltersConfig(Duration):
     nonlinear: bool = Field(
         default=False, description="Linear, the model's own activation, Linear in place of one Linear"
     )
-    layer_map: Literal["uniform", "last"] | Annotated[tuple[Pair, ...], Field(min_length=1)] = Field(
-        default="uniform", description="policy, or pairs [student block, teacher block], 0-based"
+    layer_map: Literal["matched", "uniform", "last"] | Annotated[tuple[Pair, ...], Field(min_length=1)] | None = Field(
+        default=None,
+        description="policy, or pairs [student block, teacher block], 0-based; null: matched if student.init cuts the "
+        "student out of the teacher, else uniform",
     )
     learning_rate: Sides[PositiveFloat] = Field(
         default=Sides(teacher=1e-3, student=1e-3), description="peak rate of Stage I"

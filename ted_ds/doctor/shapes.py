@@ -15,12 +15,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, PreTrainedConfig
 
 from ted_ds.config.schema import RunConfig
-from ted_ds.config.sections import TeacherConfig
+from ted_ds.config.sections import InitConfig, TeacherConfig
 from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.data.tokenizers import load_tokenizer
 from ted_ds.models.loading import DTYPES, meta_model
 from ted_ds.models.pooler import set_head_dropout
-from ted_ds.models.pruning import plan_cut
+from ted_ds.models.pruning import CutPlan, plan_cut
 from ted_ds.models.structure import find_blocks, set_dropout
 from ted_ds.models.task_head import AUTO_CLASSES, label_fields
 from ted_ds.pipeline.stage0 import ModelPaths
@@ -89,7 +89,9 @@ def _filters(run: RunConfig, teacher: TeacherConfig, student: PreTrainedConfig) 
     """The plan of Stage I, for a student that may not exist yet: its config is enough."""
     with tempfile.TemporaryDirectory() as folder:
         student.save_pretrained(folder)
-        plan = plan_pairs(run, ModelPaths(folder, teacher.model))
+        init = run.student.init
+        kept = None if init is None or init.config is not None else _cut(run, teacher, init).blocks
+        plan = plan_pairs(run, ModelPaths(folder, teacher.model, kept=kept))
     if plan is None:
         return NO_FILTERS
     with torch.device("meta"):
@@ -109,7 +111,11 @@ def _student_config(run: RunConfig) -> PreTrainedConfig:
         fields = {"vocab_size": _vocabulary(run)} | label_fields(run.spec)
         return AutoConfig.for_model(**{**fields, **student.init.config})
     assert run.teacher is not None
-    return plan_cut(run.teacher.model, student.init, kind, run.teacher.trust_remote_code).student.config
+    return _cut(run, run.teacher, student.init).student.config
+
+
+def _cut(run: RunConfig, teacher: TeacherConfig, init: InitConfig) -> CutPlan:
+    return plan_cut(teacher.model, init.unmeasured(), run.spec.kind, teacher.trust_remote_code)
 
 
 def _vocabulary(run: RunConfig) -> int:

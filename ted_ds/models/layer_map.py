@@ -4,26 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import get_args
 
+from ted_ds.config.choices import Measured
 from ted_ds.errors import ModelError
 
 LayerMap = tuple[tuple[int, int], ...]
 """Pairs (student block, teacher block), 0-based, in the order of the blocks."""
 
 
-def resolve_layer_map(spec: str | Sequence[Sequence[int]], num_student: int, num_teacher: int) -> LayerMap:
-    """K pairs. `uniform`: every n-th teacher block, n = depth ratio, ending on the last (arXiv 2210.01351);
-    `last`: the last blocks of both; or explicit pairs, which are checked.
+def resolve_layer_map(
+    spec: str | Sequence[Sequence[int]], num_student: int, num_teacher: int, kept: Sequence[int] | None = None
+) -> LayerMap:
+    """K pairs. `matched`: each student block with the teacher's block before the next one that was kept, so that the
+    next block gets what it knows; `uniform`: every n-th teacher block, n = depth ratio, ending on the last
+    (arXiv 2210.01351); `last`: the last blocks of both; or explicit pairs, which are checked.
+
+    kept: of `matched`, the teacher's blocks that the student was cut from; None: it was not cut from this teacher.
 
     Raises ModelError for an unknown policy, a pair outside either model, or pairs that repeat or cross.
     """
+    if spec == "matched":
+        if kept is None:
+            raise ModelError(
+                "filters.layer_map: matched needs a student that was cut from the teacher: give student.init, or "
+                "layer_map: uniform"
+            )
+        return tuple(enumerate([block - 1 for block in kept[1:]] + [num_teacher - 1]))
     pairs = min(num_student, num_teacher)
     if spec == "uniform":
         return tuple(((k + 1) * num_student // pairs - 1, (k + 1) * num_teacher // pairs - 1) for k in range(pairs))
     if spec == "last":
         return tuple((num_student - pairs + k, num_teacher - pairs + k) for k in range(pairs))
     if isinstance(spec, str):
-        raise ModelError(f"filters.layer_map {spec!r} is not known: uniform, last, or a list of pairs")
+        raise ModelError(f"filters.layer_map {spec!r} is not known: matched, uniform, last, or a list of pairs")
     return _checked(spec, num_student, num_teacher)
 
 
@@ -48,14 +62,20 @@ def keep_blocks(policy: str | Sequence[int], keep: int | None, total: int) -> tu
     """The teacher's blocks that Stage 0 keeps. `uniform`: as far apart as can be, first and last included;
     `first`; `last`; or a list. keep None: all (of a list: its length).
 
-    Raises ModelError if more blocks are asked for than there are, or a list is out of range or order.
+    Raises ModelError if more blocks are asked for than there are, a list is out of range or order, or the policy needs
+    data.
     """
     if isinstance(policy, str):
         keep = total if keep is None else keep
         if not 1 <= keep <= total:
             raise ModelError(f"student.init.num_blocks is {keep}, the teacher has {total} blocks")
-        if policy == "first":
+        if policy == "first" or keep == total:
             return tuple(range(keep))
+        if policy in get_args(Measured):
+            raise ModelError(
+                f"student.init.blocks: {policy} needs a run's data, as `ted-ds init-student` has it: give uniform, "
+                "first, last, or the numbers of the blocks"
+            )
         if policy == "last" or keep == 1:
             return tuple(range(total - keep, total))
         return tuple(round(k * (total - 1) / (keep - 1)) for k in range(keep))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from ted_ds.config.choices import METHODS
-from ted_ds.config.continuation import first_change
+from ted_ds.config.continuation import as_begun, first_change
 from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.load import dump_config, read_yaml
 from ted_ds.config.schema import RunConfig
@@ -19,7 +19,7 @@ from ted_ds.job.versions import commit, versions
 from ted_ds.job.world import World, logger
 from ted_ds.models.fit import check_ids
 from ted_ds.pipeline.checkpoints import latest_tag
-from ted_ds.pipeline.stage0 import check_models, ensure_models
+from ted_ds.pipeline.stage0 import CALIBRATION, check_models, ensure_models
 from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
 from ted_ds.pipeline.stage2 import Plan, distill, export_checkpoint
 from ted_ds.runs.progress import finished
@@ -40,6 +40,8 @@ def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[s
 
     Raises a TedError, on every rank, if recipe, data or models are wrong.
     """
+    if (begun := run.output_dir / "config.yaml").exists():
+        run = as_begun(run, read_yaml(begun))
     _refuse_own_folders(run)
     _check_engines(run, world)
     if goal == "export":
@@ -80,7 +82,7 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
 def _refuse_own_folders(run: RunConfig) -> None:
     """Raises ConfigError if the recipe reads something from where the run will write: it would be replaced."""
     written = ["published_teacher", "published_student", "teacher_filters", "student_filters"]
-    written += ["checkpoints", "best", "student"]
+    written += ["checkpoints", "best", "student", CALIBRATION]
     written += ["initial_student"] if run.student.model is None or run.student.init_from_pretrained else []
     written += ["data"] if run.data.prepared is None else []
     given: dict[str, list[str | None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,23 +11,30 @@ from typing import Any
 
 from ted_ds.config.choices import METHODS
 from ted_ds.config.schema import RunConfig
+from ted_ds.config.sections import InitConfig
 from ted_ds.config.tasks import KINDS
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.errors import ModelError
 from ted_ds.job.files import write_atomically
 from ted_ds.job.world import World, logger
-from ted_ds.models.fit import check_fit, check_outputs
+from ted_ds.models.fit import check_fit, check_ids, check_outputs
 from ted_ds.models.loading import meta_model
 from ted_ds.models.probe import probe, probe_cut
-from ted_ds.models.pruning import init_student
+from ted_ds.models.pruning import init_student, plan_cut
 from ted_ds.models.published import is_published, unpack_published
 from ted_ds.models.task_head import label_fields, start_from_pretrained
 from ted_ds.models.weight_check import check_weights
-from ted_ds.tasks.registry import TASK_CLASSES
+from ted_ds.pipeline.block_choice import choose_blocks, read_choice, write_choice
+from ted_ds.pipeline.calibration import Calibration
+from ted_ds.tasks.registry import TASK_CLASSES, open_data
 from ted_ds.teacher.fingerprints import weights_fingerprint
+from ted_ds.teacher.hosting import load_frozen
 
 MODELS = "models.json"
 """In a run's folder: the fingerprints of the models that it was given."""
+
+CALIBRATION = "calibration"
+"""In a run's folder: what the teacher's reading of a sample chose, and why."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,13 @@ class ModelPaths:
     """Where the run's models are, folders or hub ids.
 
     published: side ("teacher", "student") -> folder of filters that came with a checkpoint in the layout of the
-    paper's authors.
+    paper's authors. kept: the teacher's blocks that the student was cut from; None if it was not.
     """
 
     student: str
     teacher: str | None
     published: dict[str, Path] = field(default_factory=dict)
+    kept: tuple[int, ...] | None = None
 
 
 def ensure_models(run: RunConfig, tokenizer: Tokenizer, world: World) -> ModelPaths:
@@ -79,8 +88,19 @@ def ensure_models(run: RunConfig, tokenizer: Tokenizer, world: World) -> ModelPa
         student = whole("student", run.student.model, run.student.trust_remote_code)
         return ModelPaths(student, teacher, published)
     folder = run.output_dir / "initial_student"
-    world.on_main(lambda: None if folder.exists() else _make_student(run, tokenizer, teacher, folder))
-    return ModelPaths(str(folder), teacher, published)
+    init, kept = run.student.init, None
+    if init is None:
+        make = partial(_from_pretrained, run, tokenizer)
+    elif init.config is not None:
+        make = partial(_at_random, run, init, tokenizer)
+    else:
+        assert teacher is not None and run.teacher is not None
+        if init.is_measured:
+            init = _measured(run, tokenizer, teacher, init, world)
+        kept = plan_cut(teacher, init, run.spec.kind, run.teacher.trust_remote_code).blocks
+        make = partial(_cut, run, teacher, init)
+    world.on_main(lambda: None if folder.exists() else make(folder))
+    return ModelPaths(str(folder), teacher, published, kept)
 
 
 def _same_weights(record: Path, side: str, path: str) -> None:
@@ -99,37 +119,54 @@ def _same_weights(record: Path, side: str, path: str) -> None:
     write_atomically(record, json.dumps(known, indent=2) + "\n")
 
 
-def _make_student(run: RunConfig, tokenizer: Tokenizer, teacher: str | None, folder: Path) -> None:
-    """A pre-trained model with a fresh head, a random start, or a cut of the teacher; on one rank."""
+def _from_pretrained(run: RunConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """A pre-trained model with a fresh head; on one rank."""
     logger.info("Stage 0: initial student -> %s", folder)
     student = run.student
-    if student.init is None:
-        assert student.pretrained is not None
-        trusted = student.trust_remote_code
-        check_weights("student", student.pretrained, run.spec.kind, trust_remote_code=trusted, new_head=True)
-        start_from_pretrained(
-            student.pretrained,
-            run.spec,
-            folder,
-            tokenizer=tokenizer,
-            seed=run.seed,
-            trust_remote_code=trusted,
-        )
-        return
-    trusted = run.teacher.trust_remote_code if run.teacher else False
-    if teacher is not None and student.init.config is None:
-        probe_cut(teacher, student.init, run.spec.kind, trust_remote_code=trusted)
-    init_student(
-        teacher,
-        student.init,
-        folder,
-        kind=run.spec.kind,
-        seed=run.seed,
-        defaults=_defaults(run, tokenizer),
-        trust_remote_code=trusted,
+    assert student.pretrained is not None
+    trusted = student.trust_remote_code
+    check_weights("student", student.pretrained, run.spec.kind, trust_remote_code=trusted, new_head=True)
+    start_from_pretrained(
+        student.pretrained, run.spec, folder, tokenizer=tokenizer, seed=run.seed, trust_remote_code=trusted
     )
-    if student.init.config is not None:
-        tokenizer.save(folder)
+
+
+def _at_random(run: RunConfig, init: InitConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    logger.info("Stage 0: initial student -> %s", folder)
+    trusted = run.teacher.trust_remote_code if run.teacher else False
+    kind, fields = run.spec.kind, _defaults(run, tokenizer)
+    init_student(None, init, folder, kind=kind, seed=run.seed, defaults=fields, trust_remote_code=trusted)
+    tokenizer.save(folder)
+
+
+def _cut(run: RunConfig, teacher: str, init: InitConfig, folder: Path) -> None:
+    logger.info("Stage 0: initial student -> %s", folder)
+    assert run.teacher is not None
+    trusted = run.teacher.trust_remote_code
+    probe_cut(teacher, init, run.spec.kind, trust_remote_code=trusted)
+    init_student(teacher, init, folder, kind=run.spec.kind, trust_remote_code=trusted)
+
+
+def _measured(run: RunConfig, tokenizer: Tokenizer, teacher: str, init: InitConfig, world: World) -> InitConfig:
+    """The cut with the blocks that the teacher's reading of a sample chose; a collective.
+
+    The choice is written to the run's folder, and taken from there at the next start.
+    """
+    assert run.teacher is not None
+    trusted, folder = run.teacher.trust_remote_code, run.output_dir / CALIBRATION
+    if not world.on_main(folder.exists):
+        world.on_main(lambda: probe_cut(teacher, init.unmeasured(), run.spec.kind, trust_remote_code=trusted))
+        rows = _check_model(run, "teacher", teacher, trusted, tokenizer, world, layers=False)
+        data = open_data(run, world, tokenizer, rows)
+        world.on_main(lambda: check_ids(tokenizer, rows, data.splits))
+        logger.info("Stage 0: blocks by %s -> %s", init.blocks, folder)
+        frozen = load_frozen(run, world, teacher, task=data.task, tokenizer=tokenizer, trust_remote_code=trusted)
+        choice = choose_blocks(init, Calibration.of(run, world, data, frozen, init.calibration_tokens))
+        frozen.close()
+        del frozen
+        gc.collect()  # hooks and modules refer to each other: the next model must not find this one in memory
+        world.on_main(lambda: write_choice(choice, folder))
+    return init.model_copy(update={"blocks": world.on_main(lambda: read_choice(folder)), "num_blocks": None})
 
 
 def _defaults(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -144,18 +181,27 @@ def check_models(run: RunConfig, models: ModelPaths, tokenizer: Tokenizer, world
     Raises ModelError if one of them does not fit task and data, or its family behaves differently from what
     ted_ds assumes, by their configs alone.
     """
-    fewest, layers = [], bool(run.loss.mse_alpha)
+    layers = bool(run.loss.mse_alpha)
     sides = [("student", models.student, run.student.trust_remote_code)]
     if run.teacher is not None and models.teacher is not None:
         sides.append(("teacher", models.teacher, run.teacher.trust_remote_code))
-    for role, path, trusted in sides:
-        model = meta_model(path, run.spec.kind, trust_remote_code=trusted)
-        check_outputs(role, path, model, run.spec)
-        if METHODS[run.method].learns_filters and role not in models.published:
-            TASK_CLASSES[run.spec.kind].check_stage1(model.config)
-        # what Stage 0 made has the run's own tokenizer; the tokenizer of any other folder is trusted by its own section
-        trusted = trusted or (run.data.trust_remote_code and Path(path).is_relative_to(run.output_dir))
-        length = run.data.sequence_length
-        fewest.append(check_fit(role, path, model, run.spec.kind, tokenizer, length, trust_remote_code=trusted))
-        world.on_main(partial(probe, role, path, model, run.spec.kind, layers=layers))
-    return min(fewest)
+    if METHODS[run.method].learns_filters:
+        for role, path, trusted in sides:
+            if role not in models.published:
+                config = meta_model(path, run.spec.kind, trust_remote_code=trusted).config
+                TASK_CLASSES[run.spec.kind].check_stage1(config)
+    return min(_check_model(run, *side, tokenizer, world, layers=layers) for side in sides)
+
+
+def _check_model(
+    run: RunConfig, role: str, path: str, trusted: bool, tokenizer: Tokenizer, world: World, *, layers: bool
+) -> int:
+    """The vocabulary rows of one of them."""
+    model = meta_model(path, run.spec.kind, trust_remote_code=trusted)
+    check_outputs(role, path, model, run.spec)
+    # what Stage 0 made has the run's own tokenizer; the tokenizer of any other folder is trusted by its own section
+    trusted = trusted or (run.data.trust_remote_code and Path(path).is_relative_to(run.output_dir))
+    length = run.data.sequence_length
+    rows = check_fit(role, path, model, run.spec.kind, tokenizer, length, trust_remote_code=trusted)
+    world.on_main(partial(probe, role, path, model, run.spec.kind, layers=layers))
+    return rows

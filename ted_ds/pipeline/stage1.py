@@ -67,7 +67,8 @@ def plan_pairs(run: RunConfig, models: ModelPaths) -> PairPlan | None:
         return None
     assert run.teacher is not None and models.teacher is not None
     teacher, student = _structure(run, models.teacher, run.teacher), _structure(run, models.student, run.student)
-    layer_map = resolve_layer_map(run.filters.layer_map, student.num_blocks, teacher.num_blocks)
+    policy = run.filters.layer_map or ("uniform" if models.kept is None else "matched")
+    layer_map = resolve_layer_map(policy, student.num_blocks, teacher.num_blocks, models.kept)
     blocks_s, blocks_t = (tuple(pair[side] for pair in layer_map) for side in (0, 1))
     if not METHODS[run.method].learns_filters:
         return PairPlan(layer_map, None, _fresh(run, student, blocks_s, teacher.width))

@@ -39,7 +39,7 @@ SPLITS = {
 SLOW_SPLITS = ("1 rank, the whole batch at once", "ZeRO-0, replicated teacher", "replicated teacher")
 
 NARROW: dict[str, Any] = {
-    "student__init": {"num_blocks": 2, "hidden_size": 8, "intermediate_size": 20},
+    "student__init": {"blocks": "uniform", "num_blocks": 2, "hidden_size": 8, "intermediate_size": 20},
     "filters__output_dim": 12,
 }
 """Cut in depth and width, narrow filters."""

@@ -52,7 +52,7 @@ def test_a_short_recipe_gets_the_defaults_of_the_public_surface(write):
     )
     assert run.teacher is not None
     assert (run.teacher.sharding, run.teacher.dtype, run.student.dtype) == ("zero3", "bfloat16", "bfloat16")
-    assert (run.filters.output_dim, run.filters.layer_map, run.filters.steps) == (None, "uniform", 200)
+    assert (run.filters.output_dim, run.filters.layer_map, run.filters.steps) == (None, None, 200)
     assert (run.loss.temperature, run.loss.layer_loss) == (2.0, "normalized_mse")
     assert (run.optimizer.learning_rate, run.optimizer.betas) == (5e-4, (0.9, 0.95))
     assert (run.train.steps, run.train.global_batch_size, run.train.micro_batch_size) == (1000, 64, 4)
@@ -148,7 +148,7 @@ def test_given_loss_weights_stay_and_zero_is_allowed(write):
         ({"filters": {"token_fraction": 1.5}}, "1.5 is not allowed: should be less than or equal to 1"),
         (
             {"filters": {"layer_map": "unifrom"}},
-            "'unifrom' is not allowed: should be 'uniform' or 'last' or should be a valid list",
+            "'unifrom' is not allowed: should be 'matched', 'uniform' or 'last' or should be a valid list",
         ),
         ({"loss": {"temperature": 0}}, "loss.temperature: 0 is not allowed: should be greater than 0"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from ted_ds.config.continuation import DECIDES, MAY_CHANGE, deciding, first_change
+from ted_ds.config.continuation import DECIDES, MAY_CHANGE, as_begun, deciding, first_change
 from ted_ds.config.data_section import HubDataset
 from ted_ds.config.load import _alternatives, dump_config, load_config
 from ted_ds.config.schema import RunConfig
@@ -123,6 +124,23 @@ def test_a_recipe_of_an_earlier_version_goes_on(tmp_path: Path) -> None:
     _claim(run, export=False)
     written = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert RunConfig.model_validate({k: v for k, v in written.items() if k != "environment"}) == run
+
+
+def test_a_default_of_today_does_not_change_a_run_that_was_begun() -> None:
+    values = yaml.safe_load(EARLIER)
+    before = copy.deepcopy(values)
+    del values["environment"], values["loss"]["residual_dtype"]
+    del values["filters"]["layer_map"], values["student"]["init"]["blocks"]
+    today = RunConfig.model_validate(values)
+    assert today.student.init is not None and today.student.init.blocks != "uniform"
+    begun = as_begun(today, before)
+    assert begun.student.init is not None
+    assert (begun.student.init.blocks, begun.filters.layer_map) == ("uniform", "uniform")
+    assert first_change(before, begun, "config.yaml") is None
+    values["filters"]["layer_map"] = "last"
+    assert as_begun(RunConfig.model_validate(values), before).filters.layer_map == "last"
+    before["filters"]["layer_map"] = "last"
+    assert as_begun(today, before).filters.layer_map is None
 
 
 SMALL = RunConfig.model_validate(

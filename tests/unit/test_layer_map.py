@@ -28,9 +28,34 @@ def test_layer_map(spec: str, student: int, teacher: int, pairs: tuple[tuple[int
 
 
 @pytest.mark.parametrize(
+    ("kept", "pairs"),
+    [
+        ((0, 3, 4), ((0, 2), (1, 3), (2, 5))),
+        ((0, 1, 2), ((0, 0), (1, 1), (2, 5))),
+        ((3, 4, 5), ((0, 3), (1, 4), (2, 5))),
+        ((2,), ((0, 5),)),
+    ],
+)
+def test_matched_is_the_block_before_the_next_kept_one(kept: tuple[int, ...], pairs: object) -> None:
+    assert resolve_layer_map("matched", len(kept), 6, kept) == pairs
+
+
+def test_matched_needs_a_cut() -> None:
+    with pytest.raises(ModelError, match="matched needs a student that was cut from the teacher"):
+        resolve_layer_map("matched", 2, 6)
+
+
+@pytest.mark.parametrize("policy", ["greedy", "influence"])
+def test_a_policy_that_needs_data_is_named(policy: str) -> None:
+    with pytest.raises(ModelError, match=f"student.init.blocks: {policy} needs a run's data"):
+        keep_blocks(policy, 2, 6)
+    assert keep_blocks(policy, None, 3) == keep_blocks(policy, 3, 3) == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("middle", "'middle' is not known: uniform, last"),
+        ("middle", "'middle' is not known: matched, uniform, last"),
         ([[0, 6]], r"pair \[0, 6\].*student has blocks 0 to 1, the teacher 0 to 5"),
         ([[2, 0]], r"pair \[2, 0\]"),
         ([[0, 3], [1, 3]], r"\[0, 3\] and \[1, 3\] repeat a block or cross"),

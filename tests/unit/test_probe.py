@@ -95,13 +95,13 @@ def test_something_between_blocks_is_seen(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_cut_that_changes_what_a_block_computes_is_refused(tmp_path: Path) -> None:
     made("gpt2", blocks=4, scale_attn_by_inverse_layer_idx=False).save_pretrained(tmp_path / "plain")
-    probe_cut(str(tmp_path / "plain"), InitConfig(num_blocks=2), "causal-lm")
+    probe_cut(str(tmp_path / "plain"), InitConfig(blocks="uniform", num_blocks=2), "causal-lm")
     sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 61}
     config = AutoConfig.for_model("diffllama", num_hidden_layers=6, intermediate_size=48, head_dim=8, **sizes)
     config.save_pretrained(tmp_path / "by number")
     teacher = str(tmp_path / "by number")
     with pytest.raises(ModelError, match=r"a diffllama what a block computes depends on its number.*use blocks: first"):
-        probe_cut(teacher, InitConfig(num_blocks=3), "causal-lm")
+        probe_cut(teacher, InitConfig(blocks="uniform", num_blocks=3), "causal-lm")
     probe_cut(teacher, InitConfig(blocks="first", num_blocks=3), "causal-lm")
 
 

@@ -68,7 +68,7 @@ def _assert_same(found: Tensors, expected: Tensors) -> None:
 @pytest.mark.parametrize(
     ("init", "blocks"),
     [
-        ({"num_blocks": 2}, (0, 3)),
+        ({"blocks": "uniform", "num_blocks": 2}, (0, 3)),
         ({"blocks": "first", "num_blocks": 3}, (0, 1, 2)),
         ({"blocks": "last", "num_blocks": 2}, (2, 3)),
         ({"blocks": (1, 3)}, (1, 3)),
@@ -101,7 +101,9 @@ def test_config_by_block(family: str, extra: dict[str, Any], expected: dict[str,
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "llama", "gemma2"])
 def test_embeddings_stay_tied_or_untied_and_bfloat16(family: str, tied: bool, tmp_path: Path) -> None:
     teacher: Any = tiny_model(family, tie_word_embeddings=tied).bfloat16()
-    student = _student(_save(teacher, tmp_path / "t"), tmp_path / "s", num_blocks=1, intermediate_size=8)
+    student = _student(
+        _save(teacher, tmp_path / "t"), tmp_path / "s", blocks="first", num_blocks=1, intermediate_size=8
+    )
     head, embedding = student.get_output_embeddings().weight, student.get_input_embeddings().weight
     assert (head is embedding) is tied and torch.equal(embedding, teacher.get_input_embeddings().weight)
     assert torch.equal(head, teacher.get_output_embeddings().weight)
@@ -302,6 +304,6 @@ def test_spellings_of_files(family: str, tmp_path: Path) -> None:
     bare = {name.removeprefix(f"{teacher.base_model_prefix}."): tensor for name, tensor in saved.items()}
     for how, tensors in {"saved": saved, "bare": bare}.items():
         save_file(tensors, file, metadata={"format": "pt"})
-        student = _student(source, tmp_path / how, num_blocks=1)
+        student = _student(source, tmp_path / how, blocks="last", num_blocks=1)
         _assert_same(load_file(tmp_path / how / SINGLE), _of_blocks(tensors, (1,)))
         _assert_same(student.state_dict(), _of_blocks(teacher.state_dict(), (1,)))

@@ -1,0 +1,169 @@
+"""Stage 0's choice of blocks by a sample of the data, against plain transformers, however the sample is split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ted_ds.config.load import load_config
+from ted_ds.data.buckets import BucketedRows
+from ted_ds.data.encoded import EncodedRows
+from ted_ds.data.loader import TrainingRows
+from ted_ds.data.packed import PackedBlocks
+from tests.jobs import pretrain_error, pretrain_recipe, trials_of
+from tests.project import SEQUENCE, make_project, write_recipe
+from tests.task_project import make_task_project, write_task_recipe
+from tests.workers import Workers
+
+Group = Callable[[int], Workers]
+
+BLOCKS, ROWS = 6, 5
+LEFT_OUT: list[tuple[int, ...]] = [(), (1,), (2, 3), (5,), (0, 4)]
+SPLITS = {
+    "1 rank": (1, ()),
+    "2 ranks, ZeRO-3": (2, ()),
+    "4 ranks, ZeRO-3, 3 copies": (4, ("--train.micro_batch_size=3", "--train.global_batch_size=12")),
+    "2 ranks, replicated": (2, ("--teacher.sharding=replicated", "--train.micro_batch_size=2")),
+}
+"""Five rows and five trials: neither ranks nor copies divide them."""
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_project(tmp_path_factory.mktemp("calibration"), blocks=BLOCKS, width=24)
+
+
+def measured_recipe(project: Path, name: str, policy: str, keep: int, **changes: object) -> Path:
+    init = {"blocks": policy, "num_blocks": keep, "calibration_tokens": ROWS * SEQUENCE}
+    return write_recipe(project, name, method="kd", student={"dtype": "float32", "init": init}, **changes)
+
+
+def plain_loss(project: Path, recipe: Path, left_out: Collection[int]) -> float:
+    """Nats a token of the teacher without these blocks, which are taken out of its list."""
+    run = load_config(recipe, [])
+    teacher = AutoModelForCausalLM.from_pretrained(project / "teacher").eval()
+    layers = teacher.model.layers
+    teacher.model.layers = nn.ModuleList(layer for i, layer in enumerate(layers) if i not in left_out)
+    teacher.config.num_hidden_layers = len(teacher.model.layers)
+    blocks = PackedBlocks(run.prepared_folder / "train")
+    rows = TrainingRows(blocks, seed=run.seed, global_batch_size=ROWS, micro_batch_size=ROWS, rank=0, world_size=1)
+    (batch,) = rows.micro_batches(0)
+    with torch.no_grad():
+        logits = teacher(batch.input_ids, use_cache=False).logits
+    return float(nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()))
+
+
+def plain_influence(project: Path, recipe: Path) -> list[float]:
+    run = load_config(recipe, [])
+    teacher = AutoModelForCausalLM.from_pretrained(project / "teacher").eval()
+    seen: list[float] = []
+
+    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        seen.append(float(1 - nn.functional.cosine_similarity(inputs[0].double(), output.double(), dim=-1).mean()))
+
+    for layer in teacher.model.layers:
+        layer.register_forward_hook(look)
+    rows = TrainingRows(
+        PackedBlocks(run.prepared_folder / "train"),
+        seed=run.seed,
+        global_batch_size=ROWS,
+        micro_batch_size=ROWS,
+        rank=0,
+        world_size=1,
+    )
+    with torch.no_grad():
+        teacher(rows.micro_batches(0)[0].input_ids, use_cache=False)
+    return seen
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_trials_are_plain_transformers_however_they_are_split(project: Path, workers: Group, split: str) -> None:
+    ranks, overrides = SPLITS[split]
+    path = measured_recipe(project, "trials", "greedy", 3)
+    found = workers(ranks).run(trials_of, path, LEFT_OUT, overrides)
+    assert all(one == found[0] for one in found)
+    assert [trial.left_out for trial in found[0]] == [frozenset(blocks) for blocks in LEFT_OUT]
+    for trial in found[0]:
+        assert trial.loss == pytest.approx(plain_loss(project, path, trial.left_out), rel=1e-6)
+    assert found[0][0].influence == pytest.approx(plain_influence(project, path), rel=1e-4, abs=1e-6)
+
+
+def test_greedy_and_influence_keep_what_plain_torch_says(project: Path, workers: Group) -> None:
+    path = measured_recipe(project, "greedy", "greedy", 3)
+    workers(2).run(pretrain_recipe, path, (), "student")
+    gone: set[int] = set()
+    for _ in range(3):
+        there = [block for block in range(BLOCKS) if block not in gone]
+        gone.add(min(there, key=lambda block: plain_loss(project, path, gone | {block})))
+    written = json.loads((project / "greedy/calibration/blocks.json").read_text())
+    assert written["kept"] == sorted(set(range(BLOCKS)) - gone)
+    assert set(written["kept"]) != {0, 2, 5}  # what uniform keeps: the measure can fail
+    assert written["losses"][-1] == pytest.approx(plain_loss(project, path, gone), rel=1e-6)
+    assert (project / "greedy/calibration/blocks.png").stat().st_size > 1000
+    student = AutoModelForCausalLM.from_pretrained(project / "greedy/initial_student")
+    teacher = AutoModelForCausalLM.from_pretrained(project / "teacher")
+    for block, kept in enumerate(written["kept"]):
+        ours, theirs = student.model.layers[block].state_dict(), teacher.model.layers[kept].state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    path = measured_recipe(project, "influence", "influence", 3)
+    workers(1).run(pretrain_recipe, path, (), "student")
+    influence = plain_influence(project, path)
+    most = sorted(sorted(range(BLOCKS), key=lambda block: -influence[block])[:3])
+    assert json.loads((project / "influence/calibration/blocks.json").read_text())["kept"] == most
+
+
+def test_pairs_match_the_blocks_that_were_kept(project: Path, workers: Group) -> None:
+    short = {"filters": {"steps": 1}, "train__steps": 1, "train__save_every": 0}
+    init = {"blocks": [0, 3, 4], "num_blocks": None}
+    path = write_recipe(project, "matched", student={"dtype": "float32", "init": init}, **short)
+    workers(2).run(pretrain_recipe, path)
+    plans = [json.loads((project / f"matched/{side}_filters/filters.json").read_text())["plan"] for side in SIDES]
+    assert [plan["blocks"] for plan in plans] == [[2, 3, 5], [0, 1, 2]]
+
+
+SIDES = ("teacher", "student")
+
+
+def test_a_calibration_that_was_killed_starts_over(project: Path, workers: Group) -> None:
+    path = measured_recipe(project, "killed", "influence", 2)
+    half = project / "killed/calibration.tmp"
+    half.mkdir(parents=True)
+    (half / "blocks.json").write_text('{"kept": [')
+    workers(1).run(pretrain_recipe, path, (), "student")
+    assert not half.exists()
+    kept = json.loads((project / "killed/calibration/blocks.json").read_text())["kept"]
+    assert len(kept) == 2
+
+
+def test_a_task_s_trials_are_plain_transformers(tmp_path: Path, workers: Group) -> None:
+    project = make_task_project(tmp_path, "sst2")
+    init = {"num_blocks": 2, "calibration_tokens": 7 * 32}
+    path = write_task_recipe(project, "sst2", "kd", student={"dtype": "float32", "init": init})
+    run = load_config(path, [])
+    found = workers(2).run(trials_of, path, [(), (1, 2)])[0]
+    model = AutoModelForSequenceClassification.from_pretrained(project / "teacher").eval()
+    model.bert.encoder.layer = nn.ModuleList([model.bert.encoder.layer[i] for i in (0, 3)])
+    rows = EncodedRows(run.prepared_folder / "train")
+    one_by_one = {"global_batch_size": 1, "micro_batch_size": 1, "rank": 0, "world_size": 1}
+    sample = BucketedRows(rows, seed=run.seed, **one_by_one)
+    count = -(-7 * 32 // run.data.sequence_length)
+    batches = [batch for step in range(count) for batch in sample.micro_batches(step)]
+    with torch.no_grad():
+        losses = [
+            nn.functional.cross_entropy(model(b.input_ids, attention_mask=b.attention_mask).logits, b.targets)
+            for b in batches
+        ]
+    assert found[1].loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+
+
+def test_more_blocks_than_the_teacher_has_are_refused(project: Path, workers: Group) -> None:
+    path = measured_recipe(project, "many", "greedy", 9)
+    (message,) = workers(1).run(pretrain_error, path, (), "student")
+    assert message == "student.init.num_blocks is 9, the teacher has 6 blocks"
