@@ -19,7 +19,9 @@ from ted_ds.distill.engine import build_trained_engine
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.errors import TedError
 from ted_ds.job.world import World
-from ted_ds.models.loading import gathered
+from ted_ds.models.channels import Measurements
+from ted_ds.models.cut_plan import find_roles
+from ted_ds.models.loading import gathered, meta_model
 from ted_ds.pipeline.calibration import Calibration, Trial
 from ted_ds.pipeline.run import Goal, run_recipe
 from ted_ds.pipeline.stage0 import ensure_models
@@ -166,13 +168,15 @@ def _share(batch: Batch, world: World) -> Batch:
 
 def trials_of(
     world: World, path: Path, left_out: list[tuple[int, ...]], overrides: tuple[str, ...] = ()
-) -> list[Trial]:
-    """What the calibration of a recipe finds of its teacher without these blocks."""
+) -> tuple[list[Trial], Measurements]:
+    """What the calibration of a recipe finds of its teacher without these blocks; its states without the last ones."""
     run = load_config(path, list(overrides))
     assert run.teacher is not None and run.student.init is not None
     tokenizer = open_tokenizer(run, world)
     data = open_data(run, world, tokenizer)
     teacher = load_frozen(run, world, run.teacher.model, task=data.task, tokenizer=tokenizer, trust_remote_code=False)
-    found = Calibration.of(run, world, data, teacher, run.student.init.calibration_tokens).trials(left_out)
+    calibration = Calibration.of(run, world, data, teacher, run.student.init.calibration_tokens)
+    roles = find_roles(meta_model(run.teacher.model, run.spec.kind))
+    found = calibration.trials(left_out), calibration.measure(roles, left_out[-1])
     teacher.close()
     return found

@@ -167,13 +167,27 @@ class InitConfig(Section):
         return self
 
     @property
-    def is_measured(self) -> bool:
-        """Whether the teacher has to read data before it is known which of its blocks stay."""
+    def is_narrower(self) -> bool:
+        """Whether a size of the width is given."""
+        return any(size is not None for size in (self.hidden_size, self.num_heads, self.intermediate_size))
+
+    @property
+    def chooses_blocks(self) -> bool:
+        """Whether data decide which of the teacher's blocks stay."""
         return self.num_blocks is not None and self.blocks in get_args(Measured)
 
+    @property
+    def is_measured(self) -> bool:
+        """Whether the teacher has to read data before it is known what of it stays."""
+        return self.chooses_blocks or self.is_narrower
+
     def unmeasured(self) -> Self:
-        """A cut of the same sizes that needs no data."""
-        return self.model_copy(update={"blocks": "uniform"}) if self.is_measured else self
+        """A cut of the same sizes whose blocks need no data."""
+        return self.model_copy(update={"blocks": "uniform"}) if self.chooses_blocks else self
+
+    def with_blocks(self, blocks: tuple[int, ...]) -> Self:
+        """A cut of the same sizes with these blocks."""
+        return self.model_copy(update={"blocks": blocks, "num_blocks": None})
 
 
 class StudentConfig(Section):

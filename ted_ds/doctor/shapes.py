@@ -18,9 +18,9 @@ from ted_ds.config.schema import RunConfig
 from ted_ds.config.sections import InitConfig, TeacherConfig
 from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.data.tokenizers import load_tokenizer
+from ted_ds.models.cut_plan import CutPlan, plan_cut
 from ted_ds.models.loading import DTYPES, meta_model
 from ted_ds.models.pooler import set_head_dropout
-from ted_ds.models.pruning import CutPlan, plan_cut
 from ted_ds.models.structure import find_blocks, set_dropout
 from ted_ds.models.task_head import AUTO_CLASSES, label_fields
 from ted_ds.pipeline.stage0 import ModelPaths

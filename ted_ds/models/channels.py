@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from ted_ds.models.families import Axes, Part
 
@@ -22,40 +25,43 @@ def cut(tensor: torch.Tensor, axes: Axes, kept: Mapping[Part, torch.Tensor], siz
     return tensor
 
 
-class WeightScores:
-    """How much each part of a model matters, by weight norms alone, in one pass over the tensors.
+@dataclass(frozen=True)
+class Measurements:
+    """What a teacher's states are on a sample, float64.
 
-    Why not activations: they need a forward of a teacher that may not fit on one machine, and their result
-    depends on data, kernels and dtype. Weight norms cost one read of the file and are deterministic. What is
-    lost: a channel with small weights and large activations (Llama-like models have a few) ranks too low;
-    Stage II has to make up for it.
-
-    * residual channel: sum over all matrices that read or write it of its squared weights, each matrix
-      scaled to unit Frobenius norm so that none (the embedding, say) decides alone;
-    * head: |v|^2 |o|^2, the value and output weights of the head (a key-value head's v counts for each of
-      its query heads); q and k are left out: they only sharpen the attention;
-    * FFN unit: product of the squared norms of its up (and gate) row and its down column.
+    moments: [D, D], the mean of x x^T over tokens, summed over the norms that `rotation` turns; x: what a norm gets,
+    scaled to a mean square of 1. None if the model cannot be rotated. channels: [D], the mean of |what a norm gives|,
+    summed over the norms. energies: "BLOCK.NAME" -> [inputs], mean squares of what a matrix reads that writes hidden
+    states; NAME as of `within`.
     """
+
+    moments: torch.Tensor | None
+    channels: torch.Tensor
+    energies: Mapping[str, torch.Tensor]
+
+    def save(self, path: Path) -> None:
+        """As safetensors."""
+        moments = {} if self.moments is None else {"moments": self.moments}
+        save_file({"channels": self.channels, **moments, **self.energies}, path)
+
+    @staticmethod
+    def load(path: Path) -> Measurements:
+        """What `save` wrote."""
+        found = load_file(path)
+        return Measurements(found.pop("moments", None), found.pop("channels"), found)
+
+
+class PartScores:
+    """How much each part of a model matters: residual channels of the whole model, heads and FFN units by block."""
 
     def __init__(self, sizes: Sizes) -> None:
         self._sizes = sizes
         self._channels = torch.zeros(sizes[Part.CHANNEL], dtype=torch.float64)
         self._products: dict[tuple[int, Part], torch.Tensor] = defaultdict(lambda: torch.ones((), dtype=torch.float64))
 
-    def add(self, block: int | None, axes: Axes, matrix: torch.Tensor) -> None:
-        """Counts one matrix of block `block` (None: outside the blocks), whose axes are known."""
-        marginals = _squared_marginals(matrix)
-        total = marginals[0].sum().clamp_min(torch.finfo(torch.float64).tiny)
-        for axis, squares in zip(axes, marginals, strict=True):
-            if axis is None or not axis.scored:
-                continue
-            if axis.part == Part.CHANNEL:
-                self._channels += squares / total
-            else:
-                # of q, k, v in one tensor the last is v
-                parts = squares.view(axis.outer, self._sizes[axis.part], axis.inner, -1)[-1, :, -1].sum(-1)
-                assert block is not None
-                self._products[block, axis.part] = self._products[block, axis.part] * parts
+    def add(self, block: int | None, name: str, axes: Axes, matrix: torch.Tensor) -> None:
+        """Counts one matrix of block `block` (None: outside the blocks), whose axes are known; name: as of `within`."""
+        raise NotImplementedError
 
     def channels(self, keep: int) -> torch.Tensor:
         """The `keep` best residual channels, in their order; int64."""
@@ -80,6 +86,55 @@ class WeightScores:
             return torch.cat(best), torch.arange(kv)
         groups = _best(scores.sum(1), keep_kv)
         return (groups[:, None] * group + torch.arange(group)).flatten(), groups
+
+
+class WeightScores(PartScores):
+    """By weight norms alone, in one pass over the tensors: for a cut without data. Real models lose much by it.
+
+    * residual channel: sum over all matrices that read or write it of its squared weights, each matrix
+      scaled to unit Frobenius norm so that none (the embedding, say) decides alone;
+    * head: |v|^2 |o|^2, the value and output weights of the head (a key-value head's v counts for each of
+      its query heads); q and k are left out: they only sharpen the attention;
+    * FFN unit: product of the squared norms of its up (and gate) row and its down column.
+    """
+
+    def add(self, block: int | None, name: str, axes: Axes, matrix: torch.Tensor) -> None:
+        """See `PartScores`."""
+        marginals = _squared_marginals(matrix)
+        total = marginals[0].sum().clamp_min(torch.finfo(torch.float64).tiny)
+        for axis, squares in zip(axes, marginals, strict=True):
+            if axis is None or not axis.scored:
+                continue
+            if axis.part == Part.CHANNEL:
+                self._channels += squares / total
+            else:
+                # of q, k, v in one tensor the last is v
+                parts = squares.view(axis.outer, self._sizes[axis.part], axis.inner, -1)[-1, :, -1].sum(-1)
+                assert block is not None
+                self._products[block, axis.part] = self._products[block, axis.part] * parts
+
+
+class ActivationScores(PartScores):
+    """By what a teacher does on a sample.
+
+    * residual channel: the mean of |norm output|, summed over norms (Minitron, arXiv 2407.14679);
+    * head, FFN unit: mean square of what it adds to the hidden state, as if its numbers were uncorrelated:
+      sum over them of mean square * squared norm of their column.
+    """
+
+    def __init__(self, sizes: Sizes, found: Measurements) -> None:
+        super().__init__(sizes)
+        self._channels, self._energies = found.channels, found.energies
+
+    def add(self, block: int | None, name: str, axes: Axes, matrix: torch.Tensor) -> None:
+        """See `PartScores`."""
+        energy = self._energies.get(f"{block}.{name}")
+        if energy is None:
+            return
+        assert block is not None
+        for axis, squares in zip(axes, _squared_marginals(matrix), strict=True):
+            if axis is not None and axis.part is not Part.CHANNEL:
+                self._products[block, axis.part] = (squares * energy).view(self._sizes[axis.part], -1).sum(-1)
 
 
 def _best(scores: torch.Tensor, keep: int) -> torch.Tensor:

@@ -169,6 +169,20 @@ def axes_of(name: str) -> Axes:
     return _AXES.get(".".join(pieces[-2:])) or _AXES.get(".".join(pieces[-3:]), ())
 
 
+_READ = {
+    f"{name}.weight": into.part
+    for family in FAMILIES.values()
+    for name, (out, into) in family.linears.items()
+    if out.part is Part.CHANNEL
+}
+
+
+def part_read(name: str) -> Part | None:
+    """Of a matrix of any family that writes hidden states, what it reads: heads or units; None of any other tensor."""
+    pieces = name.split(".")
+    return _READ.get(".".join(pieces[-2:])) or _READ.get(".".join(pieces[-3:]))
+
+
 def fitting_axes(name: str, shape: Sequence[int], sizes: Mapping[Part, int]) -> Axes:
     """The axes of a tensor by its name, as far as its shape bears them out; () if no family has a tensor of this name.
 

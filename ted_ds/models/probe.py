@@ -24,8 +24,9 @@ from ted_ds.config.sections import InitConfig
 from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.errors import ModelError
 from ted_ds.job.world import logger
+from ted_ds.models.cut_plan import plan_cut
 from ted_ds.models.loading import load_model, meta_model, resident_readout
-from ted_ds.models.pruning import init_student, plan_cut
+from ted_ds.models.pruning import init_student
 from ted_ds.models.readout import LogitHead
 from ted_ds.models.structure import block_input, block_output, find_blocks, find_structure
 from ted_ds.models.tiny import tiny_ids, tiny_model

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from ted_ds.config.sections import InitConfig
 from ted_ds.config.tasks import Kind
-from ted_ds.errors import ModelError, in_a_line
+from ted_ds.errors import ModelError
 from ted_ds.job.files import new_folder
-from ted_ds.models.channels import Sizes, WeightScores, cut
-from ted_ds.models.families import Part, fitting_axes, set_sizes, sizes_of
-from ted_ds.models.layer_map import keep_blocks
-from ted_ds.models.loading import meta_model
+from ted_ds.models.channels import ActivationScores, Measurements, WeightScores, cut
+from ted_ds.models.cut_plan import CutPlan, plan_cut
+from ted_ds.models.families import Part, fitting_axes
 from ted_ds.models.random_start import write_random
-from ted_ds.models.structure import find_blocks
+from ted_ds.models.rotation import Roles, Rotation, principal_basis, within
 from ted_ds.models.weight_files import WeightReader, copy_companions, write_weights
-
-FIRST_BLOCKS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers")
-"""Fields of configs that count first blocks of another kind."""
 
 Kept = Mapping[int | None, Mapping[Part, torch.Tensor]]
 """Teacher block (None: outside the blocks) -> the parts that stay there."""
@@ -42,14 +36,17 @@ def init_student(
     seed: int = 0,
     defaults: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
+    measured: Measurements | None = None,
 ) -> None:
     """Writes the initial student, a model of `kind`, as a Hugging Face folder, renamed into place when it is whole.
 
     With `init.config`: a random start under `seed`; `defaults` are fields that the config may leave out, such as
     the tokenizer's vocab_size. Else blocks and parts of `teacher` (folder or hub id), everything else copied,
-    dtype kept. The teacher is read one tensor at a time, twice if its width is cut (see `WeightScores` for what
-    stays), and at most one output shard of 5 GB is held. The head width always stays the teacher's; so do
-    Gemma's scales, whose embeddings thus enter a narrower student smaller by sqrt(D_s / D_t).
+    dtype kept. The teacher is read one tensor at a time, twice if its width is cut, and at most one output shard of
+    5 GB is held. The head width always stays the teacher's.
+
+    measured: what decides on the width, see `rotation` and `ActivationScores`; an LM head that is tied to the
+    embeddings is untied by a rotation. None: weight norms decide, see `WeightScores`.
 
     Raises ModelError if the request does not fit the teacher or its weights cannot be cut.
     """
@@ -59,144 +56,38 @@ def init_student(
         if init.config is not None:
             write_random(init.config, defaults or {}, kind, folder, seed, trust_remote_code)
         elif teacher is not None:
-            _write_cut(plan_cut(teacher, init, kind, trust_remote_code), teacher, folder)
+            plan = plan_cut(teacher, init, kind, trust_remote_code, rotates=measured is not None)
+            _write_cut(plan, teacher, folder, measured)
         else:
             raise ModelError("student.init cuts the student out of a teacher: give teacher.model")
 
 
 @dataclass(frozen=True)
-class CutPlan:
-    """Teacher and student without weights.
-
-    student: on the meta device. blocks: of the teacher, in the student's order. total: how many the teacher has.
-    stack: the parameters' path of its blocks. unused: patterns of names in the files that the model has no use for.
-    """
-
-    student: PreTrainedModel
-    blocks: tuple[int, ...]
-    total: int
-    stack: str
-    unused: tuple[str, ...]
-    teacher_sizes: Sizes
-    sizes: Sizes
-
-
-def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool) -> CutPlan:
-    """What a student cut out of `teacher` will be, by configs alone; ModelError if it cannot be."""
-    whole = meta_model(teacher, kind, trust_remote_code=trust_remote_code)
-    config = whole.config
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(f"teacher {teacher} is quantized: Stage 0 cuts plain weights, give the original")
-    structure = find_blocks(whole)
-    blocks = keep_blocks(init.blocks, init.num_blocks, structure.num_blocks)
-    teacher_sizes = sizes_of(config)
-    sizes = _requested(init, config, teacher_sizes)
-    student_config = _student_config(config, blocks, structure.num_blocks, sizes, teacher_sizes)
-    try:
-        if hasattr(student_config, "validate"):  # Llama and Gemma want hidden_size to be a multiple of num_heads
-            student_config.validate()
-        with torch.device("meta"):
-            student = type(whole)(student_config)
-    except (StrictDataclassError, ValueError, AssertionError, RuntimeError, TypeError) as error:
-        raise ModelError(f"a {config.model_type} of the sizes in student.init cannot be: {in_a_line(error)}") from error
-    if (found := find_blocks(student).num_blocks) != len(blocks):
-        raise ModelError(f"a {config.model_type} of {len(blocks)} blocks has {found}: give student.init.config")
-    student.config.architectures = [type(student).__name__]
-    unused = tuple(getattr(whole, "_keys_to_ignore_on_load_unexpected", None) or ())
-    return CutPlan(student, blocks, structure.num_blocks, structure.blocks_path, unused, teacher_sizes, sizes)
-
-
-def _requested(init: InitConfig, config: PreTrainedConfig, teacher: Sizes) -> Sizes:
-    asked = {
-        Part.CHANNEL: init.hidden_size,
-        Part.HEAD: init.num_heads,
-        Part.UNIT: init.intermediate_size,
-    }
-    given = {part: size for part, size in asked.items() if size is not None}
-    if not given:
-        return teacher
-    for part, size in given.items():
-        if part not in teacher:
-            raise ModelError(f"student.init.{part}: the teacher's config ({config.model_type}) names no such size")
-        if size > teacher[part]:
-            raise ModelError(f"student.init.{part} is {size}, the teacher has {teacher[part]}: it can only shrink")
-    if missing := [part for part in Part if part not in teacher]:
-        raise ModelError(f"the width of a {config.model_type} cannot be cut: its config names no {missing[0]}")
-    if not hasattr(config, "num_key_value_heads"):
-        given = _with_fitting_heads(given, teacher)
-    sizes = {**teacher, **given}
-    return {**sizes, Part.KV_HEAD: _kv_heads(sizes[Part.HEAD], teacher)}
-
-
-def _with_fitting_heads(given: dict[Part, int], teacher: Sizes) -> dict[Part, int]:
-    """GPT-2, GPT-NeoX and OPT have hidden_size = heads * head width: derives the heads, or checks them."""
-    head_dim = teacher[Part.CHANNEL] // teacher[Part.HEAD]
-    width = given.get(Part.CHANNEL, teacher[Part.CHANNEL])
-    heads = given.get(Part.HEAD, width // head_dim)
-    if width != heads * head_dim:
-        raise ModelError(
-            f"student.init.hidden_size ({width}) must be num_heads ({heads}) * the teacher's head width "
-            f"({head_dim}) = {heads * head_dim} in this family"
-        )
-    return {**given, Part.HEAD: heads}
-
-
-def _kv_heads(heads: int, teacher: Sizes) -> int:
-    kv = teacher[Part.KV_HEAD]
-    group = teacher[Part.HEAD] // kv
-    if heads % kv == 0:
-        return kv
-    if heads % group == 0:
-        return heads // group
-    raise ModelError(
-        f"student.init.num_heads is {heads}; the teacher's {teacher[Part.HEAD]} heads share {kv} key-value heads: "
-        f"choose a multiple of {kv} (fewer heads a group) or of {group} (fewer groups)"
-    )
-
-
-def _student_config(
-    config: PreTrainedConfig, blocks: tuple[int, ...], total: int, sizes: Sizes, teacher: Sizes
-) -> PreTrainedConfig:
-    """A copy with the student's sizes; what a config says block by block is cut like the blocks."""
-    if getattr(config, "scale_attn_by_inverse_layer_idx", False) and blocks != tuple(range(len(blocks))):
-        raise ModelError(
-            f"the teacher scales attention by block number (scale_attn_by_inverse_layer_idx): blocks {list(blocks)} "
-            "would change their scale; use student.init.blocks: first"
-        )
-    config = copy.deepcopy(config)
-    config.num_hidden_layers = len(blocks)
-    if isinstance(scale := getattr(config, "scale_depth", None), float | int):  # MiniCPM: over the root of the depth
-        config.scale_depth = scale * (len(blocks) / total) ** 0.5
-    for field, value in list(vars(config).items()):
-        if "layer" in field and isinstance(value, list | tuple) and len(value) == total:
-            setattr(config, field, [value[b] for b in blocks])
-    for field in FIRST_BLOCKS:
-        if isinstance(first := getattr(config, field, None), int):
-            setattr(config, field, sum(b < first for b in blocks))
-    if sizes != teacher:
-        set_sizes(config, sizes)
-    return config
-
-
-@dataclass(frozen=True)
 class Source:
-    """Where a tensor of the student comes from: the name in the teacher's file, and the block (None: no block)."""
+    """Where a tensor of the student comes from: the name in the teacher's file, and the block (None: no block).
+
+    role: the name of its role, if that is not its own: an LM head that was tied comes from the embeddings.
+    """
 
     name: str
     block: int | None
+    role: str | None = None
 
 
-def _write_cut(plan: CutPlan, teacher: str, folder: Path) -> None:
+def _write_cut(plan: CutPlan, teacher: str, folder: Path, measured: Measurements | None) -> None:
     reader = WeightReader(teacher)
-    sources = _sources(plan, reader, teacher)
+    stack = _stack_in_files(plan, reader, teacher)
+    sources = _sources(plan, reader, stack)
     shapes = _cut_shapes(plan, reader, sources, teacher)
-    kept = _kept(plan, reader, sources)
+    kept = _kept(plan, reader, sources, stack, measured)
+    turn = None if plan.roles is None else _turning(plan, plan.roles, reader, stack, measured)
 
     def make(name: str) -> torch.Tensor:
         source = sources[name]
         tensor = reader.read(source.name)
         axes = fitting_axes(source.name, tensor.shape, plan.teacher_sizes)
-        return cut(tensor, axes, kept.get(source.block, {}), plan.teacher_sizes)
+        tensor = cut(tensor, axes, kept.get(source.block, {}), plan.teacher_sizes)
+        return tensor if turn is None else turn(source, tensor)
 
     itemsizes = {name: reader.read(source.name).element_size() for name, source in sources.items()}  # memory-mapped
     write_weights(folder, {name: size * shapes[name].numel() for name, size in itemsizes.items()}, make)
@@ -204,12 +95,32 @@ def _write_cut(plan: CutPlan, teacher: str, folder: Path) -> None:
     copy_companions(teacher, folder)
 
 
-def _sources(plan: CutPlan, reader: WeightReader, teacher: str) -> dict[str, Source]:
+def _turning(
+    plan: CutPlan, roles: Roles, reader: WeightReader, stack: str, measured: Measurements | None
+) -> Callable[[Source, torch.Tensor], torch.Tensor]:
+    """(source, tensor) -> the tensor in the basis of the student."""
+    assert measured is not None and measured.moments is not None
+    rotation = Rotation(roles, principal_basis(measured.moments, plan.sizes[Part.CHANNEL]))
+    outside = {within(name, stack): name for name in reader if not name.startswith(f"{stack}.")}
+
+    def turn(source: Source, tensor: torch.Tensor) -> torch.Tensor:
+        role = roles.by_name.get(source.role or within(source.name, stack))
+        if role is None:
+            return tensor
+        gain = None
+        if role.norm is not None:
+            norm = outside[role.norm] if source.block is None else f"{stack}.{source.block}.{role.norm}"
+            gain = rotation.gain(roles.by_name[role.norm], reader.read(norm))
+        return rotation.turned(role, tensor, gain)
+
+    return turn
+
+
+def _sources(plan: CutPlan, reader: WeightReader, stack: str) -> dict[str, Source]:
     """A tensor's name in the student's file -> its source. Only the numbers of blocks differ.
 
     So the files may spell names, and split or join tensors, in any way that transformers understands.
     """
-    stack = _stack_in_files(plan, reader, teacher)
     position = {block: i for i, block in enumerate(plan.blocks)}
     sources: dict[str, Source] = {}
     for name in reader:
@@ -218,7 +129,19 @@ def _sources(plan: CutPlan, reader: WeightReader, teacher: str) -> dict[str, Sou
                 sources[f"{stack}.{position[block]}.{found[2]}"] = Source(name, block)
         elif not any(re.search(pattern, name) for pattern in plan.unused):
             sources[name] = Source(name, None)
+    if plan.roles is not None:
+        _untie(plan, plan.roles, sources, stack)
     return sources
+
+
+def _untie(plan: CutPlan, roles: Roles, sources: dict[str, Source], stack: str) -> None:
+    """Adds the LM head or the embeddings, if the files have one tensor for both."""
+    names = {within(name, stack): name for name in sources}
+    embedding = next(name for name, role in roles.by_name.items() if role.kind == "embedding")
+    for lacking, other in ((roles.head, embedding), (embedding, roles.head)):
+        if lacking not in names and other in names:
+            own = next(n for n, _ in plan.student.named_parameters() if within(n, plan.stack) == lacking)
+            sources[own] = Source(sources[names[other]].name, None, role=lacking)
 
 
 def _stack_in_files(plan: CutPlan, reader: WeightReader, teacher: str) -> str:
@@ -293,17 +216,19 @@ def _uncut(teacher: str, reason: str) -> ModelError:
     return ModelError(f"teacher {teacher} cannot be cut so: {reason}; ask for another cut, or give student.init.config")
 
 
-def _kept(plan: CutPlan, reader: WeightReader, sources: Mapping[str, Source]) -> Kept:
-    """The parts that stay, by block; empty if the width is not cut."""
+def _kept(
+    plan: CutPlan, reader: WeightReader, sources: Mapping[str, Source], stack: str, measured: Measurements | None
+) -> Kept:
+    """The parts that stay, by block; empty if the width is not cut. Channels stay that are rotated."""
     sizes, teacher = plan.sizes, plan.teacher_sizes
     if sizes == teacher:
         return {}
-    scores = WeightScores(teacher)
+    scores = WeightScores(teacher) if measured is None else ActivationScores(teacher, measured)
     for source in sources.values():
         tensor = reader.read(source.name)
         if len(axes := fitting_axes(source.name, tensor.shape, teacher)) == 2:
-            scores.add(source.block, axes, tensor)
-    channels = {Part.CHANNEL: scores.channels(sizes[Part.CHANNEL])}
+            scores.add(source.block, within(source.name, stack), axes, tensor)
+    channels = {} if plan.roles is not None else {Part.CHANNEL: scores.channels(sizes[Part.CHANNEL])}
     kept: dict[int | None, dict[Part, torch.Tensor]] = {None: channels}
     for block in plan.blocks:
         heads, kv_heads = scores.heads(block, sizes[Part.HEAD], sizes[Part.KV_HEAD])

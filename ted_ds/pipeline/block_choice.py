@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from ted_ds.config.choices import Measured
 from ted_ds.config.sections import InitConfig
-from ted_ds.errors import ModelError
-from ted_ds.job.files import new_folder
 from ted_ds.job.world import logger
+from ted_ds.models.layer_map import keep_blocks
 from ted_ds.pipeline.calibration import Calibration, Trial
 from ted_ds.runs.report import aligned
 
@@ -41,18 +39,24 @@ class BlockChoice:
 
 
 def choose_blocks(init: InitConfig, calibration: Calibration) -> BlockChoice:
-    """The choice of `init.blocks`, a policy that needs data; a collective.
+    """The blocks of `init`; a collective. Data decide if its policy says so, and show what it costs in any case.
 
     Raises ModelError if the teacher has fewer blocks than the student is to keep.
     """
     total, keep = calibration.num_blocks, init.num_blocks
-    assert keep is not None
-    if keep > total:
-        raise ModelError(f"student.init.num_blocks is {keep}, the teacher has {total} blocks")
-    policy: Measured = init.blocks  # type: ignore[assignment]
-    choose = {"influence": by_influence, "greedy": greedily}[policy]
-    with calibration.progress(trials=2 if policy == "influence" else 1 + _greedy_trials(total, keep)):
-        return BlockChoice(policy, calibration.num_rows, tuple(choose(calibration, keep)))
+    if not init.chooses_blocks or keep is None or keep >= total:
+        kept = keep_blocks(init.blocks, keep, total)
+        gone = [block for block in range(total) if block not in kept]
+        with calibration.progress(trials=2 if gone else 1):
+            rounds = calibration.trials([(), gone] if gone else [()])
+    elif init.blocks == "influence":
+        with calibration.progress(trials=2):
+            rounds = by_influence(calibration, keep)
+    else:
+        with calibration.progress(trials=1 + sum(min(CANDIDATES, there) for there in range(keep + 1, total + 1))):
+            rounds = greedily(calibration, keep)
+    policy = init.blocks if isinstance(init.blocks, str) else "number"
+    return BlockChoice(policy, calibration.num_rows, tuple(rounds))
 
 
 def by_influence(calibration: Calibration, keep: int) -> list[Trial]:
@@ -74,10 +78,6 @@ def greedily(calibration: Calibration, keep: int) -> list[Trial]:
     return rounds
 
 
-def _greedy_trials(total: int, keep: int) -> int:
-    return sum(min(CANDIDATES, there) for there in range(keep + 1, total + 1))
-
-
 def _least(trial: Trial, count: int) -> list[int]:
     """The blocks of the least influence that are still there."""
     there = [block for block in range(len(trial.influence)) if block not in trial.left_out]
@@ -85,7 +85,7 @@ def _least(trial: Trial, count: int) -> list[int]:
 
 
 def write_choice(choice: BlockChoice, folder: Path) -> None:
-    """Writes blocks.json and a plot, and logs a table; on one rank."""
+    """Writes blocks.json and a plot into `folder`, and logs a table; on one rank."""
     logger.info("the blocks that go, by %s on %d rows:\n%s", choice.policy, choice.rows, _table(choice))
     losses = [trial.loss for trial in choice.rounds]
     content = {
@@ -96,9 +96,8 @@ def write_choice(choice: BlockChoice, folder: Path) -> None:
         "losses": losses,
         "influence": choice.rounds[0].influence,
     }
-    with new_folder(folder) as temporary:
-        (temporary / CHOICE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        _plot(choice, temporary / PLOT)
+    (folder / CHOICE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    _plot(choice, folder / PLOT)
 
 
 def read_choice(folder: Path) -> tuple[int, ...]:

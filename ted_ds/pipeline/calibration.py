@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
 
@@ -18,7 +19,10 @@ from ted_ds.config.sections import LossConfig
 from ted_ds.data.loader import Rows
 from ted_ds.errors import NotFiniteError
 from ted_ds.job.world import World
-from ted_ds.models.structure import block_input, block_output
+from ted_ds.models.channels import Measurements
+from ted_ds.models.families import axes_of, part_read
+from ted_ds.models.rotation import Roles, within
+from ted_ds.models.structure import ModelStructure, block_input, block_output
 from ted_ds.ops import Head
 from ted_ds.tasks.base import Reading, RunData, Task
 from ted_ds.teacher.frozen import FrozenModel
@@ -74,6 +78,29 @@ class Calibration:
         parts = [trials[i : i + self._copies] for i in range(0, len(trials), self._copies)]
         return [trial for part in parts for trial in self._run(part)]
 
+    def measure(self, roles: Roles | None, left_out: Collection[int] = ()) -> Measurements:
+        """What decides on the width of the model without these blocks; a collective.
+
+        roles: of a family whose hidden states can be rotated; None: by channels.
+        """
+        sums = _Sums(self._teacher.module.structure, roles, frozenset(left_out), self._world.device)
+        tokens = sum(int(BatchCounts.of(batch).tokens) for batch in self._sample)
+        trial, unused = [frozenset(left_out)], torch.zeros(1, self.num_blocks, device=self._world.device)
+        with self.progress(trials=1):
+            for batch, counted, rows in self._own_rows():
+                share, mask = counted / tokens, batch.attention_mask
+                with self._without(trial, mask, unused.new_tensor(share), unused), sums.watching(mask, share):
+                    self._teacher.stream(batch)
+                self._advance(rows)
+        return sums.over(self._world)
+
+    def _own_rows(self) -> Iterator[tuple[Batch, float, int]]:
+        """(row, 1, rows of all ranks in this turn) of this rank; 0: it has none left, and only joins in gathers."""
+        for first in range(0, len(self._sample), self._world.size):
+            place = first + self._world.rank
+            batch = self._sample[place % len(self._sample)].to(self._world.device)
+            yield batch, float(place < len(self._sample)), min(self._world.size, len(self._sample) - first)
+
     @contextmanager
     def progress(self, trials: int) -> Iterator[None]:
         """Within it, a bar shows how far so many trials are."""
@@ -85,15 +112,14 @@ class Calibration:
         self._advance = _nothing
 
     def _run(self, trials: Sequence[frozenset[int]]) -> list[Trial]:
-        count, world, sample = len(trials), self._world, self._sample
+        count, world = len(trials), self._world
         # row by row for a trial: the loss, and the influence of each block
         sums = torch.zeros(count, 1 + self.num_blocks, dtype=torch.float64, device=world.device)
-        counts = BatchCounts(torch.stack([BatchCounts.of(batch).values for batch in sample]).sum(0).to(world.device))
+        counts = BatchCounts(
+            torch.stack([BatchCounts.of(batch).values for batch in self._sample]).sum(0).to(world.device)
+        )
 
-        for first in range(0, len(sample), world.size):
-            place = first + world.rank
-            batch = sample[place % len(sample)].to(world.device)
-            counted = float(place < len(sample))  # a rank without a row left takes part in the gathers
+        for batch, counted, rows in self._own_rows():
 
             def use(output: torch.Tensor, head: Head | None, batch: Batch = batch, counted: float = counted) -> None:
                 with torch.no_grad():
@@ -105,7 +131,7 @@ class Calibration:
             copies = batch.copies(count)
             with self._without(trials, copies.attention_mask, counted / counts.tokens, sums[:, 1:]):
                 self._teacher.stream(copies, use)
-            self._advance(count * min(world.size, len(sample) - first))
+            self._advance(count * rows)
         found = world.sum(sums)
         if not bool(found.isfinite().all()):
             raise NotFiniteError("the teacher's loss or hidden states on the calibration sample are not finite")
@@ -149,6 +175,67 @@ class Calibration:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _Sums:
+    """The sums of `Measurements`, by hooks on a teacher's norms and on the matrices that write hidden states."""
+
+    def __init__(
+        self, structure: ModelStructure, roles: Roles | None, left_out: frozenset[int], device: torch.device
+    ) -> None:
+        width, stack = structure.width, structure.blocks_path
+        self._norms: list[nn.Module] = []
+        self._readers: dict[str, nn.Module] = {}
+        for path, module in structure.model.named_modules():
+            name, own = f"{path}.weight", within(f"{path}.weight", stack)
+            block = name.removeprefix(f"{stack}.").partition(".")[0]
+            weight = getattr(module, "weight", None)
+            shape = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))  # a sharded weight is empty
+            if block.isdecimal() and int(block) in left_out:
+                continue
+            if part_read(name) is not None:
+                self._readers[f"{block}.{own}"] = module
+            elif shape == (width,) and (own in roles.by_name if roles else axes_of(name)):
+                self._norms.append(module)
+        zeros = torch.zeros(width, dtype=torch.float64, device=device)
+        self._channels, self._moments = zeros, None if roles is None else zeros.new_zeros(width, width)
+        self._energies: dict[str, torch.Tensor] = {}
+
+    @contextmanager
+    def watching(self, mask: torch.Tensor | None, scale: float) -> Iterator[None]:
+        """Within it, `scale` times the sums over tokens of what passes are added."""
+
+        def flat(states: torch.Tensor) -> torch.Tensor:
+            states = states.detach().float()
+            return (states if mask is None else states * mask[..., None]).flatten(0, -2)
+
+        def at_norm(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            self._channels += scale * flat(output).abs().sum(0)
+            if self._moments is not None:
+                given = inputs[0].float()
+                given = flat(given * given.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt())
+                self._moments += scale * (given.T @ given)
+
+        def at_reader(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+                energy = scale * flat(inputs[0]).square().sum(0).double()
+                self._energies[name] = self._energies.get(name, 0) + energy
+
+            return hook
+
+        handles = [norm.register_forward_hook(at_norm) for norm in self._norms]
+        handles += [reader.register_forward_pre_hook(at_reader(name)) for name, reader in self._readers.items()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def over(self, world: World) -> Measurements:
+        """Added up over the ranks, on the CPU; a collective."""
+        moments = None if self._moments is None else world.sum(self._moments).cpu()
+        energies = {name: world.sum(self._energies[name]).cpu() for name in sorted(self._energies)}
+        return Measurements(moments, world.sum(self._channels).cpu(), energies)
 
 
 def _nothing(count: int) -> None:

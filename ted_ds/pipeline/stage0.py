@@ -15,16 +15,18 @@ from ted_ds.config.sections import InitConfig
 from ted_ds.config.tasks import KINDS
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.errors import ModelError
-from ted_ds.job.files import write_atomically
+from ted_ds.job.files import new_folder, write_atomically
 from ted_ds.job.world import World, logger
+from ted_ds.models.channels import Measurements
+from ted_ds.models.cut_plan import plan_cut
 from ted_ds.models.fit import check_fit, check_ids, check_outputs
 from ted_ds.models.loading import meta_model
 from ted_ds.models.probe import probe, probe_cut
-from ted_ds.models.pruning import init_student, plan_cut
+from ted_ds.models.pruning import init_student
 from ted_ds.models.published import is_published, unpack_published
 from ted_ds.models.task_head import label_fields, start_from_pretrained
 from ted_ds.models.weight_check import check_weights
-from ted_ds.pipeline.block_choice import choose_blocks, read_choice, write_choice
+from ted_ds.pipeline.block_choice import BlockChoice, choose_blocks, read_choice, write_choice
 from ted_ds.pipeline.calibration import Calibration
 from ted_ds.tasks.registry import TASK_CLASSES, open_data
 from ted_ds.teacher.fingerprints import weights_fingerprint
@@ -33,8 +35,8 @@ from ted_ds.teacher.hosting import load_frozen
 MODELS = "models.json"
 """In a run's folder: the fingerprints of the models that it was given."""
 
-CALIBRATION = "calibration"
-"""In a run's folder: what the teacher's reading of a sample chose, and why."""
+CALIBRATION, WIDTH = "calibration", "width.safetensors"
+"""In a run's folder: what the teacher's reading of a sample found; the file of what decides on the width."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def ensure_models(run: RunConfig, tokenizer: Tokenizer, world: World) -> ModelPa
     else:
         assert teacher is not None and run.teacher is not None
         if init.is_measured:
-            init = _measured(run, tokenizer, teacher, init, world)
+            init = _calibrated(run, tokenizer, teacher, init, world)
         kept = plan_cut(teacher, init, run.spec.kind, run.teacher.trust_remote_code).blocks
         make = partial(_cut, run, teacher, init)
     world.on_main(lambda: None if folder.exists() else make(folder))
@@ -144,13 +146,15 @@ def _cut(run: RunConfig, teacher: str, init: InitConfig, folder: Path) -> None:
     assert run.teacher is not None
     trusted = run.teacher.trust_remote_code
     probe_cut(teacher, init, run.spec.kind, trust_remote_code=trusted)
-    init_student(teacher, init, folder, kind=run.spec.kind, trust_remote_code=trusted)
+    path = run.output_dir / CALIBRATION / WIDTH
+    measured = Measurements.load(path) if path.exists() else None
+    init_student(teacher, init, folder, kind=run.spec.kind, trust_remote_code=trusted, measured=measured)
 
 
-def _measured(run: RunConfig, tokenizer: Tokenizer, teacher: str, init: InitConfig, world: World) -> InitConfig:
+def _calibrated(run: RunConfig, tokenizer: Tokenizer, teacher: str, init: InitConfig, world: World) -> InitConfig:
     """The cut with the blocks that the teacher's reading of a sample chose; a collective.
 
-    The choice is written to the run's folder, and taken from there at the next start.
+    What it found is written to the run's folder, and taken from there at the next start.
     """
     assert run.teacher is not None
     trusted, folder = run.teacher.trust_remote_code, run.output_dir / CALIBRATION
@@ -159,14 +163,26 @@ def _measured(run: RunConfig, tokenizer: Tokenizer, teacher: str, init: InitConf
         rows = _check_model(run, "teacher", teacher, trusted, tokenizer, world, layers=False)
         data = open_data(run, world, tokenizer, rows)
         world.on_main(lambda: check_ids(tokenizer, rows, data.splits))
-        logger.info("Stage 0: blocks by %s -> %s", init.blocks, folder)
+        logger.info("Stage 0: the teacher reads a sample -> %s", folder)
         frozen = load_frozen(run, world, teacher, task=data.task, tokenizer=tokenizer, trust_remote_code=trusted)
-        choice = choose_blocks(init, Calibration.of(run, world, data, frozen, init.calibration_tokens))
+        calibration = Calibration.of(run, world, data, frozen, init.calibration_tokens)
+        choice = choose_blocks(init, calibration)
+        width = None
+        if init.is_narrower:
+            plan = plan_cut(teacher, init.with_blocks(choice.kept), run.spec.kind, trusted)
+            width = calibration.measure(plan.roles, choice.rounds[-1].left_out)
         frozen.close()
-        del frozen
+        del frozen, calibration
         gc.collect()  # hooks and modules refer to each other: the next model must not find this one in memory
-        world.on_main(lambda: write_choice(choice, folder))
-    return init.model_copy(update={"blocks": world.on_main(lambda: read_choice(folder)), "num_blocks": None})
+        world.on_main(lambda: _write_calibration(folder, choice, width))
+    return init.with_blocks(world.on_main(lambda: read_choice(folder)))
+
+
+def _write_calibration(folder: Path, choice: BlockChoice, width: Measurements | None) -> None:
+    with new_folder(folder) as temporary:
+        write_choice(choice, temporary)
+        if width is not None:
+            width.save(temporary / WIDTH)
 
 
 def _defaults(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from ted_ds.batch import Batch
 from ted_ds.config.load import load_config
 from ted_ds.data.buckets import BucketedRows
 from ted_ds.data.encoded import EncodedRows
 from ted_ds.data.loader import TrainingRows
 from ted_ds.data.packed import PackedBlocks
+from ted_ds.models.channels import Measurements
 from tests.jobs import pretrain_error, pretrain_recipe, trials_of
 from tests.project import SEQUENCE, make_project, write_recipe
 from tests.task_project import make_task_project, write_task_recipe
@@ -23,7 +27,7 @@ from tests.workers import Workers
 
 Group = Callable[[int], Workers]
 
-BLOCKS, ROWS = 6, 5
+BLOCKS, WIDTH, ROWS = 6, 24, 5
 LEFT_OUT: list[tuple[int, ...]] = [(), (1,), (2, 3), (5,), (0, 4)]
 SPLITS = {
     "1 rank": (1, ()),
@@ -36,7 +40,7 @@ SPLITS = {
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_project(tmp_path_factory.mktemp("calibration"), blocks=BLOCKS, width=24)
+    return make_project(tmp_path_factory.mktemp("calibration"), blocks=BLOCKS, width=WIDTH)
 
 
 def measured_recipe(project: Path, name: str, policy: str, keep: int, **changes: object) -> Path:
@@ -44,24 +48,34 @@ def measured_recipe(project: Path, name: str, policy: str, keep: int, **changes:
     return write_recipe(project, name, method="kd", student={"dtype": "float32", "init": init}, **changes)
 
 
-def plain_loss(project: Path, recipe: Path, left_out: Collection[int]) -> float:
-    """Nats a token of the teacher without these blocks, which are taken out of its list."""
-    run = load_config(recipe, [])
-    teacher = AutoModelForCausalLM.from_pretrained(project / "teacher").eval()
+def plain_teacher(project: Path, left_out: Collection[int]) -> Any:
+    """The teacher without these blocks, which are taken out of its list."""
+    teacher: Any = AutoModelForCausalLM.from_pretrained(project / "teacher").eval()
     layers = teacher.model.layers
     teacher.model.layers = nn.ModuleList(layer for i, layer in enumerate(layers) if i not in left_out)
     teacher.config.num_hidden_layers = len(teacher.model.layers)
+    teacher.config.use_cache = False
+    return teacher
+
+
+def plain_sample(recipe: Path) -> Batch:
+    run = load_config(recipe, [])
     blocks = PackedBlocks(run.prepared_folder / "train")
     rows = TrainingRows(blocks, seed=run.seed, global_batch_size=ROWS, micro_batch_size=ROWS, rank=0, world_size=1)
     (batch,) = rows.micro_batches(0)
+    return batch
+
+
+def plain_loss(project: Path, recipe: Path, left_out: Collection[int]) -> float:
+    """Nats a token."""
+    batch = plain_sample(recipe)
     with torch.no_grad():
-        logits = teacher(batch.input_ids, use_cache=False).logits
+        logits = plain_teacher(project, left_out)(batch.input_ids).logits
     return float(nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()))
 
 
 def plain_influence(project: Path, recipe: Path) -> list[float]:
-    run = load_config(recipe, [])
-    teacher = AutoModelForCausalLM.from_pretrained(project / "teacher").eval()
+    teacher = plain_teacher(project, ())
     seen: list[float] = []
 
     def look(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
@@ -69,17 +83,41 @@ def plain_influence(project: Path, recipe: Path) -> list[float]:
 
     for layer in teacher.model.layers:
         layer.register_forward_hook(look)
-    rows = TrainingRows(
-        PackedBlocks(run.prepared_folder / "train"),
-        seed=run.seed,
-        global_batch_size=ROWS,
-        micro_batch_size=ROWS,
-        rank=0,
-        world_size=1,
-    )
     with torch.no_grad():
-        teacher(rows.micro_batches(0)[0].input_ids, use_cache=False)
+        teacher(plain_sample(recipe).input_ids)
     return seen
+
+
+def assert_measured(found: Measurements, project: Path, recipe: Path, left_out: Collection[int]) -> None:
+    """Moments, channels and energies of the teacher without these blocks."""
+    teacher = plain_teacher(project, left_out)
+    kept = [block for block in range(BLOCKS) if block not in left_out]
+    moments, channels = torch.zeros(WIDTH, WIDTH).double(), torch.zeros(WIDTH).double()
+    energies = {}
+
+    def at_norm(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        x = inputs[0].double().flatten(0, 1)
+        x = x / x.square().mean(-1, keepdim=True).sqrt()
+        moments.add_(x.T @ x / len(x))
+        channels.add_(output.double().abs().flatten(0, 1).mean(0))
+
+    for path, module in teacher.named_modules():
+        if path.endswith("norm"):
+            module.register_forward_hook(at_norm)
+        elif path.endswith(("o_proj", "down_proj")):
+            block, _, name = path.removeprefix("model.layers.").partition(".")
+
+            def at_writer(module: Any, inputs: Any, key: str = f"{kept[int(block)]}.{name}.weight") -> None:
+                energies[key] = inputs[0].double().square().flatten(0, 1).mean(0)
+
+            module.register_forward_pre_hook(at_writer)
+    with torch.no_grad():
+        teacher(plain_sample(recipe).input_ids)
+    assert found.moments is not None and found.energies.keys() == energies.keys()
+    torch.testing.assert_close(found.moments, moments, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.channels, channels, rtol=1e-6, atol=1e-6)
+    for key, energy in energies.items():
+        torch.testing.assert_close(found.energies[key], energy, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -87,11 +125,13 @@ def test_trials_are_plain_transformers_however_they_are_split(project: Path, wor
     ranks, overrides = SPLITS[split]
     path = measured_recipe(project, "trials", "greedy", 3)
     found = workers(ranks).run(trials_of, path, LEFT_OUT, overrides)
-    assert all(one == found[0] for one in found)
-    assert [trial.left_out for trial in found[0]] == [frozenset(blocks) for blocks in LEFT_OUT]
-    for trial in found[0]:
+    trials, measured = found[0]
+    assert all(others == trials for others, _ in found)
+    assert [trial.left_out for trial in trials] == [frozenset(blocks) for blocks in LEFT_OUT]
+    for trial in trials:
         assert trial.loss == pytest.approx(plain_loss(project, path, trial.left_out), rel=1e-6)
-    assert found[0][0].influence == pytest.approx(plain_influence(project, path), rel=1e-4, abs=1e-6)
+    assert trials[0].influence == pytest.approx(plain_influence(project, path), rel=1e-4, abs=1e-6)
+    assert_measured(measured, project, path, LEFT_OUT[-1])
 
 
 def test_greedy_and_influence_keep_what_plain_torch_says(project: Path, workers: Group) -> None:
@@ -117,6 +157,26 @@ def test_greedy_and_influence_keep_what_plain_torch_says(project: Path, workers:
     influence = plain_influence(project, path)
     most = sorted(sorted(range(BLOCKS), key=lambda block: -influence[block])[:3])
     assert json.loads((project / "influence/calibration/blocks.json").read_text())["kept"] == most
+
+
+def test_width_is_cut_by_what_the_sample_shows(project: Path, workers: Group) -> None:
+    init = {"blocks": [0, 2, 3, 5], "hidden_size": 12, "intermediate_size": 40, "calibration_tokens": ROWS * SEQUENCE}
+    path = write_recipe(project, "narrow", method="kd", student={"dtype": "float32", "init": init})
+    students = {}
+    for ranks in (1, 2):
+        workers(ranks).run(pretrain_recipe, path, (f"--output_dir={project}/narrow{ranks}",), "student")
+        students[ranks] = AutoModelForCausalLM.from_pretrained(project / f"narrow{ranks}/initial_student").eval()
+        shutil.rmtree(project / f"narrow{ranks}/initial_student")
+        workers(ranks).run(
+            pretrain_recipe, path, (f"--output_dir={project}/narrow{ranks}",), "student"
+        )  # from its file
+    ids = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        one, two = (student(ids).logits for student in students.values())
+    torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)
+    again = AutoModelForCausalLM.from_pretrained(project / "narrow2/initial_student")
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), students[2].parameters(), strict=True))
+    assert (again.config.hidden_size, again.config.intermediate_size, again.config.num_hidden_layers) == (12, 40, 4)
 
 
 def test_pairs_match_the_blocks_that_were_kept(project: Path, workers: Group) -> None:
@@ -147,7 +207,7 @@ def test_a_task_s_trials_are_plain_transformers(tmp_path: Path, workers: Group) 
     init = {"num_blocks": 2, "calibration_tokens": 7 * 32}
     path = write_task_recipe(project, "sst2", "kd", student={"dtype": "float32", "init": init})
     run = load_config(path, [])
-    found = workers(2).run(trials_of, path, [(), (1, 2)])[0]
+    found, _ = workers(2).run(trials_of, path, [(), (1, 2)])[0]
     model = AutoModelForSequenceClassification.from_pretrained(project / "teacher").eval()
     model.bert.encoder.layer = nn.ModuleList([model.bert.encoder.layer[i] for i in (0, 3)])
     rows = EncodedRows(run.prepared_folder / "train")

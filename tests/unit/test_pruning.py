@@ -186,24 +186,36 @@ def test_grouped_heads(family: str, silent: list[int], kv: list[int], tmp_path: 
 
 
 def test_scores() -> None:
+    def add(scores: WeightScores, block: int | None, name: str, matrix: torch.Tensor) -> None:
+        scores.add(block, name, axes_of(name), matrix)
+
     scores = WeightScores({Part.CHANNEL: 4, Part.HEAD: 4, Part.KV_HEAD: 2, Part.UNIT: 5000})
     matrix = torch.ones(5000, 4)  # read in two chunks of rows
     matrix[0, 2], matrix[4999, 1] = 1000, 900
-    scores.add(None, axes_of("embed_tokens.weight"), matrix)
+    add(scores, None, "embed_tokens.weight", matrix)
     assert scores.channels(2).tolist() == [1, 2] and scores.channels(1).tolist() == [2]
     for factor in (1e-3, 1e-4):  # each matrix counts alike, however small
-        scores.add(0, axes_of("mlp.up_proj.weight"), factor * matrix.flip(1))
+        add(scores, 0, "mlp.up_proj.weight", factor * matrix.flip(1))
     best = scores.channels(1), scores.units(0, 2), scores.units(1, 2)
     assert [t.tolist() for t in best] == [[1], [0, 4999], [0, 1]]
-    scores.add(0, axes_of("self_attn.q_proj.weight"), torch.diag(torch.tensor([1e6, 1, 1, 1])))  # does not count
-    scores.add(0, axes_of("self_attn.v_proj.weight"), torch.tensor([[1.0] * 4, [2.0] * 4]))
-    scores.add(0, axes_of("self_attn.o_proj.weight"), torch.diag(torch.tensor([2.0, 3, 1.9, 1])))
+    scores.add(
+        0, "self_attn.q_proj.weight", axes_of("self_attn.q_proj.weight"), torch.diag(torch.tensor([1e6, 1, 1, 1]))
+    )  # does not count
+    add(scores, 0, "self_attn.v_proj.weight", torch.tensor([[1.0] * 4, [2.0] * 4]))
+    scores.add(
+        0, "self_attn.o_proj.weight", axes_of("self_attn.o_proj.weight"), torch.diag(torch.tensor([2.0, 3, 1.9, 1]))
+    )
     assert [t.tolist() for t in scores.heads(0, 2, 2)] == [[1, 2], [0, 1]]
     assert [t.tolist() for t in scores.heads(0, 2, 1)] == [[2, 3], [1]]
     qkv = torch.tensor([[[9.0] * 4, [1.0] * 4], [[9.0] * 4, [1.0] * 4], [[1.0] * 4, [2.0] * 4]])  # v alone counts
     scores = WeightScores({Part.CHANNEL: 4, Part.HEAD: 2, Part.KV_HEAD: 2})
-    scores.add(0, axes_of("attn.c_attn.weight"), qkv.flatten(0, 1).T)
-    scores.add(1, axes_of("attention.query_key_value.weight"), qkv.transpose(0, 1).flatten(0, 1))
+    add(scores, 0, "attn.c_attn.weight", qkv.flatten(0, 1).T)
+    scores.add(
+        1,
+        "attention.query_key_value.weight",
+        axes_of("attention.query_key_value.weight"),
+        qkv.transpose(0, 1).flatten(0, 1),
+    )
     assert [scores.heads(block, 1, 1)[0].tolist() for block in (0, 1)] == [[1], [1]]
 
 
