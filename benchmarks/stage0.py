@@ -1,0 +1,132 @@
+"""What cuts leave of a real pretrained model before any training: held-out loss and LAMBADA, by ted_ds's own commands.
+
+    python -m benchmarks.stage0 --model FOLDER --train TEXT --validation TEXT [--lambada FILE] [--json OUT]
+
+Each cut is `ted-ds init-student` on the training text, then `ted-ds evaluate`. Shares of blocks and widths are those of
+SmolLM2-135M (30 blocks of 576), for which it was written: about 40 minutes on 2 cores that do nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+
+from benchmarks.report import bars, parser_of, publish, table
+from benchmarks.timing import environment
+from ted_ds.config.sections import InitConfig
+from ted_ds.models.pruning import init_student
+
+TED_DS = [sys.executable, "-m", "ted_ds.cli.main"]
+SEQUENCE, GREEDY_TOKENS = 256, 2048
+DEPTHS, WIDTHS = (20, 15), (513, 450, 387)
+COLUMNS = ("cut", "loss", "lambada", "parameters_m", "seconds")
+BY_WEIGHTS = "weight norms"
+
+
+class Cuts:
+    """Cuts of a model in folders of `work`, and their scores."""
+
+    def __init__(self, options: Any, work: Path) -> None:
+        self._options, self._work = options, work
+        self.rows: list[dict[str, Any]] = []
+
+    def score(self, name: str, model: Path, seconds: float | None = None) -> None:
+        """Adds a row, and prints it."""
+        command = [*TED_DS, "evaluate", str(model), "--data", str(self._options.validation), "--batch-size", "8"]
+        command += ["--sequence-length", str(SEQUENCE), "--tokenizer", str(self._options.model)]
+        command += ["--lambada", str(self._options.lambada)] if self._options.lambada else []
+        found = json.loads(_run(command))
+        weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
+        row = {"cut": name, "loss": found["loss"], "parameters_m": weights / 4e6, "seconds": seconds}
+        row["lambada"] = found.get("lambada_accuracy")
+        self.rows.append(row)
+        print(table([row], COLUMNS), file=sys.stderr, flush=True)
+
+    def cut(self, name: str, init: Mapping[str, Any]) -> Path:
+        """Makes a student by the command, and scores it; returns the run's folder."""
+        folder = self._work / name.replace(" ", "-")
+        recipe = {
+            "method": "kd",
+            "output_dir": str(folder),
+            "teacher": {"model": str(self._options.model), "dtype": "float32", "sharding": "replicated"},
+            "student": {"dtype": "float32", "init": dict(init)},
+            "data": {
+                "train": [str(self._options.train)],
+                "tokenizer": str(self._options.model),
+                "prepared": str(self._work / "data"),
+                "sequence_length": SEQUENCE,
+            },
+        }
+        path = self._work / f"{folder.name}.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        start = time.monotonic()
+        _run([*TED_DS, "init-student", "--config", str(path)])
+        self.score(name, folder / "initial_student", time.monotonic() - start)
+        return folder
+
+    def cut_by_weights(self, width: int) -> None:
+        """Without data, by the Python interface."""
+        folder, start = self._work / f"weights-{width}", time.monotonic()
+        init_student(str(self._options.model), InitConfig(hidden_size=width), folder)
+        self.score(f"width {width}, {BY_WEIGHTS}", folder, time.monotonic() - start)
+
+
+def measure(cuts: Cuts, model: Path) -> None:
+    """Fills the table."""
+    cuts.score("whole", model)
+    for width in WIDTHS:
+        cuts.cut(f"width {width}, rotation", {"hidden_size": width})
+        cuts.cut_by_weights(width)
+    for blocks in DEPTHS:
+        for policy in ("uniform", "influence"):
+            cuts.cut(f"{blocks} blocks, {policy}", {"num_blocks": blocks, "blocks": policy})
+    fewest = min(DEPTHS)
+    init = {"num_blocks": fewest, "blocks": "greedy", "calibration_tokens": GREEDY_TOKENS}
+    found = json.loads((cuts.cut(f"{fewest} blocks, greedy", init) / "calibration/blocks.json").read_text())
+    order = [block for removed in found["removed"] for block in removed]
+    for blocks in DEPTHS:
+        if blocks != fewest:  # the first removals of the same search
+            total = len(found["influence"])
+            kept = sorted(set(range(total)) - set(order[: total - blocks]))
+            cuts.cut(f"{blocks} blocks, greedy", {"blocks": kept})
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"$ {' '.join(command)}\n{done.stderr[-3000:]}")
+    return done.stdout
+
+
+def main() -> None:
+    """See the module."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="folder of a float32 causal LM with its tokenizer")
+    for name in ("--train", "--validation"):
+        parser.add_argument(name, type=Path, required=True, help="text")
+    parser.add_argument("--lambada", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        cuts = Cuts(options, Path(work))
+        measure(cuts, options.model)
+    rows = sorted(cuts.rows, key=lambda row: str(row["cut"]))
+
+    def draw(figure: Figure) -> None:
+        bars(figure.subplots(), {row["cut"]: row["loss"] for row in rows}, title="held-out loss", unit="nats a token")
+
+    report = {"environment": environment(torch.device("cpu"), "stage0", sys.argv[1:]), "rows": rows}
+    publish(report, [table(rows, COLUMNS)], draw, options.json)
+
+
+if __name__ == "__main__":
+    main()
