@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ted_ds.config.sections import InitConfig
 from ted_ds.config.tasks import Kind
 from ted_ds.errors import ModelError, in_a_line
-from ted_ds.job.world import logger
 from ted_ds.models.channels import Sizes
 from ted_ds.models.families import Part, set_sizes, sizes_of
 from ted_ds.models.layer_map import keep_blocks
@@ -81,8 +80,7 @@ def find_roles(model: PreTrainedModel) -> Roles | None:
     """See `rotation_roles`; None if hidden states of this family cannot be rotated."""
     try:
         return rotation_roles(tiny_model(model))
-    except ModelError as error:
-        logger.info("the width is cut by channels: %s", error)
+    except ModelError:
         return None
 
 

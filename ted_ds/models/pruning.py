@@ -74,6 +74,16 @@ class Source:
     role: str | None = None
 
 
+def check_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool) -> CutPlan:
+    """The plan of a cut, once names and shapes in the teacher's files are known to give the student; nothing is read.
+
+    Raises ModelError if they do not.
+    """
+    plan, reader = plan_cut(teacher, init, kind, trust_remote_code), WeightReader(teacher)
+    _cut_shapes(plan, reader, _sources(plan, reader, _stack_in_files(plan, reader, teacher)), teacher)
+    return plan
+
+
 def _write_cut(plan: CutPlan, teacher: str, folder: Path, measured: Measurements | None) -> None:
     reader = WeightReader(teacher)
     stack = _stack_in_files(plan, reader, teacher)

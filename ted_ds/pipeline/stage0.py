@@ -22,7 +22,7 @@ from ted_ds.models.cut_plan import plan_cut
 from ted_ds.models.fit import check_fit, check_ids, check_outputs
 from ted_ds.models.loading import meta_model
 from ted_ds.models.probe import probe, probe_cut
-from ted_ds.models.pruning import init_student
+from ted_ds.models.pruning import check_cut, init_student
 from ted_ds.models.published import is_published, unpack_published
 from ted_ds.models.task_head import label_fields, start_from_pretrained
 from ted_ds.models.weight_check import check_weights
@@ -159,7 +159,7 @@ def _calibrated(run: RunConfig, tokenizer: Tokenizer, teacher: str, init: InitCo
     assert run.teacher is not None
     trusted, folder = run.teacher.trust_remote_code, run.output_dir / CALIBRATION
     if not world.on_main(folder.exists):
-        world.on_main(lambda: probe_cut(teacher, init.unmeasured(), run.spec.kind, trust_remote_code=trusted))
+        world.on_main(lambda: _check_cut(run, teacher, init.unmeasured(), trusted))
         rows = _check_model(run, "teacher", teacher, trusted, tokenizer, world, layers=False)
         data = open_data(run, world, tokenizer, rows)
         world.on_main(lambda: check_ids(tokenizer, rows, data.splits))
@@ -176,6 +176,14 @@ def _calibrated(run: RunConfig, tokenizer: Tokenizer, teacher: str, init: InitCo
         gc.collect()  # hooks and modules refer to each other: the next model must not find this one in memory
         world.on_main(lambda: _write_calibration(folder, choice, width))
     return init.with_blocks(world.on_main(lambda: read_choice(folder)))
+
+
+def _check_cut(run: RunConfig, teacher: str, init: InitConfig, trusted: bool) -> None:
+    """Before hours of reading: whether a cut of these sizes can be; on one rank."""
+    probe_cut(teacher, init, run.spec.kind, trust_remote_code=trusted)
+    plan = check_cut(teacher, init, run.spec.kind, trusted)
+    if plan.roles is None and init.hidden_size is not None:
+        logger.info("a %s cannot be rotated: its width is cut by channels", plan.student.config.model_type)
 
 
 def _write_calibration(folder: Path, choice: BlockChoice, width: Measurements | None) -> None:

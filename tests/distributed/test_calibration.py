@@ -227,3 +227,12 @@ def test_more_blocks_than_the_teacher_has_are_refused(project: Path, workers: Gr
     path = measured_recipe(project, "many", "greedy", 9)
     (message,) = workers(1).run(pretrain_error, path, (), "student")
     assert message == "student.init.num_blocks is 9, the teacher has 6 blocks"
+
+
+def test_a_width_that_cannot_be_is_refused_before_the_teacher_reads(tmp_path: Path, workers: Group) -> None:
+    project = make_task_project(tmp_path, "sst2")
+    init = {"num_blocks": 2, "hidden_size": 12}
+    path = write_task_recipe(project, "sst2", "narrow", student={"dtype": "float32", "init": init})
+    (message,) = workers(1).run(pretrain_error, path, (), "student")
+    assert "cannot be cut so" in message
+    assert not list((project / "narrow").glob("calibration*")) and not (project / "narrow/data").exists()
