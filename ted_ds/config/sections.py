@@ -176,11 +176,6 @@ class InitConfig(Section):
         """Whether data decide which of the teacher's blocks stay."""
         return self.num_blocks is not None and self.blocks in get_args(Measured)
 
-    @property
-    def is_measured(self) -> bool:
-        """Whether the teacher has to read data before it is known what of it stays."""
-        return self.chooses_blocks or self.is_narrower
-
     def unmeasured(self) -> Self:
         """A cut of the same sizes whose blocks need no data."""
         return self.model_copy(update={"blocks": "uniform"}) if self.chooses_blocks else self

@@ -97,7 +97,8 @@ def ensure_models(run: RunConfig, tokenizer: Tokenizer, world: World) -> ModelPa
         make = partial(_at_random, run, init, tokenizer)
     else:
         assert teacher is not None and run.teacher is not None
-        if init.is_measured:
+        # an earlier version cut the width without data: a student that is there stays
+        if init.chooses_blocks or (init.is_narrower and not world.on_main(folder.exists)):
             init = _calibrated(run, tokenizer, teacher, init, world)
         kept = plan_cut(teacher, init, run.spec.kind, run.teacher.trust_remote_code).blocks
         make = partial(_cut, run, teacher, init)
