@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ted_ds.models.layer_map import keep_blocks
 from ted_ds.models.loading import on_meta
 from ted_ds.models.probe import probe_cut, skipped_blocks
 from ted_ds.models.pruning import init_student
-from ted_ds.models.structure import find_blocks, find_structure
+from ted_ds.models.structure import find_blocks, find_structure, set_dropout
 from ted_ds.models.tiny import tiny_model
 from ted_ds.pipeline.run import run_recipe
 from ted_ds.telemetry.recorder import read_metrics
@@ -148,10 +149,10 @@ class _FamilyCheck:
         return folder if folder.exists() else self._project / "teacher"
 
     def _run(self, method: str, cut: str) -> Path:
-        self._teacher.train()
-        drawn = not torch.equal(_logits(self._teacher), _logits(self._teacher))
-        self._teacher.eval()
-        if drawn:  # PhiMoE's router
+        config = copy.deepcopy(self._teacher.config)
+        set_dropout(config, 0.0)
+        trained = type(self._teacher)(config).train()
+        if not torch.equal(_logits(trained), _logits(trained)):  # PhiMoE's router
             raise _NotComparedError("its forward draws at random while it trains, also without dropout")
         student = {"dtype": "float32", "model": str(self._student(cut))}
         path = write_recipe(self._project, method, **SHORT, method=method, student=student)

@@ -48,7 +48,7 @@ def run(*command: object, code: int = 0) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.parametrize("other", [slow("deepspeed --no_python"), "torchrun"])
+@pytest.mark.parametrize("other", [slow("deepspeed --no_python"), slow("torchrun")])
 def test_every_launcher_runs_the_same_job_and_does_not_start_over(project: Path, other: str) -> None:
     losses = {}
     for name, command in [("bash", LAUNCHERS["bash"]), (other, LAUNCHERS[other])]:
