@@ -43,7 +43,8 @@ This page is made by `python docs/families.py > docs/families.md`, here with tra
 Each family goes through a run on one rank, under ZeRO-3 on both sides, with a tiny model of its default config: the
 student cut by blocks and by width, both stages, kd, and the export. Each part is compared with plain transformers:
 logits of a cut with the teacher's whose block is skipped, the losses of every step with a plain loop's, held-out losses
-with those of the loaded folder. "right": equal to 2e-4 or better. "refused": with one sentence.
+with those of the loaded folder. "right": equal to 2e-4 or better. "refused": with one sentence. "not compared": its
+forward draws at random while it trains.
 
 A run measures its own models in the same way before it begins, also those of families that are not listed here: see
 `ted_ds/models/probe.py`.
