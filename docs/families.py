@@ -66,7 +66,7 @@ def row(family: str) -> str:
         finally:
             workers.close()
     said = [text.partition(": ")[2].replace("|", "/") for text in found.values() if text != RIGHT]
-    why = re.sub(r"(?:the )?(teacher|student) \S*/project/\w+", r"the \1", "; ".join(dict.fromkeys(said)))
+    why = re.sub(r"(?:the )?(teacher|student|model) '?\S*/project/\w+'?", r"the \1", "; ".join(dict.fromkeys(said)))
     return f"| {family} | {' | '.join(found[part].partition(':')[0] for part in PARTS)} | {why} |"
 
 
