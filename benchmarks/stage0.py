@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.report import bars, parser_of, publish, table
 from benchmarks.timing import environment
-from ted_ds.config.sections import InitConfig
+from ted_ds.config.student_section import InitConfig
 from ted_ds.models.pruning import init_student
 
 TED_DS = [sys.executable, "-m", "ted_ds.cli.main"]

@@ -14,7 +14,7 @@ from pydantic_core import PydanticUndefined
 
 from ted_ds.config.data_section import HubDataset
 from ted_ds.config.schema import RunConfig
-from ted_ds.config.sections import InitConfig
+from ted_ds.config.student_section import InitConfig
 
 INTRODUCTION = """# Every key of a recipe
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from ted_ds.batch import IGNORED
 from ted_ds.config.load import load_config
-from ted_ds.config.sections import InitConfig
+from ted_ds.config.student_section import InitConfig
 from ted_ds.data.loader import EvaluationRows
 from ted_ds.data.packed import PackedBlocks
 from ted_ds.errors import TedError

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from ted_ds.models.task_head import AUTO_CLASSES
+from tests.project import changed
 from tests.tiny_encoders import encoder_config
 
 VOCAB = 61
@@ -134,12 +135,6 @@ def write_task_recipe(project: Path, task: str, output: str, /, **changes: Any) 
         "train": {"steps": 6, "global_batch_size": 8, "micro_batch_size": 2, "evaluate_every": 3, "save_every": 3},
         "logging": {"every": 1, "tensorboard": False},
     }
-    for dotted, value in changes.items():
-        *path, last = dotted.split("__")
-        place = base
-        for key in path:
-            place = place.setdefault(key, {})
-        place[last] = value
     file = project / f"{output.replace('/', '_')}.yaml"
-    file.write_text(yaml.safe_dump(base), encoding="utf-8")
+    file.write_text(yaml.safe_dump(changed(base, changes)), encoding="utf-8")
     return file

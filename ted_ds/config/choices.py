@@ -9,7 +9,7 @@ Method = Literal["ce", "kd", "lwd", "ted"]
 Dtype = Literal["float32", "bfloat16"]
 Sharding = Literal["zero3", "replicated"]
 
-Measured = Literal["greedy", "influence"]
+Measured = Literal["greedy", "influence", "iterative"]
 """Policies of `student.init.blocks` for which the teacher reads a sample of the training data."""
 
 Divergence = Literal["forward", "reverse", "jensen-shannon"]

@@ -17,10 +17,10 @@ from ted_ds.config.sections import (
     LossConfig,
     OptimizerConfig,
     Section,
-    StudentConfig,
     TeacherConfig,
     TrainConfig,
 )
+from ted_ds.config.student_section import StudentConfig
 from ted_ds.config.tasks import KINDS, TASKS, TaskSpec
 
 

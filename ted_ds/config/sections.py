@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ted_ds.config.choices import Divergence, Dtype, LayerLossKind, Measured, Sharding
+from ted_ds.config.choices import Divergence, Dtype, LayerLossKind, Sharding
 
 Pair = tuple[NonNegativeInt, NonNegativeInt]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -126,101 +126,6 @@ class TeacherConfig(Section):
     trust_remote_code: bool = False
 
 
-class InitConfig(Section):
-    """Stage 0: the student cut out of the teacher, or (`config`) made at random. A size left out is kept."""
-
-    blocks: Measured | Literal["uniform", "first", "last"] | tuple[NonNegativeInt, ...] = Field(
-        default="greedy",
-        description="which of the teacher's blocks stay, by policy or by 0-based index; greedy: those without which a "
-        "sample of the training data has the least loss, left out one by one; influence: those that change hidden "
-        "states most",
-    )
-    num_blocks: PositiveInt | None = Field(default=None, description="number of blocks that a policy keeps")
-    calibration_tokens: PositiveInt = Field(
-        default=4096, description="size of the sample, in rows of data.sequence_length, that greedy and influence read"
-    )
-    hidden_size: PositiveInt | None = Field(default=None, description="width D, in channels")
-    num_heads: PositiveInt | None = Field(default=None, description="attention (query) heads a block")
-    intermediate_size: PositiveInt | None = Field(default=None, description="FFN units a block")
-    config: dict[str, Any] | None = Field(
-        default=None,
-        description="a transformers config, e.g. {model_type: llama, hidden_size: 192}, for a random start",
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if self.config is not None:
-            others = {n: v for n, v in self if n != "config" and v != type(self).model_fields[n].default}
-            if others:
-                given = ", ".join(f"{name}: {value}" for name, value in others.items())
-                raise ValueError(f"`config` (a random start) and {given} (a cut of the teacher) exclude each other")
-            if "model_type" not in self.config:
-                raise ValueError("`config` lacks `model_type`, e.g. {model_type: llama, hidden_size: 192}")
-        if isinstance(self.blocks, tuple):
-            if not self.blocks or len(set(self.blocks)) < len(self.blocks):
-                raise ValueError(f"blocks {list(self.blocks)} must name at least one block, and none twice")
-            if self.num_blocks not in (None, len(self.blocks)):
-                raise ValueError(
-                    f"blocks {list(self.blocks)} are {len(self.blocks)}, num_blocks is {self.num_blocks}: "
-                    "remove num_blocks"
-                )
-        return self
-
-    @property
-    def is_narrower(self) -> bool:
-        """Whether a size of the width is given."""
-        return any(size is not None for size in (self.hidden_size, self.num_heads, self.intermediate_size))
-
-    @property
-    def chooses_blocks(self) -> bool:
-        """Whether data decide which of the teacher's blocks stay."""
-        return self.num_blocks is not None and self.blocks in get_args(Measured)
-
-    def unmeasured(self) -> Self:
-        """A cut of the same sizes whose blocks need no data."""
-        return self.model_copy(update={"blocks": "uniform"}) if self.chooses_blocks else self
-
-    def with_blocks(self, blocks: tuple[int, ...]) -> Self:
-        """A cut of the same sizes with these blocks."""
-        return self.model_copy(update={"blocks": blocks, "num_blocks": None})
-
-
-class StudentConfig(Section):
-    """The model that is trained: a checkpoint (`model`) or made in Stage 0 (`init`, `pretrained`)."""
-
-    model: str | None = Field(
-        default=None, description="folder or hub id of a causal LM or, for other tasks, of a model fine-tuned on it"
-    )
-    init: InitConfig | None = None
-    pretrained: str | None = Field(
-        default=None, description="folder or hub id of the model before fine-tuning, for init_from_pretrained"
-    )
-    init_from_pretrained: bool = Field(
-        default=False, description="start from `pretrained` with a fresh task head, in place of `model`"
-    )
-    dtype: Dtype = Field(default="bfloat16", description="of forward and backward; the optimizer's copy is float32")
-    activation_checkpointing: bool = Field(
-        default=False, description="recompute blocks in backward: less memory, more time"
-    )
-    dropout: Fraction | None = Field(default=0.0, description="set on every dropout; null keeps the checkpoint's")
-    head_dropout: Fraction | None = Field(
-        default=None, description="before the task head (cls_dropout, classifier_dropout); null: as `dropout` says"
-    )
-    trust_remote_code: bool = False
-
-    @model_validator(mode="after")
-    def _one_source(self) -> Self:
-        if self.init_from_pretrained:
-            if self.pretrained is None:
-                raise ValueError("student.init_from_pretrained needs student.pretrained: give its folder or hub id")
-            if self.init is not None:
-                raise ValueError("student.init and student.init_from_pretrained exclude each other: remove one")
-        elif (self.model is None) == (self.init is None):
-            found = "neither is" if self.model is None else "both are"
-            raise ValueError(f"exactly one of student.model and student.init must be given, {found}")
-        return self
-
-
 class FiltersConfig(Duration):
     """The filters of `ted`, and which blocks are pairs. `lwd` uses layer_map and nonlinear alone: its filters, on the
     student alone, are not learnt beforehand, and their F is the teacher's width.
@@ -228,7 +133,9 @@ class FiltersConfig(Duration):
 
     section, default_steps = "filters", 200
     output_dim: PositiveInt | None = Field(
-        default=None, description="filter width F, in channels; null: the teacher's width"
+        default=None,
+        description="filter width F, in channels; null: the teacher's width or, if student.init cut the student's by "
+        "rotation, the student's",
     )
     nonlinear: bool = Field(
         default=False, description="Linear, the model's own activation, Linear in place of one Linear"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, PreTrainedConfig
 
 from ted_ds.config.schema import RunConfig
-from ted_ds.config.sections import InitConfig, TeacherConfig
+from ted_ds.config.sections import TeacherConfig
+from ted_ds.config.student_section import InitConfig
 from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.data.tokenizers import load_tokenizer
 from ted_ds.models.cut_plan import CutPlan, plan_cut
@@ -23,6 +24,7 @@ from ted_ds.models.loading import DTYPES, meta_model
 from ted_ds.models.pooler import set_head_dropout
 from ted_ds.models.structure import find_blocks, set_dropout
 from ted_ds.models.task_head import AUTO_CLASSES, label_fields
+from ted_ds.pipeline.budget import shapes_within
 from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.pipeline.stage1 import plan_pairs
 
@@ -90,8 +92,11 @@ def _filters(run: RunConfig, teacher: TeacherConfig, student: PreTrainedConfig) 
     with tempfile.TemporaryDirectory() as folder:
         student.save_pretrained(folder)
         init = run.student.init
-        kept = None if init is None or init.config is not None else _cut(run, teacher, init).blocks
-        plan = plan_pairs(run, ModelPaths(folder, teacher.model, kept=kept))
+        models = ModelPaths(folder, teacher.model)
+        if init is not None and init.config is None and (init.model is None or init.heals_in_rounds):
+            cut = _cut(run, teacher, init)
+            models = replace(models, kept=cut.blocks, rotation=None if cut.roles is None else Path(folder))
+        plan = plan_pairs(run, models)
     if plan is None:
         return NO_FILTERS
     with torch.device("meta"):
@@ -115,7 +120,11 @@ def _student_config(run: RunConfig) -> PreTrainedConfig:
 
 
 def _cut(run: RunConfig, teacher: TeacherConfig, init: InitConfig) -> CutPlan:
-    return plan_cut(teacher.model, init.unmeasured(), run.spec.kind, teacher.trust_remote_code)
+    trusted = run.student.trust_remote_code if init.model else teacher.trust_remote_code
+    source, kind = init.model or teacher.model, run.spec.kind
+    # a budget's largest shape stands for the one that the data will choose
+    init = init.unmeasured() if init.parameters is None else shapes_within(source, init, kind, trusted)[0].cut(init)
+    return plan_cut(source, init, kind, trusted)
 
 
 def _vocabulary(run: RunConfig) -> int:

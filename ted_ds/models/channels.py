@@ -30,25 +30,29 @@ class Measurements:
     """What a teacher's states are on a sample, float64.
 
     moments: [D, D], the mean of x x^T over tokens, summed over the norms that `rotation` turns; x: what a norm gets,
-    scaled to a mean square of 1. None if the model cannot be rotated. channels: [D], the mean of |what a norm gives|,
-    summed over the norms. energies: "BLOCK.NAME" -> [inputs], mean squares of what a matrix reads that writes hidden
-    states; NAME as of `within`.
+    scaled to a mean square of 1. channels: [D], the mean of |what a norm gives|, summed over the norms. energies:
+    "BLOCK.NAME" -> [inputs], mean squares of what a matrix reads that writes hidden states; NAME as of `within`. basis:
+    [D, D] float32, the principal directions of `moments`, the largest mean square first; kept, since another machine
+    may find some of them the other way round. moments and basis: None if the model cannot be rotated.
     """
 
     moments: torch.Tensor | None
     channels: torch.Tensor
     energies: Mapping[str, torch.Tensor]
+    basis: torch.Tensor | None = None
 
     def save(self, path: Path) -> None:
         """As safetensors."""
-        moments = {} if self.moments is None else {"moments": self.moments}
-        save_file({"channels": self.channels, **moments, **self.energies}, path)
+        named = {"moments": self.moments, "basis": self.basis}
+        squares = {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
+        save_file({"channels": self.channels, **squares, **self.energies}, path)
 
     @staticmethod
     def load(path: Path) -> Measurements:
         """What `save` wrote."""
         found = load_file(path)
-        return Measurements(found.pop("moments", None), found.pop("channels"), found)
+        moments, basis = (found.pop(name, None) for name in ("moments", "basis"))
+        return Measurements(moments, found.pop("channels"), found, basis)
 
 
 class PartScores:

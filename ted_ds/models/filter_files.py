@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ted_ds.errors import CheckpointError
@@ -14,10 +15,12 @@ from ted_ds.models.filters import FilterPlan
 from ted_ds.models.loading import DTYPES, is_sharded, load_tensors, sharded_init
 
 
-def new_filters(plan: FilterPlan, deepspeed_config: dict[str, Any] | None, dtype: str) -> nn.ModuleList:
-    """Fresh filters, sharded as they are made if the configuration shards."""
+def new_filters(
+    plan: FilterPlan, deepspeed_config: dict[str, Any] | None, dtype: str, basis: torch.Tensor | None = None
+) -> nn.ModuleList:
+    """Fresh filters, sharded as they are made if the configuration shards. basis: see `FilterPlan.build`."""
     with sharded_init(deepspeed_config):
-        bank = plan.build()
+        bank = plan.build(basis)
     # a sharded tensor has its dtype by the configuration, and must not be cast from outside
     return bank if is_sharded(deepspeed_config) else bank.to(DTYPES[dtype])
 

@@ -31,16 +31,28 @@ class Filter(nn.Module):
 
     The filter owns its tensors itself, without submodules, so that ZeRO-3 gathers all of them when the
     filter is called. A linear filter with F = D starts at identity: a student cut
-    from its teacher shares its basis, and a random start would throw that away.
+    from its teacher shares its basis, and a random start would throw that away. start: the weight [F, D] that another
+    linear filter starts with.
     """
 
-    def __init__(self, width: int, output_dim: int, *, nonlinear: bool = False, activation: str = "gelu") -> None:
+    def __init__(
+        self,
+        width: int,
+        output_dim: int,
+        *,
+        nonlinear: bool = False,
+        activation: str = "gelu",
+        start: torch.Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.width, self.output_dim, self.nonlinear = width, output_dim, nonlinear
         self.weight, self.bias = fresh_linear(width, output_dim)
-        if output_dim == width and not nonlinear:
-            nn.init.eye_(self.weight)
-            nn.init.zeros_(self.bias)
+        if start is None and output_dim == width:
+            start = torch.eye(width)
+        if start is not None and not nonlinear:
+            with torch.no_grad():
+                self.weight.copy_(start)
+                self.bias.zero_()
         if nonlinear:
             self.inner_weight, self.inner_bias = fresh_linear(width, width)
         self.activation = ACT2FN[activation]
@@ -76,9 +88,15 @@ class FilterPlan:
     nonlinear: bool = False
     activation: str = "gelu"
 
-    def build(self) -> nn.ModuleList:
-        """K fresh filters, in the order of `blocks`."""
+    def build(self, basis: torch.Tensor | None = None) -> nn.ModuleList:
+        """K fresh filters, in the order of `blocks`.
+
+        basis: [teacher's D, student's D], if the student's hidden states are the teacher's in that basis: linear
+        filters from one width to the other start there.
+        """
+        starts = {} if basis is None else {basis.shape: basis, basis.T.shape: basis.T}
+        start = starts.get(torch.Size((self.output_dim, self.width)))
         return nn.ModuleList(
-            Filter(self.width, self.output_dim, nonlinear=self.nonlinear, activation=self.activation)
+            Filter(self.width, self.output_dim, nonlinear=self.nonlinear, activation=self.activation, start=start)
             for _ in self.blocks
         )

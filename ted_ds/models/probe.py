@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from ted_ds.batch import Batch
-from ted_ds.config.sections import InitConfig
+from ted_ds.config.student_section import InitConfig
 from ted_ds.config.tasks import KINDS, Kind
 from ted_ds.errors import ModelError
 from ted_ds.job.world import logger

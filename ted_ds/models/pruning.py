@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from ted_ds.config.sections import InitConfig
+from ted_ds.config.student_section import InitConfig
 from ted_ds.config.tasks import Kind
 from ted_ds.errors import ModelError
 from ted_ds.job.files import new_folder
-from ted_ds.models.channels import ActivationScores, Measurements, WeightScores, cut
+from ted_ds.models.channels import ActivationScores, Measurements, PartScores, WeightScores, cut
 from ted_ds.models.cut_plan import CutPlan, plan_cut
 from ted_ds.models.families import Part, fitting_axes
 from ted_ds.models.random_start import write_random
-from ted_ds.models.rotation import Roles, Rotation, principal_basis, within
+from ted_ds.models.rotation import Roles, Rotation, within
 from ted_ds.models.weight_files import WeightReader, copy_companions, write_weights
 
 Kept = Mapping[int | None, Mapping[Part, torch.Tensor]]
@@ -90,7 +90,10 @@ def _write_cut(plan: CutPlan, teacher: str, folder: Path, measured: Measurements
     sources = _sources(plan, reader, stack)
     shapes = _cut_shapes(plan, reader, sources, teacher)
     kept = _kept(plan, reader, sources, stack, measured)
-    turn = None if plan.roles is None else _turning(plan, plan.roles, reader, stack, measured)
+    turn = None
+    if plan.roles is not None:
+        assert measured is not None and measured.basis is not None
+        turn = _turning(Rotation(plan.roles, measured.basis[:, : plan.sizes[Part.CHANNEL]]), reader, stack)
 
     def make(name: str) -> torch.Tensor:
         source = sources[name]
@@ -105,12 +108,9 @@ def _write_cut(plan: CutPlan, teacher: str, folder: Path, measured: Measurements
     copy_companions(teacher, folder)
 
 
-def _turning(
-    plan: CutPlan, roles: Roles, reader: WeightReader, stack: str, measured: Measurements | None
-) -> Callable[[Source, torch.Tensor], torch.Tensor]:
+def _turning(rotation: Rotation, reader: WeightReader, stack: str) -> Callable[[Source, torch.Tensor], torch.Tensor]:
     """(source, tensor) -> the tensor in the basis of the student."""
-    assert measured is not None and measured.moments is not None
-    rotation = Rotation(roles, principal_basis(measured.moments, plan.sizes[Part.CHANNEL]))
+    roles = rotation.roles
     outside = {within(name, stack): name for name in reader if not name.startswith(f"{stack}.")}
 
     def turn(source: Source, tensor: torch.Tensor) -> torch.Tensor:
@@ -226,18 +226,39 @@ def _uncut(teacher: str, reason: str) -> ModelError:
     return ModelError(f"teacher {teacher} cannot be cut so: {reason}; ask for another cut, or give student.init.config")
 
 
-def _kept(
+def units_that_stay(
+    teacher: str, cuts: Sequence[InitConfig], kind: Kind, measured: Measurements, *, trust_remote_code: bool
+) -> list[dict[int, torch.Tensor]]:
+    """For each of these cuts, which keep the same blocks: block -> the FFN units that stay; on one rank."""
+    plan, reader = plan_cut(teacher, cuts[0], kind, trust_remote_code), WeightReader(teacher)
+    stack = _stack_in_files(plan, reader, teacher)
+    scores = _scores(plan, reader, _sources(plan, reader, stack), stack, measured)
+    return [
+        {block: scores.units(block, units) for block in plan.blocks} if (units := cut.intermediate_size) else {}
+        for cut in cuts
+    ]
+
+
+def _scores(
     plan: CutPlan, reader: WeightReader, sources: Mapping[str, Source], stack: str, measured: Measurements | None
-) -> Kept:
-    """The parts that stay, by block; empty if the width is not cut. Channels stay that are rotated."""
-    sizes, teacher = plan.sizes, plan.teacher_sizes
-    if sizes == teacher:
-        return {}
+) -> PartScores:
+    teacher = plan.teacher_sizes
     scores = WeightScores(teacher) if measured is None else ActivationScores(teacher, measured)
     for source in sources.values():
         tensor = reader.read(source.name)
         if len(axes := fitting_axes(source.name, tensor.shape, teacher)) == 2:
             scores.add(source.block, within(source.name, stack), axes, tensor)
+    return scores
+
+
+def _kept(
+    plan: CutPlan, reader: WeightReader, sources: Mapping[str, Source], stack: str, measured: Measurements | None
+) -> Kept:
+    """The parts that stay, by block; empty if the width is not cut. Channels stay that are rotated."""
+    sizes = plan.sizes
+    if sizes == plan.teacher_sizes:
+        return {}
+    scores = _scores(plan, reader, sources, stack, measured)
     channels = {} if plan.roles is not None else {Part.CHANNEL: scores.channels(sizes[Part.CHANNEL])}
     kept: dict[int | None, dict[Part, torch.Tensor]] = {None: channels}
     for block in plan.blocks:

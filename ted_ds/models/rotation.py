@@ -187,10 +187,10 @@ class Rotation:
         return turned.movedim(-1, role.dim).to(tensor.dtype).contiguous()
 
 
-def principal_basis(moments: torch.Tensor, width: int) -> torch.Tensor:
-    """[D, width] float32: the directions of the largest mean squares. moments: [D, D]."""
+def principal_basis(moments: torch.Tensor) -> torch.Tensor:
+    """[D, D] float32: orthonormal directions, those of the largest mean squares first. moments: [D, D]."""
     directions: torch.Tensor = torch.linalg.eigh(moments.double()).eigenvectors  # by rising eigenvalues
-    return directions.flip(1)[:, :width].float()
+    return directions.flip(1).float()
 
 
 def _exact(tiny: PreTrainedModel, roles: Roles, stack: str) -> bool:

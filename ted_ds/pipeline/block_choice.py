@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from ted_ds.config.sections import InitConfig
+from ted_ds.config.student_section import InitConfig
 from ted_ds.job.world import logger
 from ted_ds.models.layer_map import keep_blocks
 from ted_ds.pipeline.calibration import Calibration, Trial
@@ -53,10 +54,29 @@ def choose_blocks(init: InitConfig, calibration: Calibration) -> BlockChoice:
         with calibration.progress(trials=2):
             rounds = by_influence(calibration, keep)
     else:
-        with calibration.progress(trials=1 + sum(min(CANDIDATES, there) for there in range(keep + 1, total + 1))):
+        with calibration.progress(trials=_greedy_trials(total, keep)):
             rounds = greedily(calibration, keep)
     policy = init.blocks if isinstance(init.blocks, str) else "number"
     return BlockChoice(policy, calibration.num_rows, tuple(rounds))
+
+
+def choices_of_depths(init: InitConfig, calibration: Calibration, depths: Sequence[int]) -> dict[int, BlockChoice]:
+    """By number of blocks: which of them stay; a collective. One search serves them all."""
+    total, fewest = calibration.num_blocks, min(depths)
+    if init.blocks == "influence":
+        with calibration.progress(trials=1 + len(depths)):
+            (whole,) = calibration.trials([()])
+            trials = calibration.trials([_least(whole, total - depth) for depth in depths])
+        rounds = {depth: [whole, trial] for depth, trial in zip(depths, trials, strict=True)}
+    else:
+        with calibration.progress(trials=_greedy_trials(total, fewest)):
+            search = greedily(calibration, fewest)
+        rounds = {depth: search[: total - depth + 1] for depth in depths}
+    return {depth: BlockChoice(str(init.blocks), calibration.num_rows, tuple(rounds[depth])) for depth in depths}
+
+
+def _greedy_trials(total: int, keep: int) -> int:
+    return 1 + sum(min(CANDIDATES, there) for there in range(keep + 1, total + 1))
 
 
 def by_influence(calibration: Calibration, keep: int) -> list[Trial]:

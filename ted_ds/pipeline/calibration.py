@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from ted_ds.batch import Batch, BatchCounts
@@ -20,8 +21,8 @@ from ted_ds.data.loader import Rows
 from ted_ds.errors import NotFiniteError
 from ted_ds.job.world import World
 from ted_ds.models.channels import Measurements
-from ted_ds.models.families import axes_of, part_read
-from ted_ds.models.rotation import Roles, within
+from ted_ds.models.families import Part, axes_of, part_read
+from ted_ds.models.rotation import Roles, principal_basis, within
 from ted_ds.models.structure import ModelStructure, block_input, block_output
 from ted_ds.ops import Head
 from ted_ds.tasks.base import Reading, RunData, Task
@@ -41,6 +42,18 @@ class Trial:
     left_out: frozenset[int]
     loss: float
     influence: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Narrowing:
+    """A narrower student, as what its teacher loses: the teacher then gives its logits, but for rounding.
+
+    basis: [D, d], to which hidden states are rotated; None: they stay. units: teacher block -> the FFN units that stay;
+    of a block that it does not name, all.
+    """
+
+    basis: torch.Tensor | None
+    units: Mapping[int, torch.Tensor]
 
 
 class Calibration:
@@ -69,14 +82,25 @@ class Calibration:
         copies = run.train.micro_batch_size
         return Calibration(teacher, data.sample(run), data.task, world, num_rows=rows, copies=copies)
 
-    def trials(self, left_out: Sequence[Collection[int]]) -> list[Trial]:
+    def trials(
+        self,
+        left_out: Sequence[Collection[int]],
+        narrowings: Sequence[Narrowing] | None = None,
+        roles: Roles | None = None,
+    ) -> list[Trial]:
         """The model without each of these sets of blocks, on the sample; a collective.
 
         One forward serves as many trials as there are copies: what is sharded is gathered once for all of them.
+
+        narrowings: one for each set, if the model is narrower too; roles: see `measure`.
         """
-        trials = [frozenset(blocks) for blocks in left_out]
-        parts = [trials[i : i + self._copies] for i in range(0, len(trials), self._copies)]
-        return [trial for part in parts for trial in self._run(part)]
+        trials, found = [frozenset(blocks) for blocks in left_out], []
+        points = None if narrowings is None else _Points.of(self._teacher.module.structure, roles, frozenset())
+        for i in range(0, len(trials), self._copies):
+            part = slice(i, i + self._copies)
+            with nullcontext() if points is None else points.narrowed((narrowings or ())[part]):
+                found += self._run(trials[part])
+        return found
 
     def measure(self, roles: Roles | None, left_out: Collection[int] = ()) -> Measurements:
         """What decides on the width of the model without these blocks; a collective.
@@ -169,23 +193,23 @@ class Calibration:
 
             return call
 
-        handles = [block.register_forward_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]
-        try:
+        with _removed([block.register_forward_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
-class _Sums:
-    """The sums of `Measurements`, by hooks on a teacher's norms and on the matrices that write hidden states."""
+@dataclass(frozen=True)
+class _Points:
+    """Where the width shows. norms: over hidden states, those that `roles` turns or, without roles, all that the table
+    of families knows. readers: "BLOCK.NAME" -> a matrix that writes hidden states, and reads heads or units.
+    """
 
-    def __init__(
-        self, structure: ModelStructure, roles: Roles | None, left_out: frozenset[int], device: torch.device
-    ) -> None:
-        width, stack = structure.width, structure.blocks_path
-        self._norms: list[nn.Module] = []
-        self._readers: dict[str, nn.Module] = {}
+    norms: Sequence[nn.Module]
+    readers: Mapping[str, nn.Module]
+
+    @staticmethod
+    def of(structure: ModelStructure, roles: Roles | None, left_out: frozenset[int]) -> _Points:
+        """Of a model whose weights may be sharded; without those of the blocks that are left out."""
+        stack, norms, readers = structure.blocks_path, [], {}
         for path, module in structure.model.named_modules():
             name, own = f"{path}.weight", within(f"{path}.weight", stack)
             block = name.removeprefix(f"{stack}.").partition(".")[0]
@@ -194,9 +218,57 @@ class _Sums:
             if block.isdecimal() and int(block) in left_out:
                 continue
             if part_read(name) is not None:
-                self._readers[f"{block}.{own}"] = module
-            elif shape == (width,) and (own in roles.by_name if roles else axes_of(name)):
-                self._norms.append(module)
+                readers[f"{block}.{own}"] = module
+            elif shape == (structure.width,) and (own in roles.by_name if roles else axes_of(name)):
+                norms.append(module)
+        return _Points(norms, readers)
+
+    @contextmanager
+    def narrowed(self, narrowings: Sequence[Narrowing]) -> Iterator[None]:
+        """Within it, each copy of a row runs through a narrower model.
+
+        A norm of the student reads what is left of hidden states in its basis: the teacher's norm reads their
+        projection on it, with the same mean square times D.
+        """
+
+        def project(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            copies = [
+                given
+                if narrowing.basis is None
+                else (given.float() @ narrowing.basis @ narrowing.basis.T).to(given.dtype)
+                for given, narrowing in zip(inputs[0].unbind(), narrowings, strict=True)
+            ]
+            return (torch.stack(copies), *inputs[1:])
+
+        def mask(block: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+            def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+                keeps = torch.ones(len(narrowings), 1, inputs[0].shape[-1], dtype=inputs[0].dtype)
+                for own, narrowing in zip(keeps, narrowings, strict=True):
+                    if block in narrowing.units:
+                        own[:] = 0
+                        own[:, narrowing.units[block]] = 1
+                return (inputs[0] * keeps.to(inputs[0].device), *inputs[1:])
+
+            return hook
+
+        handles = [norm.register_forward_pre_hook(project) for norm in self.norms]
+        handles += [
+            reader.register_forward_pre_hook(mask(int(name.partition(".")[0])))
+            for name, reader in self.readers.items()
+            if part_read(name) is Part.UNIT
+        ]
+        with _removed(handles):
+            yield
+
+
+class _Sums:
+    """The sums of `Measurements`, by hooks on a teacher's norms and on the matrices that write hidden states."""
+
+    def __init__(
+        self, structure: ModelStructure, roles: Roles | None, left_out: frozenset[int], device: torch.device
+    ) -> None:
+        self._points = _Points.of(structure, roles, left_out)
+        width = structure.width
         zeros = torch.zeros(width, dtype=torch.float64, device=device)
         self._channels, self._moments = zeros, None if roles is None else zeros.new_zeros(width, width)
         self._energies: dict[str, torch.Tensor] = {}
@@ -223,19 +295,27 @@ class _Sums:
 
             return hook
 
-        handles = [norm.register_forward_hook(at_norm) for norm in self._norms]
-        handles += [reader.register_forward_pre_hook(at_reader(name)) for name, reader in self._readers.items()]
-        try:
+        handles = [norm.register_forward_hook(at_norm) for norm in self._points.norms]
+        handles += [reader.register_forward_pre_hook(at_reader(name)) for name, reader in self._points.readers.items()]
+        with _removed(handles):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def over(self, world: World) -> Measurements:
         """Added up over the ranks, on the CPU; a collective."""
         moments = None if self._moments is None else world.sum(self._moments).cpu()
         energies = {name: world.sum(self._energies[name]).cpu() for name in sorted(self._energies)}
-        return Measurements(moments, world.sum(self._channels).cpu(), energies)
+        basis = None if moments is None else principal_basis(moments)
+        return Measurements(moments, world.sum(self._channels).cpu(), energies, basis)
+
+
+@contextmanager
+def _removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
+    """Removes hooks at its end."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _nothing(count: int) -> None:

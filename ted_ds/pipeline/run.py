@@ -19,6 +19,7 @@ from ted_ds.job.versions import commit, versions
 from ted_ds.job.world import World, logger
 from ted_ds.models.fit import check_ids
 from ted_ds.pipeline.checkpoints import latest_tag
+from ted_ds.pipeline.iterative import ROUNDS, heal_in_rounds
 from ted_ds.pipeline.stage0 import CALIBRATION, check_models, ensure_models
 from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
 from ted_ds.pipeline.stage2 import Plan, distill, export_checkpoint
@@ -64,7 +65,10 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
         logger.info("%s is complete (%d steps); nothing to do", run.output_dir, summary["steps"])
         return summary
     tokenizer = open_tokenizer(run, world)
-    models = ensure_models(run, tokenizer, world)
+    cut, origin = run, None
+    if run.student.init is not None and run.student.init.heals_in_rounds:
+        cut, origin = heal_in_rounds(run, world, run_recipe)
+    models = ensure_models(cut, tokenizer, world, origin)
     if goal == "student":
         return None
     pairs = plan_pairs(run, models)
@@ -82,12 +86,13 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
 def _refuse_own_folders(run: RunConfig) -> None:
     """Raises ConfigError if the recipe reads something from where the run will write: it would be replaced."""
     written = ["published_teacher", "published_student", "teacher_filters", "student_filters"]
-    written += ["checkpoints", "best", "student", CALIBRATION]
+    written += ["checkpoints", "best", "student", CALIBRATION, ROUNDS]
     written += ["initial_student"] if run.student.model is None or run.student.init_from_pretrained else []
     written += ["data"] if run.data.prepared is None else []
     given: dict[str, list[str | None]] = {
         "student.model": [run.student.model],
         "student.pretrained": [run.student.pretrained],
+        "student.init.model": [None if run.student.init is None else run.student.init.model],
         "teacher.model": [None if run.teacher is None else run.teacher.model],
         "data.tokenizer": [run.data.tokenizer],
     }

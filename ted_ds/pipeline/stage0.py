@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import gc
 import json
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ted_ds.config.choices import METHODS
 from ted_ds.config.schema import RunConfig
-from ted_ds.config.sections import InitConfig
+from ted_ds.config.student_section import InitConfig
 from ted_ds.config.tasks import KINDS
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.errors import ModelError
@@ -27,6 +28,7 @@ from ted_ds.models.published import is_published, unpack_published
 from ted_ds.models.task_head import label_fields, start_from_pretrained
 from ted_ds.models.weight_check import check_weights
 from ted_ds.pipeline.block_choice import BlockChoice, choose_blocks, read_choice, write_choice
+from ted_ds.pipeline.budget import Shape, choose_shape, read_shape, shapes_within, write_shapes
 from ted_ds.pipeline.calibration import Calibration
 from ted_ds.tasks.registry import TASK_CLASSES, open_data
 from ted_ds.teacher.fingerprints import weights_fingerprint
@@ -44,18 +46,23 @@ class ModelPaths:
     """Where the run's models are, folders or hub ids.
 
     published: side ("teacher", "student") -> folder of filters that came with a checkpoint in the layout of the
-    paper's authors. kept: the teacher's blocks that the student was cut from; None if it was not.
+    paper's authors. kept: the teacher's blocks that the student was cut from; None if it was not. rotation: the file of
+    the `Measurements` whose basis its hidden states have; None if they were not rotated.
     """
 
     student: str
     teacher: str | None
     published: dict[str, Path] = field(default_factory=dict)
     kept: tuple[int, ...] | None = None
+    rotation: Path | None = None
 
 
-def ensure_models(run: RunConfig, tokenizer: Tokenizer, world: World) -> ModelPaths:
+def ensure_models(
+    run: RunConfig, tokenizer: Tokenizer, world: World, origin: tuple[int, ...] | None = None
+) -> ModelPaths:
     """The initial student, made in Stage 0 if need be, and the teacher; a collective.
 
+    origin: of `student.init.model`, if it was cut from the teacher: the number that each of its blocks has there.
     Checkpoints in the layout of the paper's authors are taken apart in the run's folder.
     """
     published: dict[str, Path] = {}
@@ -75,35 +82,61 @@ def ensure_models(run: RunConfig, tokenizer: Tokenizer, world: World) -> ModelPa
             published[side] = folder / "filters"
         return str(folder / "model")
 
-    def whole(side: str, name_or_path: str, trusted: bool) -> str:
-        path = plain(side, name_or_path)
+    def whole(side: str, path: str, trusted: bool) -> str:
         world.on_main(lambda: check_weights(side, path, run.spec.kind, trust_remote_code=trusted))
         world.on_main(lambda: _same_weights(run.output_dir / MODELS, side, path))
         return path
 
     teacher = (
-        whole("teacher", run.teacher.model, run.teacher.trust_remote_code)
+        whole("teacher", plain("teacher", run.teacher.model), run.teacher.trust_remote_code)
         if run.teacher is not None and run.uses_teacher
         else None
     )
     if run.student.model is not None and not run.student.init_from_pretrained:
-        student = whole("student", run.student.model, run.student.trust_remote_code)
+        student = whole("student", plain("student", run.student.model), run.student.trust_remote_code)
         return ModelPaths(student, teacher, published)
     folder = run.output_dir / "initial_student"
-    init, kept = run.student.init, None
+    init = run.student.init
     if init is None:
         make = partial(_from_pretrained, run, tokenizer)
     elif init.config is not None:
         make = partial(_at_random, run, init, tokenizer)
     else:
         assert teacher is not None and run.teacher is not None
-        # an earlier version cut the width without data: a student that is there stays
-        if init.chooses_blocks or (init.is_narrower and not world.on_main(folder.exists)):
-            init = _calibrated(run, tokenizer, teacher, init, world)
-        kept = plan_cut(teacher, init, run.spec.kind, run.teacher.trust_remote_code).blocks
-        make = partial(_cut, run, teacher, init)
+        source, trusted = teacher, run.teacher.trust_remote_code
+        if init.model is not None:
+            trusted = run.student.trust_remote_code
+            source = whole("student.init.model", init.model, trusted)
+        models = ModelPaths(str(folder), teacher, published)
+        return _cut_out(run, tokenizer, world, models, source, trusted, origin)
     world.on_main(lambda: None if folder.exists() else make(folder))
-    return ModelPaths(str(folder), teacher, published, kept)
+    return ModelPaths(str(folder), teacher, published)
+
+
+def _cut_out(
+    run: RunConfig,
+    tokenizer: Tokenizer,
+    world: World,
+    models: ModelPaths,
+    source: str,
+    trusted: bool,
+    origin: tuple[int, ...] | None,
+) -> ModelPaths:
+    """The models, once the student is cut out of `source` if it is not there; a collective. origin: `ensure_models`."""
+    init, folder, width = run.student.init, Path(models.student), run.output_dir / CALIBRATION / WIDTH
+    assert init is not None
+    # an earlier version cut the width without data: a student that is there stays
+    if init.chooses_blocks or (init.is_narrower and not world.on_main(folder.exists)):
+        init = _calibrated(run, tokenizer, source, trusted, init, world)
+    world.on_main(lambda: None if folder.exists() else _cut(run, source, trusted, init, folder))
+    plan = plan_cut(source, init, run.spec.kind, trusted)
+    if init.model is None:
+        origin = tuple(range(plan.total))
+    if origin is None:
+        return models
+    rotated = world.on_main(lambda: width.exists() and Measurements.load(width).basis is not None)
+    kept = tuple(origin[block] for block in plan.blocks)
+    return replace(models, kept=kept, rotation=width if rotated else None)
 
 
 def _same_weights(record: Path, side: str, path: str) -> None:
@@ -142,41 +175,50 @@ def _at_random(run: RunConfig, init: InitConfig, tokenizer: Tokenizer, folder: P
     tokenizer.save(folder)
 
 
-def _cut(run: RunConfig, teacher: str, init: InitConfig, folder: Path) -> None:
+def _cut(run: RunConfig, teacher: str, trusted: bool, init: InitConfig, folder: Path) -> None:
     logger.info("Stage 0: initial student -> %s", folder)
-    assert run.teacher is not None
-    trusted = run.teacher.trust_remote_code
     probe_cut(teacher, init, run.spec.kind, trust_remote_code=trusted)
     path = run.output_dir / CALIBRATION / WIDTH
     measured = Measurements.load(path) if path.exists() else None
     init_student(teacher, init, folder, kind=run.spec.kind, trust_remote_code=trusted, measured=measured)
 
 
-def _calibrated(run: RunConfig, tokenizer: Tokenizer, teacher: str, init: InitConfig, world: World) -> InitConfig:
-    """The cut with the blocks that the teacher's reading of a sample chose; a collective.
+def _calibrated(
+    run: RunConfig, tokenizer: Tokenizer, teacher: str, trusted: bool, init: InitConfig, world: World
+) -> InitConfig:
+    """The cut as the teacher's reading of a sample decides on it; a collective.
 
     What it found is written to the run's folder, and taken from there at the next start.
     """
-    assert run.teacher is not None
-    trusted, folder = run.teacher.trust_remote_code, run.output_dir / CALIBRATION
+    folder, kind = run.output_dir / CALIBRATION, run.spec.kind
     if not world.on_main(folder.exists):
-        world.on_main(lambda: _check_cut(run, teacher, init.unmeasured(), trusted))
+        shapes = []
+        if init.parameters is not None:
+            shapes = world.on_main(lambda: shapes_within(teacher, init, kind, trusted))
+        example = shapes[-1].cut(init) if shapes else init.unmeasured()
+        world.on_main(lambda: _check_cut(run, teacher, example, trusted))
         rows = _check_model(run, "teacher", teacher, trusted, tokenizer, world, layers=False)
         data = open_data(run, world, tokenizer, rows)
         world.on_main(lambda: check_ids(tokenizer, rows, data.splits))
         logger.info("Stage 0: the teacher reads a sample -> %s", folder)
         frozen = load_frozen(run, world, teacher, task=data.task, tokenizer=tokenizer, trust_remote_code=trusted)
         calibration = Calibration.of(run, world, data, frozen, init.calibration_tokens)
-        choice = choose_blocks(init, calibration)
         width = None
+        if shapes:
+            shapes, choice, width = choose_shape(shapes, init, calibration, world, teacher, kind, trusted)
+        else:
+            choice = choose_blocks(init, calibration)
         if init.is_narrower:
-            plan = plan_cut(teacher, init.with_blocks(choice.kept), run.spec.kind, trusted)
+            plan = plan_cut(teacher, init.with_blocks(choice.kept), kind, trusted)
             width = calibration.measure(plan.roles, choice.rounds[-1].left_out)
         frozen.close()
         del frozen, calibration
         gc.collect()  # hooks and modules refer to each other: the next model must not find this one in memory
-        world.on_main(lambda: _write_calibration(folder, choice, width))
-    return init.with_blocks(world.on_main(lambda: read_choice(folder)))
+        world.on_main(lambda: _write_calibration(folder, choice, width, shapes))
+    blocks = world.on_main(lambda: read_choice(folder))
+    if init.parameters is not None:
+        return world.on_main(lambda: read_shape(folder)).cut(init, blocks)
+    return init.with_blocks(blocks)
 
 
 def _check_cut(run: RunConfig, teacher: str, init: InitConfig, trusted: bool) -> None:
@@ -187,8 +229,10 @@ def _check_cut(run: RunConfig, teacher: str, init: InitConfig, trusted: bool) ->
         logger.info("a %s cannot be rotated: its width is cut by channels", plan.student.config.model_type)
 
 
-def _write_calibration(folder: Path, choice: BlockChoice, width: Measurements | None) -> None:
+def _write_calibration(folder: Path, choice: BlockChoice, width: Measurements | None, shapes: Sequence[Shape]) -> None:
     with new_folder(folder) as temporary:
+        if shapes:
+            write_shapes(shapes, temporary)
         write_choice(choice, temporary)
         if width is not None:
             width.save(temporary / WIDTH)

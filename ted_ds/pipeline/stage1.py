@@ -12,16 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import nn
 
 from ted_ds.config.choices import METHODS
 from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.schema import ResolvedRun, RunConfig
-from ted_ds.config.sections import FiltersConfig, StudentConfig, TeacherConfig
+from ted_ds.config.sections import FiltersConfig, TeacherConfig
+from ted_ds.config.student_section import StudentConfig
 from ted_ds.distill.engine import build_trained_engine
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.errors import CheckpointError, ModelError
 from ted_ds.job.files import write_atomically
 from ted_ds.job.world import World, logger, seed_everything
+from ted_ds.models.channels import Measurements
 from ted_ds.models.families import activation_of
 from ted_ds.models.filter_files import copy_filters, new_filters, read_plan
 from ted_ds.models.filters import FilterPlan
@@ -34,7 +37,7 @@ from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
 from ted_ds.pipeline.stage0 import ModelPaths
 from ted_ds.tasks.base import RunData
-from ted_ds.teacher.fingerprints import model_fingerprint
+from ted_ds.teacher.fingerprints import file_fingerprint, model_fingerprint
 from ted_ds.teacher.frozen import FrozenModel
 from ted_ds.teacher.hosting import load_frozen
 from ted_ds.teacher.recording import alone_in_cache
@@ -50,11 +53,28 @@ WARMUP_SHARE = 0.1
 
 @dataclass(frozen=True)
 class PairPlan:
-    """What the layer loss compares: the pairs, and each side's filters (teacher None: unfiltered, lwd)."""
+    """What the layer loss compares: the pairs, and each side's filters (teacher None: unfiltered, lwd).
+
+    rotation: see `ModelPaths`.
+    """
 
     layer_map: LayerMap
     teacher: FilterPlan | None
     student: FilterPlan
+    rotation: Path | None = None
+
+    def of(self, side: str) -> FilterPlan | None:
+        """The filters of a side ("teacher", "student")."""
+        return self.teacher if side == "teacher" else self.student
+
+    def new_filters(self, side: str, deepspeed_config: dict[str, Any], dtype: str) -> nn.ModuleList:
+        """Fresh filters of a side that has some: from one width to the other, they start at the student's rotation."""
+        plan = self.of(side)
+        assert plan is not None
+        basis = None if self.rotation is None else Measurements.load(self.rotation).basis
+        if basis is not None:
+            basis = basis[:, : self.student.width]
+        return new_filters(plan, deepspeed_config, dtype, basis)
 
 
 def plan_pairs(run: RunConfig, models: ModelPaths) -> PairPlan | None:
@@ -71,14 +91,16 @@ def plan_pairs(run: RunConfig, models: ModelPaths) -> PairPlan | None:
     layer_map = resolve_layer_map(policy, student.num_blocks, teacher.num_blocks, models.kept)
     blocks_s, blocks_t = (tuple(pair[side] for pair in layer_map) for side in (0, 1))
     if not METHODS[run.method].learns_filters:
-        return PairPlan(layer_map, None, _fresh(run, student, blocks_s, teacher.width))
+        return PairPlan(layer_map, None, _fresh(run, student, blocks_s, teacher.width), models.rotation)
     ready = {side: read_plan(folder) for side, folder in models.published.items()}
     widths = [plan.output_dim for plan in ready.values()]
-    output_dim = run.filters.output_dim or next(iter(widths), teacher.width)
+    shared = teacher.width if models.rotation is None else student.width
+    output_dim = run.filters.output_dim or next(iter(widths), shared)
     plan = PairPlan(
         layer_map,
         ready.get("teacher") or _fresh(run, teacher, blocks_t, output_dim),
         ready.get("student") or _fresh(run, student, blocks_s, output_dim),
+        models.rotation,
     )
     _check_ready(plan, ready, {"teacher": blocks_t, "student": blocks_s}, output_dim)
     return plan
@@ -124,25 +146,25 @@ def learn_filters(run: ResolvedRun, world: World, data: RunData, plan: PairPlan,
         return {}
     assert run.teacher is not None and models.teacher is not None
     folders = {}
-    for side, path, trusted, filters in (
-        ("teacher", models.teacher, run.teacher.trust_remote_code, plan.teacher),
-        ("student", models.student, run.student.trust_remote_code, plan.student),
+    for side, path, trusted in (
+        ("teacher", models.teacher, run.teacher.trust_remote_code),
+        ("student", models.student, run.student.trust_remote_code),
     ):
         folder = folders[side] = run.output_dir / f"{side}_filters"
         there = world.on_main((folder / "filters.json").exists)
-        learn = partial(_load_and_learn, run, world, data, filters, folder, side, path, trusted)
+        learn = partial(_load_and_learn, run, world, data, plan, folder, side, path, trusted)
         if side in models.published:
             if not there:
                 logger.info("Stage I: %s filters came with the checkpoint -> %s", side, folder)
                 world.on_main(partial(copy_filters, models.published[side], folder))
         elif side == "teacher" and run.teacher.cache is not None:
-            _share(run, world, data, path, folder, learn)
+            _share(run, world, data, path, plan.rotation, folder, learn)
         elif not there:
             learn()
         found = world.on_main(partial(read_plan, folder))
-        if found != filters:
+        if found != plan.of(side):
             raise CheckpointError(
-                f"{folder} holds filters of another layer map or shape ({found}, this run's {filters}): "
+                f"{folder} holds filters of another layer map or shape ({found}, this run's {plan.of(side)}): "
                 "delete that folder to learn them anew"
             )
     return folders
@@ -153,7 +175,13 @@ def _structure(run: RunConfig, path: str, section: TeacherConfig | StudentConfig
 
 
 def _share(
-    run: ResolvedRun, world: World, data: RunData, teacher: str, folder: Path, learn: Callable[[], None]
+    run: ResolvedRun,
+    world: World,
+    data: RunData,
+    teacher: str,
+    rotation: Path | None,
+    folder: Path,
+    learn: Callable[[], None],
 ) -> None:
     """The teacher's filters as `teacher.cache` has them, or learnt and put there; a collective.
 
@@ -170,6 +198,7 @@ def _share(
             "the teacher's weights": model_fingerprint(teacher)[:12],
             "the training data": data.train.fingerprint()[:12],
             "teacher.dtype": run.teacher.dtype,
+            "the student's rotation": None if rotation is None else file_fingerprint(rotation)[:12],
             **_learning(run.filters),
         }
 
@@ -227,7 +256,7 @@ class FilterHooks(Hooks):
 
 
 def _load_and_learn(
-    run: ResolvedRun, world: World, data: RunData, plan: FilterPlan, folder: Path, side: str, path: str, trusted: bool
+    run: ResolvedRun, world: World, data: RunData, plan: PairPlan, folder: Path, side: str, path: str, trusted: bool
 ) -> None:
     logger.info("Stage I: %s filters -> %s", side, folder)
     frozen = load_frozen(run, world, path, task=data.task, tokenizer=data.tokenizer, trust_remote_code=trusted)
@@ -238,9 +267,10 @@ def _load_and_learn(
 
 
 def _learn(
-    run: ResolvedRun, world: World, data: RunData, frozen: FrozenModel, plan: FilterPlan, folder: Path, side: str
+    run: ResolvedRun, world: World, data: RunData, frozen: FrozenModel, pairs: PairPlan, folder: Path, side: str
 ) -> None:
-    settings = run.filters
+    settings, plan = run.filters, pairs.of(side)
+    assert plan is not None
     rate: float = getattr(settings.learning_rate, side)
     batch_size: int | None = getattr(settings.global_batch_size, side, None)
     rows = batch_size or run.train.global_batch_size
@@ -257,7 +287,7 @@ def _learn(
     head = data.task.disposable_head(frozen.module.model, run, world, side)
     path = str(frozen.module.model.name_or_path)
     meters = Meters(world, stage1_flops(run, side, path, data.task, data.tokenizer, plan, head))
-    learner = FilterLearner(new_filters(plan, config, run.student.dtype), frozen, plan.blocks, head)
+    learner = FilterLearner(pairs.new_filters(side, config, run.student.dtype), frozen, plan.blocks, head)
     warmup = getattr(settings.warmup_steps, side, int(WARMUP_SHARE * steps))
     schedule = learning_rate_schedule("linear", warmup_steps=warmup, total_steps=steps, final_ratio=0.0)
     engine = build_trained_engine(learner, deepspeed_config=config, schedule=schedule)

@@ -21,7 +21,7 @@ from ted_ds.distill.engine import build_trained_engine
 from ted_ds.errors import NotFiniteError, TrainingError
 from ted_ds.job.files import write_atomically
 from ted_ds.job.world import World, logger, seed_everything
-from ted_ds.models.filter_files import load_filters, new_filters
+from ted_ds.models.filter_files import load_filters
 from ted_ds.models.fit import fit_to_run
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.loading import checkpoint_activations, load_model
@@ -131,7 +131,8 @@ def _build_student(run: ResolvedRun, world: World, data: RunData, plan: Plan) ->
     if (learnt := plan.filters.get("student")) is not None:
         filters = load_filters(learnt, config, run.student.dtype, is_main=world.is_main)
     else:
-        filters = new_filters(plan.pairs.student, config, run.student.dtype) if plan.pairs else nn.ModuleList()
+        pairs = plan.pairs
+        filters = pairs.new_filters("student", config, run.student.dtype) if pairs else nn.ModuleList()
     module = DistillationModel(student, filters, run.loss, task=data.task)
     schedule = learning_rate_schedule(
         rate.schedule,

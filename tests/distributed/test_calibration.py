@@ -10,16 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ted_ds.batch import Batch
 from ted_ds.config.load import load_config
+from ted_ds.config.student_section import InitConfig
 from ted_ds.data.buckets import BucketedRows
 from ted_ds.data.encoded import EncodedRows
 from ted_ds.data.loader import TrainingRows
 from ted_ds.data.packed import PackedBlocks
 from ted_ds.models.channels import Measurements
+from ted_ds.models.pruning import init_student
+from ted_ds.telemetry.recorder import read_metrics
 from tests.jobs import pretrain_error, pretrain_recipe, trials_of
 from tests.project import SEQUENCE, make_project, write_recipe
 from tests.task_project import make_task_project, write_task_recipe
@@ -181,6 +185,82 @@ def test_width_is_cut_by_what_the_sample_shows(project: Path, workers: Group) ->
     again = AutoModelForCausalLM.from_pretrained(project / "narrow2/initial_student")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), students[2].parameters(), strict=True))
     assert (again.config.hidden_size, again.config.intermediate_size, again.config.num_hidden_layers) == (12, 40, 4)
+
+
+def plain_score(student: Path, recipe: Path) -> float:
+    """Nats a token of a student on the sample."""
+    batch, model = plain_sample(recipe), AutoModelForCausalLM.from_pretrained(student).eval()
+    with torch.no_grad():
+        logits = model(batch.input_ids).logits
+    return float(nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()))
+
+
+@pytest.mark.parametrize("policy", ["greedy", "influence"])
+def test_a_budget_takes_the_shape_of_the_least_loss(project: Path, workers: Group, policy: str) -> None:
+    init = {"parameters": "12.0K", "blocks": policy, "calibration_tokens": ROWS * SEQUENCE}
+    path = write_recipe(project, f"budget-{policy}", method="kd", student={"dtype": "float32", "init": init})
+    folder, overrides = project / f"budget-{policy}", ("--train.micro_batch_size=2",)
+    workers(2).run(pretrain_recipe, path, overrides, "student")
+    shapes = json.loads((folder / "calibration/shapes.json").read_text())
+    assert [shape["loss"] for shape in shapes] == sorted(shape["loss"] for shape in shapes)
+    assert {shape["hidden_size"] for shape in shapes} == {None, 16}
+    assert len({shape["num_blocks"] for shape in shapes}) > 2
+    assert any(shape["intermediate_size"] for shape in shapes)
+    measured = Measurements.load(folder / "calibration/width.safetensors")
+    chosen, last = json.loads((folder / "calibration/blocks.json").read_text()), load_config(path, list(overrides))
+    for i, shape in enumerate(shapes):
+        if shape["num_blocks"] != shapes[0]["num_blocks"]:
+            continue  # other blocks, of which nothing was written
+        names = ("hidden_size", "intermediate_size")
+        cut = InitConfig(blocks=chosen["kept"], **{name: shape[name] for name in names})
+        init_student(str(project / "teacher"), cut, folder / f"shape-{i}", measured=measured)
+        student = AutoModelForCausalLM.from_pretrained(folder / f"shape-{i}")
+        assert student.num_parameters() == shape["parameters"] <= 12_000
+        assert plain_score(folder / f"shape-{i}", path) == pytest.approx(shape["loss"], rel=1e-4)
+    made = AutoModelForCausalLM.from_pretrained(folder / "initial_student")
+    assert made.num_parameters() == shapes[0]["parameters"] and last.student.init is not None
+    # the next start takes it from the folder
+    shutil.rmtree(folder / "initial_student")
+    workers(2).run(pretrain_recipe, path, overrides, "student")
+    again = AutoModelForCausalLM.from_pretrained(folder / "initial_student")
+    assert all(torch.equal(a, b) for a, b in zip(made.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        (2000, "student.init.parameters is 2,000, and no shape that is tried of teacher"),
+        ("1M", "student.init.parameters is 1,000,000, the teacher has"),
+    ],
+)
+def test_a_budget_that_no_shape_meets_is_refused(
+    project: Path, workers: Group, parameters: object, message: str
+) -> None:
+    path = write_recipe(project, f"none-{parameters}", method="kd", student={"init": {"parameters": parameters}})
+    (found,) = workers(1).run(pretrain_error, path, (), "student")
+    assert found.startswith(message)
+
+
+def test_filters_start_at_the_rotation(project: Path, workers: Group) -> None:
+    """So that the layer loss begins with what the cut has lost, and with nothing else."""
+    init = {"blocks": [0, 1, 2, 3, 4, 5], "hidden_size": 16, "calibration_tokens": ROWS * SEQUENCE}
+    changes: dict[str, Any] = {"train__steps": 1, "train__save_every": 0, "filters": {"steps": 1}}
+    losses = {}
+    for name in ("ted", "lwd", "random"):
+        path = write_recipe(project, name, student={"dtype": "float32", "init": init}, **changes)
+        overrides = {"ted": (), "lwd": ("--method=lwd",), "random": ("--filters.output_dim=15",)}[name]
+        workers(2).run(pretrain_recipe, path, overrides)
+        losses[name] = read_metrics(project / name)[-1]["layer_loss"]
+    plan = json.loads((project / "ted/teacher_filters/filters.json").read_text())["plan"]
+    assert (plan["width"], plan["output_dim"]) == (WIDTH, 16)
+    basis = Measurements.load(project / "ted/calibration/width.safetensors").basis
+    assert basis is not None
+    found = load_file(project / "ted/teacher_filters/filters.safetensors")
+    weight = next(tensor for name, tensor in found.items() if name.endswith("0.weight"))
+    torch.testing.assert_close(
+        weight, basis[:, :16].T.contiguous(), rtol=0, atol=0.02
+    )  # one step of Stage I, rate 0.001
+    assert losses["ted"] < 0.7 * losses["random"] and losses["lwd"] < 0.7 * losses["random"]
 
 
 def test_pairs_match_the_blocks_that_were_kept(project: Path, workers: Group) -> None:

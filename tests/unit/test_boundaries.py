@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
-from ted_ds.config.sections import InitConfig
+from ted_ds.config.student_section import InitConfig
 from ted_ds.distill.engine_config import check_engine_config
 from ted_ds.errors import ConfigError, ModelError, TrainingError
 from ted_ds.models.pruning import init_student

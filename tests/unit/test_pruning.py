@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from ted_ds.config.sections import InitConfig
+from ted_ds.config.student_section import InitConfig
 from ted_ds.errors import ModelError
 from ted_ds.models import weight_files
 from ted_ds.models.channels import WeightScores

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5Config
 
-from ted_ds.config.sections import InitConfig
+from ted_ds.config.student_section import InitConfig
 from ted_ds.errors import ModelError
 from ted_ds.models.loading import on_meta
 from ted_ds.models.probe import probe_cut, skipped_blocks
