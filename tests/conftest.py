@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import; without a network a name that is no folder costs 20 s of retries
+os.environ["OMP_NUM_THREADS"] = "1"  # of every process: threads of several ranks on two cores wait by spinning
 
 from collections.abc import Callable, Iterator
 
@@ -37,12 +38,6 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if needed and not session.config.option.collectonly and not any(Path(get_default_build_root()).glob(built)):
         code = "from ted_ds.job.world import init_world, shut_down; shut_down(init_world())"
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Two cores are shared with the ranks of the distributed tests."""
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,6 @@ def _serve(rank: int, size: int, port: int, tasks: Any, results: Any) -> None:
     )
     from ted_ds.job.world import init_world
 
-    torch.set_num_threads(1)
     world = init_world(timedelta(seconds=TIMEOUT_S))
     while True:
         # DeepSpeed and ted_ds collect garbage at every engine's start and end: 0.3 s each with all that is imported

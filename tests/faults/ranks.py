@@ -39,12 +39,9 @@ def _serve(rank: int, size: int, port: int, argv: list[str], log: str, patch: Ca
             os.dup2(file.fileno(), descriptor)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-    import torch
-
     from ted_ds.cli.common import guarded
     from ted_ds.cli.pretrain import run_command
 
-    torch.set_num_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is a semaphore of the system, which a killed process leaves behind
     if patch is not None:
         patch(rank)
