@@ -45,7 +45,7 @@ class Cuts:
         command = [*TED_DS, "evaluate", str(model), "--data", str(self._options.validation), "--batch-size", "8"]
         command += ["--sequence-length", str(SEQUENCE), "--tokenizer", str(self._options.model)]
         command += ["--lambada", str(self._options.lambada)] if self._options.lambada else []
-        found = json.loads(_run(command))
+        found = json.loads(run_command(command))
         weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         row = {"cut": name, "loss": found["loss"], "parameters_m": weights / 4e6, "seconds": seconds}
         row["lambada"] = found.get("lambada_accuracy")
@@ -70,7 +70,7 @@ class Cuts:
         path = self._work / f"{folder.name}.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         start = time.monotonic()
-        _run([*TED_DS, "init-student", "--config", str(path)])
+        run_command([*TED_DS, "init-student", "--config", str(path)])
         self.score(name, folder / "initial_student", time.monotonic() - start)
         return folder
 
@@ -101,7 +101,8 @@ def measure(cuts: Cuts, model: Path) -> None:
             cuts.cut(f"{blocks} blocks, greedy", {"blocks": kept})
 
 
-def _run(command: list[str]) -> str:
+def run_command(command: list[str]) -> str:
+    """What a command prints; ends the benchmark if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"$ {' '.join(command)}\n{done.stderr[-3000:]}")

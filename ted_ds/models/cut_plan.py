@@ -28,11 +28,12 @@ FIRST_BLOCKS = ("max_window_layers", "first_k_dense_replace", "num_dense_layers"
 class CutPlan:
     """Teacher and student without weights.
 
-    student: on the meta device. blocks: of the teacher, in the student's order. total: how many the teacher has.
-    stack: the parameters' path of its blocks. unused: patterns of names in the files that the model has no use for.
-    roles: of the tensors, if hidden states are rotated.
+    teacher, student: on the meta device. blocks: of the teacher, in the student's order. total: how many the teacher
+    has. stack: the parameters' path of its blocks. unused: patterns of names in the files that the model has no use
+    for. roles: of the tensors, if hidden states are rotated.
     """
 
+    teacher: PreTrainedModel
     student: PreTrainedModel
     blocks: tuple[int, ...]
     total: int
@@ -73,7 +74,8 @@ def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool
         raise ModelError(f"a {config.model_type} of {len(blocks)} blocks has {found}: give student.init.config")
     student.config.architectures = [type(student).__name__]
     unused = tuple(getattr(whole, "_keys_to_ignore_on_load_unexpected", None) or ())
-    return CutPlan(student, blocks, structure.num_blocks, structure.blocks_path, unused, teacher_sizes, sizes, roles)
+    stack = structure.blocks_path
+    return CutPlan(whole, student, blocks, structure.num_blocks, stack, unused, teacher_sizes, sizes, roles)
 
 
 def find_roles(model: PreTrainedModel) -> Roles | None:

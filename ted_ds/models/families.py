@@ -70,7 +70,7 @@ class Family:
 
     embeddings: tuple[str, ...] = ()
     norms: tuple[str, ...] = ()
-    linears: Mapping[str, tuple[Axis, Axis]] = field(default_factory=dict)
+    linears: Mapping[str, tuple[Axis | None, Axis]] = field(default_factory=dict)
     transposed: bool = False
     ffn_size: str = "intermediate_size"
     positions: Callable[[Any, int], int | None] = lambda config, rows: rows
@@ -130,6 +130,17 @@ FAMILIES: dict[str, Family] = {
         linears={**_SEPARATE_QKV, "self_attn.out_proj": (_D, _O), "fc1": (_FFN, _D), "fc2": (_D, _FFN)},
         ffn_size="ffn_dim",
     ),
+    "bert": Family(  # and RoBERTa, which has a classifier of its own
+        embeddings=("word_embeddings", "position_embeddings", "token_type_embeddings", "classifier", "qa_outputs"),
+        norms=("LayerNorm",),
+        linears={
+            **{"self.query": (_Q, _D), "self.key": (_K, _D), "self.value": (_V, _D)},
+            "attention.output.dense": (_D, _O),
+            "intermediate.dense": (_FFN, _D),
+            "output.dense": (_D, _FFN),
+            **{"pooler.dense": (_D, _D), "classifier.dense": (_D, _D), "classifier.out_proj": (None, _D)},
+        },
+    ),
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "deberta-v2": Family(
@@ -165,22 +176,26 @@ _AXES = {name: axes for family in FAMILIES.values() for name, axes in _axes(fami
 
 def axes_of(name: str) -> Axes:
     """The axes of a parameter of any family; () if no family has a parameter of this name."""
+    return _AXES.get(_known_end(name), ())
+
+
+def _known_end(name: str) -> str:
+    """The longest end of a name that a family has: BERT's attention and its FFN both have an output.dense."""
     pieces = name.split(".")
-    return _AXES.get(".".join(pieces[-2:])) or _AXES.get(".".join(pieces[-3:]), ())
+    return next((end for count in (4, 3, 2) if (end := ".".join(pieces[-count:])) in _AXES), "")
 
 
 _READ = {
     f"{name}.weight": into.part
     for family in FAMILIES.values()
     for name, (out, into) in family.linears.items()
-    if out.part is Part.CHANNEL
+    if out is not None and out.part is Part.CHANNEL and into.part is not Part.CHANNEL
 }
 
 
 def part_read(name: str) -> Part | None:
     """Of a matrix of any family that writes hidden states, what it reads: heads or units; None of any other tensor."""
-    pieces = name.split(".")
-    return _READ.get(".".join(pieces[-2:])) or _READ.get(".".join(pieces[-3:]))
+    return _READ.get(_known_end(name))
 
 
 def fitting_axes(name: str, shape: Sequence[int], sizes: Mapping[Part, int]) -> Axes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ted_ds.config.student_section import InitConfig
 from ted_ds.config.tasks import Kind
@@ -201,25 +202,34 @@ def _cut_shapes(plan: CutPlan, reader: WeightReader, sources: dict[str, Source],
         shapes[name] = torch.Size(shape)
     for part in sorted(asked - follow - {Part.KV_HEAD}):  # GPT-2 has none of their own
         raise _uncut(teacher, f"no weight that ted_ds knows follows {part}")
-    empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    family: Any = type(plan.student)
-    _, found = family.from_pretrained(
-        None,
-        config=copy.deepcopy(plan.student.config),
-        state_dict=empty,
-        device_map="meta",
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-    )
+    found = _as_loaded(plan.student, shapes)
     for name, there, wanted in sorted(found["mismatched_keys"]):
         raise _uncut(teacher, f"{name} would be {tuple(there)}, the student's config wants {tuple(wanted)}")
     for name in sorted(found["missing_keys"]):
         raise _uncut(teacher, f"the student would lack {name}")
-    for name in found["unexpected_keys"] & shapes.keys():
-        if sources[name].block is not None:
-            raise _uncut(teacher, f"the student has no place for {name}")
-        del shapes[name], sources[name]
+    if unused := found["unexpected_keys"] & shapes.keys():
+        outside = {s.name: reader.read(s.name).shape for s in sources.values() if s.block is None}
+        unused_by_teacher = _as_loaded(plan.teacher, outside)["unexpected_keys"]
+        for name in unused:
+            if sources[name].name not in unused_by_teacher:
+                raise _uncut(teacher, f"the student has no place for {name}")
+            del shapes[name], sources[name]
     return shapes
+
+
+def _as_loaded(model: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> dict[str, set[Any]]:
+    """What transformers says of files with tensors of these names and shapes, as weights of `model`."""
+    family: Any = type(model)
+    _, found = family.from_pretrained(
+        None,
+        config=copy.deepcopy(model.config),
+        state_dict={name: torch.empty(shape, device="meta") for name, shape in shapes.items()},
+        device_map="meta",
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+    )
+    report: dict[str, set[Any]] = found
+    return report
 
 
 def _uncut(teacher: str, reason: str) -> ModelError:

@@ -314,9 +314,18 @@ def test_more_blocks_than_the_teacher_has_are_refused(project: Path, workers: Gr
 
 
 def test_a_width_that_cannot_be_is_refused_before_the_teacher_reads(tmp_path: Path, workers: Group) -> None:
-    project = make_task_project(tmp_path, "sst2")
-    init = {"num_blocks": 2, "hidden_size": 12}
-    path = write_task_recipe(project, "sst2", "narrow", student={"dtype": "float32", "init": init})
+    project = make_project(tmp_path, family="phi3")
+    init = {"num_blocks": 2, "hidden_size": 8}
+    path = write_recipe(project, "narrow", student={"dtype": "float32", "init": init})
     (message,) = workers(1).run(pretrain_error, path, (), "student")
     assert "cannot be cut so" in message
     assert not list((project / "narrow").glob("calibration*")) and not (project / "narrow/data").exists()
+
+
+def test_a_module_that_the_student_would_lose_is_named(tmp_path: Path, workers: Group) -> None:
+    """An ELECTRA maps its narrow embeddings to its width; one of their width would have no such map."""
+    project = make_task_project(tmp_path, "sst2", family="electra")
+    init = {"num_blocks": 2, "hidden_size": 12}
+    path = write_task_recipe(project, "sst2", "narrow", student={"dtype": "float32", "init": init})
+    (message,) = workers(1).run(pretrain_error, path, (), "student")
+    assert "the student has no place for electra.embeddings_project." in message

@@ -13,12 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ted_ds.config.student_section import InitConfig
+from ted_ds.config.tasks import Kind
 from ted_ds.errors import ModelError
 from ted_ds.models import weight_files
 from ted_ds.models.channels import WeightScores
 from ted_ds.models.families import Part, axes_of
 from ted_ds.models.pruning import init_student
+from ted_ds.models.task_head import AUTO_CLASSES
 from ted_ds.models.weight_files import INDEX, SINGLE, WeightReader
+from tests.tiny_encoders import tiny_encoder
 from tests.tiny_models import FAMILIES, tiny_model
 
 IDS = torch.arange(24).view(2, 12) * 4
@@ -30,6 +33,7 @@ NO_FFN = {"intermediate_size": None}
 WRITERS = ("o_proj", "out_proj", "dense", "dense_4h_to_h", "down_proj", "fc2", "c_proj")
 CHANNELS, HEADS = [1, 2, 4, 7, 8, 11, 13, 14], [[0, 2], [1, 2], [3, 0]]  # that are silent; heads by block
 Tensors = dict[str, torch.Tensor]
+QA: Kind = "question-answering"
 BLOCK = re.compile(r"(?:^|(?<=\.))(\d+)(?=\.)")
 
 
@@ -183,6 +187,35 @@ def test_grouped_heads(family: str, silent: list[int], kv: list[int], tmp_path: 
     assert (student.config.num_attention_heads, student.config.num_key_value_heads) == (6 - len(silent), 3 - len(kv))
     _assert_same(student.state_dict(), {name: _without_zeros(t) for name, t in teacher.state_dict().items()})
     torch.testing.assert_close(student(IDS).logits, teacher(IDS).logits)
+
+
+@pytest.mark.parametrize(("family", "kind"), [("bert", "classification"), ("roberta", "classification"), ("bert", QA)])
+def test_encoders(family: str, kind: Kind, tmp_path: Path) -> None:
+    """What is silent goes: half of the channels, one head of two, every second FFN unit."""
+    teacher = tiny_encoder(family, kind, blocks=2)
+    outer, head, unit = torch.arange(16) % 2 == 0, torch.arange(16) < 8, torch.arange(48) % 2 == 0
+    for name, parameter in teacher.named_parameters():
+        rows, columns = outer, outer
+        if ".self." in name:
+            rows = head
+        elif "intermediate" in name:
+            rows = unit
+        elif "attention.output.dense" in name:
+            columns = head
+        elif ".output.dense" in name:
+            columns = unit
+        if "embeddings.weight" in name or len(parameter) < 8:  # ids, positions, labels
+            rows = torch.zeros(len(parameter), dtype=torch.bool)
+        parameter.data[rows] = 0
+        if parameter.ndim == 2:
+            parameter.data[:, columns] = 0
+    sizes = {"hidden_size": 8, "num_heads": 1, "intermediate_size": 24}
+    init_student(_save(teacher, tmp_path / "t"), InitConfig(**sizes), tmp_path / "s", kind=kind)
+    loaded: Any = AUTO_CLASSES[kind].from_pretrained(tmp_path / "s", output_loading_info=True)
+    student, report = loaded
+    assert not any(report.values()), report
+    expected = {name: _without_zeros(tensor) for name, tensor in teacher.state_dict().items()}
+    _assert_same({n: t for n, t in student.state_dict().items() if n in expected}, expected)
 
 
 def test_scores() -> None:
