@@ -65,6 +65,16 @@ def first_gradients(world: World, path: Path, overrides: tuple[str, ...] = ()) -
     return gradients if world.is_main else {}
 
 
+def first_filters(world: World, path: Path, overrides: tuple[str, ...] = ()) -> list[torch.Tensor]:
+    """The weights that the student's filters have as Stage II begins."""
+    _, _, engine = built(world, path, overrides)
+    weights = [filter_.weight for filter_ in engine.module.filters]
+    with gathered(weights):
+        found = [weight.detach().clone() for weight in weights]
+    engine.destroy()
+    return found
+
+
 def restored_logits(world: World, path: Path, ids: torch.Tensor) -> torch.Tensor:
     """A finished run's logits from its engine, restored from the last checkpoint."""
     run, _, engine = built(world, path)

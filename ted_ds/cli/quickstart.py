@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
         chosen = [f"--method={method}", f"--output_dir={run}", *data]
         if recipe == "quickstart":
             chosen.append(f"--teacher.model={folder}/teacher/student")
+            chosen += _blocks_of(folder / METHODS[0]) if run.name != METHODS[0] else []
         _pretrain(arguments.ranks, shipped_folder() / f"launchers/recipes/{recipe}.yaml", [*chosen, *overrides])
 
     from ted_ds.runs.report import plot_curves, summary_table
@@ -54,6 +55,15 @@ def main(argv: Sequence[str]) -> int:
     print(f"\n{table}\n\ncurves: {folder}/report.png   students: {folder}/METHOD/student")
     print(f"all of it took {time.monotonic() - started:.0f} s")
     return 0
+
+
+def _blocks_of(run: Path) -> list[str]:
+    """The override that takes over what a run's teacher found in its sample; none if its blocks were given."""
+    from ted_ds.pipeline.block_choice import CHOICE, read_choice
+    from ted_ds.pipeline.stage0 import CALIBRATION
+
+    found = run / CALIBRATION
+    return [f"--student.init.blocks={list(read_choice(found))}"] if (found / CHOICE).exists() else []
 
 
 def _pretrain(ranks: int, recipe: Path, overrides: Sequence[str]) -> None:

@@ -23,8 +23,7 @@ from ted_ds.data.loader import TrainingRows
 from ted_ds.data.packed import PackedBlocks
 from ted_ds.models.channels import Measurements
 from ted_ds.models.pruning import init_student
-from ted_ds.telemetry.recorder import read_metrics
-from tests.jobs import pretrain_error, pretrain_recipe, trials_of
+from tests.jobs import first_filters, pretrain_error, pretrain_recipe, trials_of
 from tests.project import SEQUENCE, make_project, write_recipe
 from tests.task_project import make_task_project, write_task_recipe
 from tests.workers import Workers
@@ -244,23 +243,22 @@ def test_a_budget_that_no_shape_meets_is_refused(
 def test_filters_start_at_the_rotation(project: Path, workers: Group) -> None:
     """So that the layer loss begins with what the cut has lost, and with nothing else."""
     init = {"blocks": [0, 1, 2, 3, 4, 5], "hidden_size": 16, "calibration_tokens": ROWS * SEQUENCE}
-    changes: dict[str, Any] = {"train__steps": 1, "train__save_every": 0, "filters": {"steps": 1}}
-    losses = {}
-    for name in ("ted", "lwd", "random"):
-        path = write_recipe(project, name, student={"dtype": "float32", "init": init}, **changes)
-        overrides = {"ted": (), "lwd": ("--method=lwd",), "random": ("--filters.output_dim=15",)}[name]
-        workers(2).run(pretrain_recipe, path, overrides)
-        losses[name] = read_metrics(project / name)[-1]["layer_loss"]
-    plan = json.loads((project / "ted/teacher_filters/filters.json").read_text())["plan"]
-    assert (plan["width"], plan["output_dim"]) == (WIDTH, 16)
-    basis = Measurements.load(project / "ted/calibration/width.safetensors").basis
+    path = write_recipe(project, "rotated", student={"dtype": "float32", "init": init}, filters={"steps": 1})
+    student = workers(2).run(first_filters, path, ("--method=lwd",))[0]
+    basis = Measurements.load(project / "rotated/calibration/width.safetensors").basis
     assert basis is not None
-    found = load_file(project / "ted/teacher_filters/filters.safetensors")
-    weight = next(tensor for name, tensor in found.items() if name.endswith("0.weight"))
-    torch.testing.assert_close(
-        weight, basis[:, :16].T.contiguous(), rtol=0, atol=0.02
-    )  # one step of Stage I, rate 0.001
-    assert losses["ted"] < 0.7 * losses["random"] and losses["lwd"] < 0.7 * losses["random"]
+    assert all(filter_.equal(basis[:, :16]) for filter_ in student) and len(student) == BLOCKS
+    shutil.rmtree(project / "rotated")
+    student = workers(2).run(first_filters, path)[0]
+    plan = json.loads((project / "rotated/teacher_filters/filters.json").read_text())["plan"]
+    assert (plan["width"], plan["output_dim"]) == (WIDTH, 16)
+    # after one step of Stage I at a rate of 0.001
+    found = load_file(project / "rotated/teacher_filters/filters.safetensors")
+    teacher = [tensor for name, tensor in found.items() if name.endswith("weight")]
+    for ours, start in ((teacher, basis[:, :16].T), (student, torch.eye(16))):
+        assert len(ours) == BLOCKS
+        for filter_ in ours:
+            torch.testing.assert_close(filter_, start.contiguous(), rtol=0, atol=0.02)
 
 
 def test_pairs_match_the_blocks_that_were_kept(project: Path, workers: Group) -> None:

@@ -60,22 +60,18 @@ def test_each_round_cuts_heals_and_hands_over(project: Path) -> None:
     assert not healed[f"model.layers.0.{weight}"].equal(teacher[f"model.layers.{there[0]}.{weight}"])
 
 
-@pytest.mark.parametrize("place", ["in calibration", "in a round", "between rounds"])
-def test_killed_inside_and_between_rounds_it_goes_on(project: Path, place: str) -> None:
-    name = place.replace(" ", "-")
-    recipe, folder, logs = rounds_recipe(project, name), project / name, project / "logs" / name
-    happened = {
-        "in calibration": "the teacher reads a sample",
-        "in a round": (folder / "rounds/02/checkpoints/latest").exists,
-        "between rounds": (folder / "rounds/01/summary.json").exists,
-    }
-    ranks = Ranks(2, logs, recipe)
-    ranks.wait_for(happened[place])
-    ranks.send(signal.SIGKILL)
-    assert -signal.SIGKILL in ranks.wait()
-    assert not (folder / "rounds/rounds.json").exists()
-    if place == "in calibration":
-        assert not (folder / "rounds/01/calibration").exists()
+def test_killed_inside_and_between_rounds_it_goes_on(project: Path) -> None:
+    recipe, folder, logs = rounds_recipe(project, "killed"), project / "killed", project / "logs/killed"
+    between = (folder / "rounds/01/summary.json").exists
+    inside = (folder / "rounds/02/checkpoints/latest").exists
+    for happened in ("the teacher reads a sample", between, inside):
+        ranks = Ranks(2, logs, recipe)
+        ranks.wait_for(happened)
+        ranks.send(signal.SIGKILL)
+        assert -signal.SIGKILL in ranks.wait()
+        assert not (folder / "rounds/rounds.json").exists()
+        if isinstance(happened, str):
+            assert not (folder / "rounds/01/calibration").exists()
     run(2, recipe, logs=logs)
     assert rounds(folder) == rounds(project / "whole")
     assert recorded(folder) == recorded(project / "whole")

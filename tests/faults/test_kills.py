@@ -20,7 +20,7 @@ from tests.task_project import make_task_project, write_task_recipe
 
 Disturbed = Callable[..., tuple[Path, Path]]
 
-KILLS = 6
+KILLS = 4
 
 
 def half_written(folder: Path) -> set[int]:

@@ -37,6 +37,9 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
         initial = 9.5 if run.teacher else 90.0
         summary |= {"peak_memory_gib": 0.5, "initial_validation_perplexity": initial, "validation_perplexity": 9.0}
         (run.output_dir / "summary.json").write_text(json.dumps(summary))
+        if run.student.init is not None and run.student.init.chooses_blocks:
+            (run.output_dir / "calibration").mkdir(exist_ok=True)
+            (run.output_dir / "calibration/blocks.json").write_text('{"kept": [0, 1, 5, 7]}')
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", deepspeed)
