@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -40,17 +41,22 @@ LEAST_UNITS = 1 / 4
 
 @dataclass(frozen=True)
 class Shape:
-    """A student's sizes; hidden_size and intermediate_size: None as the teacher's. loss: on the sample, once tried."""
+    """A student's sizes; hidden_size and intermediate_size: None as the teacher's.
+
+    Once tried: loss, on the sample, and blocks, the teacher's that stay.
+    """
 
     num_blocks: int
     hidden_size: int | None = None
     intermediate_size: int | None = None
     parameters: int = 0
     loss: float | None = None
+    blocks: tuple[int, ...] | None = None
 
-    def cut(self, init: InitConfig, blocks: tuple[int, ...] | None = None) -> InitConfig:
-        """`init` with these sizes in place of its budget. blocks: that stay; None: as many as can be, without data."""
-        chosen = {"blocks": "uniform", "num_blocks": self.num_blocks} if blocks is None else {"blocks": blocks}
+    def cut(self, init: InitConfig) -> InitConfig:
+        """`init` with this shape in place of its budget; the blocks need no data."""
+        untried = {"blocks": "uniform", "num_blocks": self.num_blocks}
+        chosen = untried if self.blocks is None else {"blocks": self.blocks}
         sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
         return init.model_copy(update={"parameters": None, **sizes, **chosen})
 
@@ -123,8 +129,8 @@ def choose_shape(
     for depth in depths:
         gone = choices[depth].rounds[-1].left_out
         found = measured[depth] = calibration.measure(roles, gone)
-        own = [shape for shape in shapes if shape.num_blocks == depth]
-        cuts = [shape.cut(init, choices[depth].kept) for shape in own]
+        own = [replace(shape, blocks=choices[depth].kept) for shape in shapes if shape.num_blocks == depth]
+        cuts = [shape.cut(init) for shape in own]
         stay = partial(units_that_stay, teacher, cuts, kind, found, trust_remote_code=trust_remote_code)
         narrowings = [
             Narrowing(_basis(found, shape, world.device), units)
@@ -156,4 +162,5 @@ def write_shapes(ranked: Sequence[Shape], folder: Path) -> None:
 
 def read_shape(folder: Path) -> Shape:
     """The best one."""
-    return Shape(**json.loads((folder / SHAPES).read_text(encoding="utf-8"))[0])
+    best: dict[str, Any] = json.loads((folder / SHAPES).read_text(encoding="utf-8"))[0]
+    return Shape(**best | {"blocks": tuple(best["blocks"])})

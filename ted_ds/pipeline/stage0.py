@@ -215,10 +215,9 @@ def _calibrated(
         del frozen, calibration
         gc.collect()  # hooks and modules refer to each other: the next model must not find this one in memory
         world.on_main(lambda: _write_calibration(folder, choice, width, shapes))
-    blocks = world.on_main(lambda: read_choice(folder))
     if init.parameters is not None:
-        return world.on_main(lambda: read_shape(folder)).cut(init, blocks)
-    return init.with_blocks(blocks)
+        return world.on_main(lambda: read_shape(folder)).cut(init)
+    return init.with_blocks(world.on_main(lambda: read_choice(folder)))
 
 
 def _check_cut(run: RunConfig, teacher: str, init: InitConfig, trusted: bool) -> None:
