@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.faults.ranks import TORTURE, Ranks, assert_near, recorded, run
+from tests.marks import slow
 from tests.project import write_recipe
 
 STOPS = {"teacher_filters.tmp": (2, 1), "student_filters.tmp": (1, 4), ".": (4, 2)}
@@ -22,7 +23,7 @@ if TORTURE > 1:
 HOW = ("--train.micro_batch_size", "--student.activation_checkpointing=true", "--teacher.sharding=replicated")
 """What else may be another: how a step is computed."""
 
-OTHERS = [(0, "bfloat16"), (2, "float32"), (3, "bfloat16")]
+OTHERS = [slow(0, "bfloat16"), (2, "float32"), slow(3, "bfloat16")]
 if TORTURE > 1:
     OTHERS = [(stage, dtype) for stage in range(4) for dtype in ("float32", "bfloat16")]
 
