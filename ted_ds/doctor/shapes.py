@@ -93,7 +93,7 @@ def _filters(run: RunConfig, teacher: TeacherConfig, student: PreTrainedConfig) 
         student.save_pretrained(folder)
         init = run.student.init
         models = ModelPaths(folder, teacher.model)
-        if init is not None and init.config is None and (init.model is None or init.heals_in_rounds):
+        if init is not None and init.config is None and init.model is None:
             cut = _cut(run, teacher, init)
             models = replace(models, kept=cut.blocks, rotation=None if cut.roles is None else Path(folder))
         plan = plan_pairs(run, models)

@@ -49,6 +49,10 @@ def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool
 
     rotates: whether a narrower residual stream is rotated, if the family's can be.
     """
+    if init.parameters is not None:
+        raise ModelError(
+            "student.init.parameters needs a run's data, as `ted-ds init-student` has it: give sizes in its place"
+        )
     whole = meta_model(teacher, kind, trust_remote_code=trust_remote_code)
     config = whole.config
     if getattr(config, "quantization_config", None) is not None:

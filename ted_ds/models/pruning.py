@@ -44,7 +44,7 @@ def init_student(
     With `init.config`: a random start under `seed`; `defaults` are fields that the config may leave out, such as
     the tokenizer's vocab_size. Else blocks and parts of `teacher` (folder or hub id), everything else copied,
     dtype kept. The teacher is read one tensor at a time, twice if its width is cut, and at most one output shard of
-    5 GB is held. The head width always stays the teacher's.
+    5 GB is held. The head width always stays the teacher's. `teacher` stands for `init.model`.
 
     measured: what decides on the width, see `rotation` and `ActivationScores`; an LM head that is tied to the
     embeddings is untied by a rotation. None: weight norms decide, see `WeightScores`.

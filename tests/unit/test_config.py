@@ -65,6 +65,12 @@ def test_every_shipped_recipe_is_valid(path):
     assert load_config(path).method in ("ce", "kd", "lwd", "ted")
 
 
+def test_a_budget_may_be_written_short(write):
+    for text, number in (("70M", 70_000_000), ("1.5B", 1_500_000_000), ("12K", 12_000), ("12345", 12_345)):
+        run = load_config(write(recipe(student={"init": {}})), [f"--student.init.parameters={text}"])
+        assert run.student.init is not None and run.student.init.parameters == number
+
+
 def test_overrides_are_yaml_and_later_ones_win(write):
     run = load_config(
         write(recipe()),
@@ -135,6 +141,19 @@ def test_given_loss_weights_stay_and_zero_is_allowed(write):
             "blocks [0, 0] must name at least one block, and none twice",
         ),
         ({"student": {"init": {"blocks": [0, 2], "num_blocks": 3}}}, "blocks [0, 2] are 2, num_blocks is 3"),
+        (
+            {"student": {"init": {"parameters": "70M", "num_blocks": 3}}},
+            "`parameters` looks for the sizes and blocks itself, num_blocks: 3 is given: remove one of them",
+        ),
+        (
+            {"student": {"init": {"parameters": 7, "blocks": "iterative"}}},
+            "`parameters` looks for the sizes and blocks itself, blocks: iterative is given: remove one of them",
+        ),
+        ({"student": {"init": {"parameters": "70X"}}}, "student.init.parameters: '70X' is not allowed"),
+        (
+            {"student": {"init": {"num_blocks": 3, "round_steps": 5}}},
+            "round_steps is for blocks: iterative, blocks is greedy: remove one of them",
+        ),
         ({"train": {"stpes": 5}}, "train.stpes: unknown key; did you mean train.steps?"),
         ({"train": {"learning_rate": 5}}, "did you mean filters.learning_rate or optimizer.learning_rate?"),
         ({"metod": "kd"}, "metod: unknown key; did you mean method?"),

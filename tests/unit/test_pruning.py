@@ -218,6 +218,12 @@ def test_encoders(family: str, kind: Kind, tmp_path: Path) -> None:
     _assert_same({n: t for n, t in student.state_dict().items() if n in expected}, expected)
 
 
+def test_a_budget_needs_data(tmp_path: Path) -> None:
+    teacher = _save(tiny_model("llama"), tmp_path / "t")
+    with pytest.raises(ModelError, match=r"student.init.parameters needs a run's data"):
+        init_student(teacher, InitConfig.model_validate({"parameters": "1K"}), tmp_path / "s")
+
+
 def test_scores() -> None:
     def add(scores: WeightScores, block: int | None, name: str, matrix: torch.Tensor) -> None:
         scores.add(block, name, axes_of(name), matrix)
