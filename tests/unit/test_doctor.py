@@ -412,6 +412,13 @@ def test_a_student_that_stage_0_has_yet_to_cut(project: Path) -> None:
     start = run_shapes(project_run(project, method="kd", student__init={"config": random}))[0]
     assert (start.width, start.vocab) == (8, 61)
     assert run_shapes(project_run(project, method="ce"))[1:] == (None, NO_FILTERS)
+    # a width that is cut by rotation is the filters' too
+    narrow = {"hidden_size": 8, "num_blocks": 3, "blocks": "iterative"}
+    student, _, filters = run_shapes(project_run(project, student__init=narrow, filters__layer_map=None))
+    assert (student.blocks, filters) == (3, FilterShape(3, 8, 8 * 8 + 8, 16 * 8 + 8))
+    # of a budget, the largest shape that it allows
+    budget = {"parameters": 6000}
+    assert 5000 < run_shapes(project_run(project, student__init=budget)).student.parameters <= 6000
 
 
 def the_machine(gib: float, ranks: int = 2, host_gib: float = 0.0) -> Machine:
