@@ -67,7 +67,8 @@ def choices_of_depths(init: InitConfig, calibration: Calibration, depths: Sequen
         with calibration.progress(trials=1 + len(depths)):
             (whole,) = calibration.trials([()])
             trials = calibration.trials([_least(whole, total - depth) for depth in depths])
-        rounds = {depth: [whole, trial] for depth, trial in zip(depths, trials, strict=True)}
+        # at the teacher's depth nothing was removed
+        rounds = {depth: [whole, trial][: 1 + (depth < total)] for depth, trial in zip(depths, trials, strict=True)}
     else:
         with calibration.progress(trials=_greedy_trials(total, fewest)):
             search = greedily(calibration, fewest)
