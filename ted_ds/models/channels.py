@@ -42,17 +42,16 @@ class Measurements:
     basis: torch.Tensor | None = None
 
     def save(self, path: Path) -> None:
-        """As safetensors."""
-        named = {"moments": self.moments, "basis": self.basis}
-        squares = {name: tensor.contiguous() for name, tensor in named.items() if tensor is not None}
-        save_file({"channels": self.channels, **squares, **self.energies}, path)
+        """As safetensors, without the moments: nothing reads them once their directions are known."""
+        basis = {} if self.basis is None else {"basis": self.basis.contiguous()}
+        save_file({"channels": self.channels, **basis, **self.energies}, path)
 
     @staticmethod
     def load(path: Path) -> Measurements:
         """What `save` wrote."""
         found = load_file(path)
-        moments, basis = (found.pop(name, None) for name in ("moments", "basis"))
-        return Measurements(moments, found.pop("channels"), found, basis)
+        basis = found.pop("basis", None)
+        return Measurements(None, found.pop("channels"), found, basis)
 
 
 class PartScores:
