@@ -533,7 +533,7 @@ def test_data_files_and_tokenizer(project: Path) -> None:
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
-def diagnose(world: Any, project: Path, config: Path) -> tuple[int, list[str], float, float]:
+def diagnose(world: Any, config: Path, values: dict[str, Any]) -> tuple[int, list[str], float, float]:
     """In a rank: the command with a recipe, on the ranks that are there, and `engine_bytes`."""
     from unittest.mock import patch
 
@@ -549,17 +549,15 @@ def diagnose(world: Any, project: Path, config: Path) -> tuple[int, list[str], f
         patch.object(doctor, "_print", lambda findings: printed.extend(map(str, findings))),
     ):
         code = doctor.main(["--config", str(config)])
-    return code, printed, *engine_bytes(world, project)
+    return code, printed, *engine_bytes(world, RunConfig.model_validate(values))
 
 
-def engine_bytes(world: Any, project: Path) -> tuple[float, float]:
+def engine_bytes(world: Any, run: RunConfig) -> tuple[float, float]:
     """(live bytes of an engine after a step, the estimate of its weights, copies, moments, gradients and bucket)."""
     from ted_ds.config.deepspeed import trained_engine_config
     from ted_ds.distill.engine import build_trained_engine
     from ted_ds.models.loading import sharded_init
 
-    zero = {"stage": 3, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": 0}
-    run = a_run(project, zero, train__micro_batch_size=1, train__global_batch_size=2)
     config = trained_engine_config(run, world_size=world.size, learning_rate=1e-3, weight_decay=0.0, cpu=True)
     before = live_bytes()
     with sharded_init(config):
@@ -586,8 +584,10 @@ def live_bytes() -> float:
 
 def test_two_ranks_and_an_engine(workers: Callable[[int], Workers], project: Path) -> None:
     config = write_recipe(project, "together", data__prepared=str(project / "prepared"))
+    zero = {"stage": 3, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": 0}
+    run = a_run(project, zero, train__micro_batch_size=1, train__global_batch_size=2)
     before = sorted(project.rglob("*"))
-    (code, lines, held, estimated), (other_code, nothing, _, _) = workers(2).run(diagnose, project, config)
+    (code, lines, held, estimated), (other_code, nothing, _, _) = workers(2).run(diagnose, config, run.model_dump(mode="json"))
     assert (code, other_code, nothing) == (0, 0, [])
     report = "\n".join(lines)
     for pattern in (
@@ -603,7 +603,7 @@ def test_two_ranks_and_an_engine(workers: Callable[[int], Workers], project: Pat
         r"ok    disk +estimate: a checkpoint takes ",
     ):
         assert re.search(pattern, report), (pattern, report)
-    assert sorted(p for p in project.rglob("*") if p.name != "ds.json") == before
+    assert sorted(project.rglob("*")) == before
     assert held == pytest.approx(estimated, rel=0.02)
 
 
