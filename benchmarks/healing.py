@@ -1,10 +1,11 @@
-"""Whether a better start stays ahead: cuts of a real pretrained model, healed by kd on equal tokens, over seeds.
+"""Whether a better start stays ahead: cuts of a real pretrained model, healed on equal tokens, over seeds.
 
     python -m benchmarks.healing --model FOLDER --train TEXT --validation TEXT --work FOLDER [--json OUT]
 
-All by ted_ds's own commands. Runs that are complete in --work are not run again, so a benchmark that was ended goes on.
-The rounds of `iterative` take their tokens from its budget. Shapes are those of SmolLM2-135M (30 blocks of 576), for
-which it was written: about 10 minutes a run on 2 cores that do nothing else.
+By kd; and by lwd with other pairs or other filters. All by ted_ds's own commands. Runs that are complete in --work are
+not run again, so a benchmark that was ended goes on. The rounds of `iterative` take their tokens from its budget.
+Shapes are those of SmolLM2-135M (30 blocks of 576), for which it was written: about 10 minutes a run on 2 cores that
+do nothing else.
 """
 
 from __future__ import annotations
@@ -31,9 +32,16 @@ BLOCKS, WIDTH, CALIBRATION = 20, 450, 1024
 ROUND_BLOCKS, ROUNDS, ROUND_STEPS = 2, 4, 6
 COLUMNS = ("cut", "seeds", "start", "healed", "spread")
 
-DEPTH = {f"{BLOCKS} blocks, {policy}": {"num_blocks": BLOCKS, "blocks": policy} for policy in ("uniform", "greedy")}
-CUTS: dict[str, dict[str, Any]] = {**DEPTH, f"width {WIDTH}, rotation": {"hidden_size": WIDTH}}
+UNIFORM, GREEDY, ROTATION = f"{BLOCKS} blocks, uniform", f"{BLOCKS} blocks, greedy", f"width {WIDTH}, rotation"
 WEIGHTS, ITERATIVE = f"width {WIDTH}, weight norms", f"{BLOCKS} blocks, iterative"
+CUTS: dict[str, dict[str, Any]] = {
+    UNIFORM: {"num_blocks": BLOCKS, "blocks": "uniform"},
+    GREEDY: {"num_blocks": BLOCKS},
+    ROTATION: {"hidden_size": WIDTH},
+}
+MATCHED_PAIRS, UNIFORM_PAIRS = f"{GREEDY}, lwd, matched pairs", f"{GREEDY}, lwd, uniform pairs"
+ROTATED_FILTERS, RANDOM_FILTERS = f"{ROTATION}, lwd, rotated filters", f"{ROTATION}, lwd, random filters"
+LAYER_WISE = (MATCHED_PAIRS, UNIFORM_PAIRS, ROTATED_FILTERS, RANDOM_FILTERS)
 
 
 class Healing:
@@ -46,21 +54,29 @@ class Healing:
     def results(self) -> Iterator[dict[str, Any]]:
         """The scores of each cut and seed, as they come."""
         for seed in self._options.seeds:
-            for name in [*CUTS, WEIGHTS, ITERATIVE]:
+            for name in [*CUTS, WEIGHTS, ITERATIVE, *LAYER_WISE]:
                 if not self._options.cuts or name in self._options.cuts:
                     yield self._healed(name, seed)
 
     def _healed(self, name: str, seed: int) -> dict[str, Any]:
         folder = self._options.work / f"{name.replace(' ', '-')}-seed-{seed}"
-        student: dict[str, Any] = {"dtype": self._options.dtype}
         steps = self._steps
         if name == ITERATIVE:
             steps -= ROUNDS * ROUND_STEPS
             rounds = {"blocks": "iterative", "round_blocks": ROUND_BLOCKS, "round_steps": ROUND_STEPS}
-            student["init"] = {"num_blocks": BLOCKS, "calibration_tokens": CALIBRATION, **rounds}
-        else:
-            student["model"] = str(self._cut(name))
-        recipe = self._recipe(folder, student) | {"seed": seed}
+            start: dict[str, Any] = {"init": {"num_blocks": BLOCKS, "calibration_tokens": CALIBRATION, **rounds}}
+        elif name in (MATCHED_PAIRS, UNIFORM_PAIRS):
+            cut = json.loads((self._cut(GREEDY).parent / "calibration/blocks.json").read_text())
+            start = {"init": {"num_blocks": BLOCKS, "blocks": cut["kept"]}}
+        elif name == ROTATED_FILTERS:
+            start = {"init": {"calibration_tokens": CALIBRATION, **CUTS[ROTATION]}}
+        else:  # the run does not know how this student was cut: lwd's filters at another width start at random
+            start = {"model": str(self._cut(ROTATION if name == RANDOM_FILTERS else name))}
+        recipe = self._recipe(folder, {"dtype": self._options.dtype, **start}) | {"seed": seed}
+        if name in LAYER_WISE:
+            recipe["method"] = "lwd"
+        if name == UNIFORM_PAIRS:
+            recipe["filters"] = {"layer_map": "uniform"}
         train = {"steps": steps, "global_batch_size": ROWS, "micro_batch_size": 4}
         recipe["train"] = train | {"evaluate_every": 0, "save_every": 0}
         recipe["optimizer"] = {"learning_rate": 2e-4, "warmup_steps": 5}

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def _share(batch: Batch, world: World) -> Batch:
 
 def trials_of(
     world: World, path: Path, left_out: list[tuple[int, ...]], overrides: tuple[str, ...] = ()
-) -> tuple[list[Trial], Measurements]:
+) -> tuple[list[Trial], Measurements, list[dict[str, torch.Tensor]]]:
     """What the calibration of a recipe finds of its teacher without these blocks; its states without the last ones."""
     run = load_config(path, list(overrides))
     assert run.teacher is not None and run.student.init is not None
@@ -187,6 +188,12 @@ def trials_of(
     teacher = load_frozen(run, world, run.teacher.model, task=data.task, tokenizer=tokenizer, trust_remote_code=False)
     calibration = Calibration.of(run, world, data, teacher, run.student.init.calibration_tokens)
     roles = find_roles(meta_model(run.teacher.model, run.spec.kind))
-    found = calibration.trials(left_out), calibration.measure(roles, left_out[-1])
+    measured = calibration.measure(roles, left_out[-1])
+    sites = {site: len(energy) for site, energy in measured.energies.items()}
+    if roles is not None:
+        sites["norm.weight"] = sites["1.post_attention_layernorm.weight"] = calibration.width
+    with patch("ted_ds.pipeline.calibration.MOMENTS_BYTES", 20_000):  # several readings of the sample
+        moments = list(calibration.moments(roles, left_out[-1], sites))
+    found = calibration.trials(left_out), measured, moments
     teacher.close()
     return found

@@ -32,11 +32,16 @@ def sync_folder(folder: Path) -> None:
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to write in, which becomes `folder` when the `with` is left without an error."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary = empty_folder(folder.with_name(folder.name + ".tmp"))
     yield temporary
     temporary.rename(folder)
+
+
+def empty_folder(folder: Path) -> Path:
+    """The folder, made anew; what was in it is gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
 
 
 def replace_folder(folder: Path, new: Path) -> None:

@@ -173,15 +173,25 @@ class Rotation:
         """[D] what a norm multiplies by."""
         return weight.to(self.basis.dtype) + role.offset
 
-    def turned(self, role: Role, tensor: torch.Tensor, gain: torch.Tensor | None = None) -> torch.Tensor:
-        """A tensor of the teacher as the student has it, in its dtype. gain: of the norm that a reader reads."""
+    def turned(
+        self,
+        role: Role,
+        tensor: torch.Tensor,
+        gain: torch.Tensor | None = None,
+        basis: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """A tensor of the teacher as the student has it, in its dtype.
+
+        gain: of the norm that a reader reads. basis: [D, d], in place of the rotation's own.
+        """
         width, kept = self.basis.shape
         if role.kind == "norm":
             return torch.full((kept,), (width / kept) ** 0.5 - role.offset, dtype=tensor.dtype)
-        along = tensor.to(self.basis.dtype).movedim(role.dim, -1)
+        basis = self.basis if basis is None else basis
+        along = tensor.to(basis.dtype).movedim(role.dim, -1)
         if gain is not None:
             along = along * gain
-        turned = along @ self.basis
+        turned = along @ basis
         if role.kind == "embedding" and self.roles.scaled:
             turned = turned * (width / kept) ** 0.5
         return turned.movedim(-1, role.dim).to(tensor.dtype).contiguous()

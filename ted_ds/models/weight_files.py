@@ -125,6 +125,9 @@ class WeightReader:
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
     def read(self, name: str) -> torch.Tensor:
         """The tensor, on the CPU, in the file's dtype."""
         tensor: torch.Tensor = self._open(self._file_of[name]).get_tensor(name)
@@ -159,3 +162,13 @@ def write_weights(folder: Path, sizes: Mapping[str, int], make: Callable[[str], 
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+
+
+def add_weights(folder: Path, file: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Writes tensors to a new file of `folder`, which is made if need be, and adds them to its index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(dict(tensors), folder / file, metadata={"format": "pt"})
+    index = folder / INDEX
+    known = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.exists() else {}
+    content = {"metadata": {}, "weight_map": known | dict.fromkeys(tensors, file)}
+    index.write_text(json.dumps(content, indent=2), encoding="utf-8")

@@ -24,7 +24,8 @@ from ted_ds.models.loading import meta_model
 from ted_ds.models.pruning import units_that_stay
 from ted_ds.models.structure import find_blocks
 from ted_ds.pipeline.block_choice import BlockChoice, choices_of_depths
-from ted_ds.pipeline.calibration import Calibration, Narrowing
+from ted_ds.pipeline.calibration import Calibration
+from ted_ds.pipeline.width_hooks import Narrowing
 from ted_ds.runs.report import aligned
 
 SHAPES = "shapes.json"

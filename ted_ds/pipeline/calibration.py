@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 from tqdm import tqdm
 
 from ted_ds.batch import Batch, BatchCounts
@@ -21,14 +19,17 @@ from ted_ds.data.loader import Rows
 from ted_ds.errors import NotFiniteError
 from ted_ds.job.world import World
 from ted_ds.models.channels import Measurements
-from ted_ds.models.families import Part, axes_of, part_read
-from ted_ds.models.rotation import Roles, principal_basis, within
-from ted_ds.models.structure import ModelStructure, block_input, block_output
+from ted_ds.models.rotation import Roles
+from ted_ds.models.structure import block_input, block_output
 from ted_ds.ops import Head
+from ted_ds.pipeline.width_hooks import MomentSums, Narrowing, WidthPoints, WidthSums, removed_after
 from ted_ds.tasks.base import Reading, RunData, Task
 from ted_ds.teacher.frozen import FrozenModel
 
 PREDICTION = LossConfig(kl_alpha=0.0, mse_alpha=0.0)
+
+MOMENTS_BYTES = 256 * 2**20
+"""What second moments may take at a time, unless those of a single matrix take more."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,6 @@ class Trial:
     influence: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Narrowing:
-    """A narrower student, as what its teacher loses: the teacher then gives its logits, but for rounding.
-
-    basis: [D, d], to which hidden states are rotated; None: they stay. units: teacher block -> the FFN units that stay;
-    of a block that it does not name, all.
-    """
-
-    basis: torch.Tensor | None
-    units: Mapping[int, torch.Tensor]
-
-
 class Calibration:
     """A frozen model and the sample that it reads: the first rows in the order of training, each by itself.
 
@@ -69,7 +58,7 @@ class Calibration:
     def __init__(
         self, teacher: FrozenModel, rows: Rows, task: Task, world: World, *, num_rows: int, copies: int
     ) -> None:
-        self.num_blocks = teacher.module.structure.num_blocks
+        self.num_blocks, self.width = teacher.module.structure.num_blocks, teacher.module.structure.width
         self.num_rows = num_rows
         self._teacher, self._task, self._world, self._copies = teacher, task, world, copies
         self._advance: Callable[[int], object] = _nothing
@@ -95,7 +84,7 @@ class Calibration:
         narrowings: one for each set, if the model is narrower too; roles: see `measure`.
         """
         trials, found = [frozenset(blocks) for blocks in left_out], []
-        points = None if narrowings is None else _Points.of(self._teacher.module.structure, roles, frozenset())
+        points = None if narrowings is None else self._points(roles, ())
         for i in range(0, len(trials), self._copies):
             part = slice(i, i + self._copies)
             with nullcontext() if points is None else points.narrowed((narrowings or ())[part]):
@@ -107,16 +96,49 @@ class Calibration:
 
         roles: of a family whose hidden states can be rotated; None: by channels.
         """
-        sums = _Sums(self._teacher.module.structure, roles, frozenset(left_out), self._world.device)
+        sums = WidthSums(
+            self._points(roles, left_out), self.width, rotates=roles is not None, device=self._world.device
+        )
+        with self.progress(trials=1):
+            self._read(sums, left_out)
+        return sums.over(self._world)
+
+    def moments(
+        self, roles: Roles | None, left_out: Collection[int], sites: Mapping[str, int]
+    ) -> Iterator[dict[str, torch.Tensor]]:
+        """By site the mean of x x^T over tokens, [inputs, inputs] float64 on the CPU; each step is a collective.
+
+        x: what a matrix reads that writes hidden states, or what a norm multiplies its gain by. sites: names of
+        `WidthPoints` -> inputs. As many at a time as MOMENTS_BYTES hold, each time in another reading of the sample.
+        """
+        points = self._points(roles, left_out)
+        groups: list[list[str]] = []
+        room = 0
+        for site, inputs in sorted(sites.items()):
+            size = 8 * inputs**2
+            if not groups or room < size:
+                groups.append([])
+                room = MOMENTS_BYTES
+            groups[-1].append(site)
+            room -= size
+        with self.progress(trials=len(groups)):
+            for group in groups:
+                sums = MomentSums(points, group)
+                self._read(sums, left_out)
+                yield sums.over(self._world)
+
+    def _points(self, roles: Roles | None, left_out: Collection[int]) -> WidthPoints:
+        return WidthPoints.of(self._teacher.module.structure, roles, frozenset(left_out))
+
+    def _read(self, sums: WidthSums | MomentSums, left_out: Collection[int]) -> None:
+        """The sample, row by row, by the model without these blocks."""
         tokens = sum(int(BatchCounts.of(batch).tokens) for batch in self._sample)
         trial, unused = [frozenset(left_out)], torch.zeros(1, self.num_blocks, device=self._world.device)
-        with self.progress(trials=1):
-            for batch, counted, rows in self._own_rows():
-                share, mask = counted / tokens, batch.attention_mask
-                with self._without(trial, mask, unused.new_tensor(share), unused), sums.watching(mask, share):
-                    self._teacher.stream(batch)
-                self._advance(rows)
-        return sums.over(self._world)
+        for batch, counted, rows in self._own_rows():
+            share, mask = counted / tokens, batch.attention_mask
+            with self._without(trial, mask, unused.new_tensor(share), unused), sums.watching(mask, share):
+                self._teacher.stream(batch)
+            self._advance(rows)
 
     def _own_rows(self) -> Iterator[tuple[Batch, float, int]]:
         """(row, 1, rows of all ranks in this turn) of this rank; 0: it has none left, and only joins in gathers."""
@@ -193,129 +215,8 @@ class Calibration:
 
             return call
 
-        with _removed([block.register_forward_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]):
+        with removed_after([block.register_forward_hook(hook(i), with_kwargs=True) for i, block in enumerate(blocks)]):
             yield
-
-
-@dataclass(frozen=True)
-class _Points:
-    """Where the width shows. norms: over hidden states, those that `roles` turns or, without roles, all that the table
-    of families knows. readers: "BLOCK.NAME" -> a matrix that writes hidden states, and reads heads or units.
-    """
-
-    norms: Sequence[nn.Module]
-    readers: Mapping[str, nn.Module]
-
-    @staticmethod
-    def of(structure: ModelStructure, roles: Roles | None, left_out: frozenset[int]) -> _Points:
-        """Of a model whose weights may be sharded; without those of the blocks that are left out."""
-        stack, norms, readers = structure.blocks_path, [], {}
-        for path, module in structure.model.named_modules():
-            name, own = f"{path}.weight", within(f"{path}.weight", stack)
-            block = name.removeprefix(f"{stack}.").partition(".")[0]
-            weight = getattr(module, "weight", None)
-            shape = tuple(getattr(weight, "ds_shape", getattr(weight, "shape", ())))  # a sharded weight is empty
-            if block.isdecimal() and int(block) in left_out:
-                continue
-            if part_read(name) is not None:
-                readers[f"{block}.{own}"] = module
-            elif shape == (structure.width,) and (own in roles.by_name if roles else axes_of(name)):
-                norms.append(module)
-        return _Points(norms, readers)
-
-    @contextmanager
-    def narrowed(self, narrowings: Sequence[Narrowing]) -> Iterator[None]:
-        """Within it, each copy of a row runs through a narrower model.
-
-        A norm of the student reads what is left of hidden states in its basis: the teacher's norm reads their
-        projection on it, with the same mean square times D.
-        """
-
-        def project(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-            copies = [
-                given
-                if narrowing.basis is None
-                else (given.float() @ narrowing.basis @ narrowing.basis.T).to(given.dtype)
-                for given, narrowing in zip(inputs[0].unbind(), narrowings, strict=True)
-            ]
-            return (torch.stack(copies), *inputs[1:])
-
-        def mask(block: int) -> Callable[..., tuple[torch.Tensor, ...]]:
-            def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-                keeps = torch.ones(len(narrowings), 1, inputs[0].shape[-1], dtype=inputs[0].dtype)
-                for own, narrowing in zip(keeps, narrowings, strict=True):
-                    if block in narrowing.units:
-                        own[:] = 0
-                        own[:, narrowing.units[block]] = 1
-                return (inputs[0] * keeps.to(inputs[0].device), *inputs[1:])
-
-            return hook
-
-        handles = [norm.register_forward_pre_hook(project) for norm in self.norms]
-        handles += [
-            reader.register_forward_pre_hook(mask(int(name.partition(".")[0])))
-            for name, reader in self.readers.items()
-            if part_read(name) is Part.UNIT
-        ]
-        with _removed(handles):
-            yield
-
-
-class _Sums:
-    """The sums of `Measurements`, by hooks on a teacher's norms and on the matrices that write hidden states."""
-
-    def __init__(
-        self, structure: ModelStructure, roles: Roles | None, left_out: frozenset[int], device: torch.device
-    ) -> None:
-        self._points = _Points.of(structure, roles, left_out)
-        width = structure.width
-        zeros = torch.zeros(width, dtype=torch.float64, device=device)
-        self._channels, self._moments = zeros, None if roles is None else zeros.new_zeros(width, width)
-        self._energies: dict[str, torch.Tensor] = {}
-
-    @contextmanager
-    def watching(self, mask: torch.Tensor | None, scale: float) -> Iterator[None]:
-        """Within it, `scale` times the sums over tokens of what passes are added."""
-
-        def flat(states: torch.Tensor) -> torch.Tensor:
-            states = states.detach().float()
-            return (states if mask is None else states * mask[..., None]).flatten(0, -2)
-
-        def at_norm(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            self._channels += scale * flat(output).abs().sum(0)
-            if self._moments is not None:
-                given = inputs[0].float()
-                given = flat(given * given.square().mean(-1, keepdim=True).clamp_min(1e-30).rsqrt())
-                self._moments += scale * (given.T @ given)
-
-        def at_reader(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-                energy = scale * flat(inputs[0]).square().sum(0).double()
-                self._energies[name] = self._energies.get(name, 0) + energy
-
-            return hook
-
-        handles = [norm.register_forward_hook(at_norm) for norm in self._points.norms]
-        handles += [reader.register_forward_pre_hook(at_reader(name)) for name, reader in self._points.readers.items()]
-        with _removed(handles):
-            yield
-
-    def over(self, world: World) -> Measurements:
-        """Added up over the ranks, on the CPU; a collective."""
-        moments = None if self._moments is None else world.sum(self._moments).cpu()
-        energies = {name: world.sum(self._energies[name]).cpu() for name in sorted(self._energies)}
-        basis = None if moments is None else principal_basis(moments)
-        return Measurements(moments, world.sum(self._channels).cpu(), energies, basis)
-
-
-@contextmanager
-def _removed(handles: Sequence[RemovableHandle]) -> Iterator[None]:
-    """Removes hooks at its end."""
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _nothing(count: int) -> None:

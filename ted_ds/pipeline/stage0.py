@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ted_ds.config.choices import METHODS
 from ted_ds.config.schema import RunConfig
@@ -16,10 +18,11 @@ from ted_ds.config.student_section import InitConfig
 from ted_ds.config.tasks import KINDS
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.errors import ModelError
-from ted_ds.job.files import new_folder, write_atomically
+from ted_ds.job.files import empty_folder, write_atomically
 from ted_ds.job.world import World, logger
 from ted_ds.models.channels import Measurements
-from ted_ds.models.cut_plan import plan_cut
+from ted_ds.models.cut_plan import CutPlan, plan_cut
+from ted_ds.models.cut_tensors import Cut
 from ted_ds.models.fit import check_fit, check_ids, check_outputs
 from ted_ds.models.loading import meta_model
 from ted_ds.models.probe import probe, probe_cut
@@ -27,6 +30,7 @@ from ted_ds.models.pruning import check_cut, init_student
 from ted_ds.models.published import is_published, unpack_published
 from ted_ds.models.task_head import label_fields, start_from_pretrained
 from ted_ds.models.weight_check import check_weights
+from ted_ds.models.weight_files import add_weights
 from ted_ds.pipeline.block_choice import BlockChoice, choose_blocks, read_choice, write_choice
 from ted_ds.pipeline.budget import Shape, choose_shape, read_shape, shapes_within, write_shapes
 from ted_ds.pipeline.calibration import Calibration
@@ -37,8 +41,9 @@ from ted_ds.teacher.hosting import load_frozen
 MODELS = "models.json"
 """In a run's folder: the fingerprints of the models that it was given."""
 
-CALIBRATION, WIDTH = "calibration", "width.safetensors"
-"""In a run's folder: what the teacher's reading of a sample found; the file of what decides on the width."""
+CALIBRATION, WIDTH, CORRECTED = "calibration", "width.safetensors", "corrected"
+"""In a run's folder: what the teacher's reading of a sample found; in it the file of what decides on the width, and
+tensors of the student for `init_student`."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +183,10 @@ def _at_random(run: RunConfig, init: InitConfig, tokenizer: Tokenizer, folder: P
 def _cut(run: RunConfig, teacher: str, trusted: bool, init: InitConfig, folder: Path) -> None:
     logger.info("Stage 0: initial student -> %s", folder)
     probe_cut(teacher, init, run.spec.kind, trust_remote_code=trusted)
-    path = run.output_dir / CALIBRATION / WIDTH
-    measured = Measurements.load(path) if path.exists() else None
-    init_student(teacher, init, folder, kind=run.spec.kind, trust_remote_code=trusted, measured=measured)
+    path, better = run.output_dir / CALIBRATION / WIDTH, run.output_dir / CALIBRATION / CORRECTED
+    measured, corrected = Measurements.load(path) if path.exists() else None, better if better.exists() else None
+    kind = run.spec.kind
+    init_student(teacher, init, folder, kind=kind, trust_remote_code=trusted, measured=measured, corrected=corrected)
 
 
 def _calibrated(
@@ -206,15 +212,20 @@ def _calibrated(
         width = None
         if shapes:
             shapes, choice, width = choose_shape(shapes, init, calibration, world, teacher, kind, trusted)
+            cut = shapes[0].cut(init)
         else:
             choice = choose_blocks(init, calibration)
-        if init.is_narrower:
-            plan = plan_cut(teacher, init.with_blocks(choice.kept), kind, trusted)
-            width = calibration.measure(plan.roles, choice.rounds[-1].left_out)
+            cut = init.with_blocks(choice.kept)
+        temporary = world.on_main(lambda: empty_folder(folder.with_name(f"{CALIBRATION}.tmp")))
+        if cut.is_narrower:
+            plan = plan_cut(teacher, cut, kind, trusted)
+            if width is None:
+                width = calibration.measure(plan.roles, choice.rounds[-1].left_out)
+            _correct(plan, teacher, width, calibration, choice.rounds[-1].left_out, world, temporary / CORRECTED)
         frozen.close()
         del frozen, calibration
         gc.collect()  # hooks and modules refer to each other: the next model must not find this one in memory
-        world.on_main(lambda: _write_calibration(folder, choice, width, shapes))
+        world.on_main(lambda: _write_calibration(folder, temporary, choice, width, shapes))
     if init.parameters is not None:
         return world.on_main(lambda: read_shape(folder)).cut(init)
     return init.with_blocks(world.on_main(lambda: read_choice(folder)))
@@ -228,13 +239,40 @@ def _check_cut(run: RunConfig, teacher: str, init: InitConfig, trusted: bool) ->
         logger.info("a %s cannot be rotated: its width is cut by channels", plan.student.config.model_type)
 
 
-def _write_calibration(folder: Path, choice: BlockChoice, width: Measurements | None, shapes: Sequence[Shape]) -> None:
-    with new_folder(folder) as temporary:
-        if shapes:
-            write_shapes(shapes, temporary)
-        write_choice(choice, temporary)
-        if width is not None:
-            width.save(temporary / WIDTH)
+def _correct(
+    plan: CutPlan,
+    teacher: str,
+    measured: Measurements,
+    calibration: Calibration,
+    left_out: Collection[int],
+    world: World,
+    folder: Path,
+) -> None:
+    """Writes into `folder` the student's matrices that read less than the teacher's, corrected for it; a collective."""
+    on_main: list[Cut] = []  # only there the teacher's files are read
+
+    def sites() -> dict[str, int]:
+        on_main.append(Cut(plan, teacher, measured))
+        return on_main[0].sites()
+
+    def write(number: int, moments: Mapping[str, torch.Tensor]) -> None:
+        student = on_main[0]
+        tensors = {name: student.tensor(name, moments[site]) for site in moments for name in student.readers[site]}
+        add_weights(folder, f"{number:05}.safetensors", tensors)
+
+    for number, moments in enumerate(calibration.moments(plan.roles, left_out, world.on_main(sites))):
+        world.on_main(partial(write, number, moments))
+
+
+def _write_calibration(
+    folder: Path, temporary: Path, choice: BlockChoice, width: Measurements | None, shapes: Sequence[Shape]
+) -> None:
+    if shapes:
+        write_shapes(shapes, temporary)
+    write_choice(choice, temporary)
+    if width is not None:
+        width.save(temporary / WIDTH)
+    temporary.rename(folder)
 
 
 def _defaults(run: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:

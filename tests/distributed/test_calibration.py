@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ted_ds.data.encoded import EncodedRows
 from ted_ds.data.loader import TrainingRows
 from ted_ds.data.packed import PackedBlocks
 from ted_ds.models.channels import Measurements
+from ted_ds.models.least_squares import RIDGE
 from ted_ds.models.pruning import init_student
 from tests.jobs import first_filters, pretrain_error, pretrain_recipe, trials_of
 from tests.project import SEQUENCE, make_project, write_recipe
@@ -29,6 +31,7 @@ from tests.task_project import make_task_project, write_task_recipe
 from tests.workers import Workers
 
 Group = Callable[[int], Workers]
+Tensors = dict[str, torch.Tensor]
 
 BLOCKS, WIDTH, ROWS = 6, 24, 5
 LEFT_OUT: list[tuple[int, ...]] = [(), (1,), (2, 3), (5,), (0, 4)]
@@ -91,36 +94,50 @@ def plain_influence(project: Path, recipe: Path) -> list[float]:
     return seen
 
 
-def assert_measured(found: Measurements, project: Path, recipe: Path, left_out: Collection[int]) -> None:
-    """Moments, channels and energies of the teacher without these blocks."""
+def plain_states(project: Path, recipe: Path, left_out: Collection[int]) -> tuple[Tensors, Tensors, torch.Tensor]:
+    """What norms multiply their gains by, and what matrices read that write hidden states, [tokens, inputs] by
+    "BLOCK.NAME" of the teacher; the mean of |what norms give|, summed over the norms."""
     teacher = plain_teacher(project, left_out)
-    kept = [block for block in range(BLOCKS) if block not in left_out]
-    moments, channels = torch.zeros(WIDTH, WIDTH).double(), torch.zeros(WIDTH).double()
-    energies = {}
+    numbers = [str(block) for block in range(BLOCKS) if block not in left_out]
+    norms: Tensors = {}
+    readers: Tensors = {}
+    channels = torch.zeros(WIDTH).double()
 
-    def at_norm(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor, site: str) -> None:
         x = inputs[0].double().flatten(0, 1)
-        x = x / x.square().mean(-1, keepdim=True).sqrt()
-        moments.add_(x.T @ x / len(x))
-        channels.add_(output.double().abs().flatten(0, 1).mean(0))
+        if site.endswith("norm.weight"):
+            norms[site] = x / x.square().mean(-1, keepdim=True).sqrt()
+            channels.add_(output.double().abs().flatten(0, 1).mean(0))
+        else:
+            readers[site] = x
 
     for path, module in teacher.named_modules():
-        if path.endswith("norm"):
-            module.register_forward_hook(at_norm)
-        elif path.endswith(("o_proj", "down_proj")):
+        if path.endswith(("norm", "o_proj", "down_proj")):
             block, _, name = path.removeprefix("model.layers.").partition(".")
-
-            def at_writer(module: Any, inputs: Any, key: str = f"{kept[int(block)]}.{name}.weight") -> None:
-                energies[key] = inputs[0].double().square().flatten(0, 1).mean(0)
-
-            module.register_forward_pre_hook(at_writer)
+            site = f"{numbers[int(block)]}.{name}.weight" if block.isdecimal() else "norm.weight"
+            module.register_forward_hook(partial(look, site=site))
     with torch.no_grad():
         teacher(plain_sample(recipe).input_ids)
-    assert found.moments is not None and found.energies.keys() == energies.keys()
-    torch.testing.assert_close(found.moments, moments, rtol=1e-5, atol=1e-6)
+    return norms, readers, channels
+
+
+def assert_measured(
+    found: Measurements, moments: list[Tensors], project: Path, recipe: Path, left_out: Collection[int]
+) -> None:
+    """Moments, channels and energies of the teacher without these blocks."""
+    norms, readers, channels = plain_states(project, recipe, left_out)
+    assert found.moments is not None and found.energies.keys() == readers.keys()
+    expected = sum(x.T @ x / len(x) for x in norms.values())
+    torch.testing.assert_close(found.moments, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.channels, channels, rtol=1e-6, atol=1e-6)
-    for key, energy in energies.items():
-        torch.testing.assert_close(found.energies[key], energy, rtol=1e-5, atol=1e-8)
+    for key, x in readers.items():
+        torch.testing.assert_close(found.energies[key], x.square().mean(0), rtol=1e-5, atol=1e-8)
+    assert len(moments) > 2
+    sites = {site: moment for part in moments for site, moment in part.items()}
+    assert sites.keys() == {*readers, "norm.weight", "1.post_attention_layernorm.weight"}
+    for site, moment in sites.items():
+        x = (norms | readers)[site]
+        torch.testing.assert_close(moment, x.T @ x / len(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -128,13 +145,13 @@ def test_trials_are_plain_transformers_however_they_are_split(project: Path, wor
     ranks, overrides = SPLITS[split]
     path = measured_recipe(project, "trials", "greedy", 3)
     found = workers(ranks).run(trials_of, path, LEFT_OUT, overrides)
-    trials, measured = found[0]
-    assert all(others == trials for others, _ in found)
+    trials, measured, moments = found[0]
+    assert all(others == trials for others, _, _ in found)
     assert [trial.left_out for trial in trials] == [frozenset(blocks) for blocks in LEFT_OUT]
     for trial in trials:
         assert trial.loss == pytest.approx(plain_loss(project, path, trial.left_out), rel=1e-6)
     assert trials[0].influence == pytest.approx(plain_influence(project, path), rel=1e-4, abs=1e-6)
-    assert_measured(measured, project, path, LEFT_OUT[-1])
+    assert_measured(measured, moments, project, path, LEFT_OUT[-1])
 
 
 def test_greedy_and_influence_keep_what_plain_torch_says(project: Path, workers: Group) -> None:
@@ -164,7 +181,10 @@ def test_greedy_and_influence_keep_what_plain_torch_says(project: Path, workers:
 
 def test_width_is_cut_by_what_the_sample_shows(project: Path, workers: Group) -> None:
     init = {"blocks": [0, 2, 3, 5], "hidden_size": 12, "intermediate_size": 40, "calibration_tokens": ROWS * SEQUENCE}
-    path = write_recipe(project, "narrow", method="kd", student={"dtype": "float32", "init": init})
+    prepared = str(project / "narrow-data")  # for all of them
+    path = write_recipe(
+        project, "narrow", method="kd", student={"dtype": "float32", "init": init}, data__prepared=prepared
+    )
     students = {}
     for ranks in (1, 2):
         workers(ranks).run(pretrain_recipe, path, (f"--output_dir={project}/narrow{ranks}",), "student")
@@ -177,6 +197,7 @@ def test_width_is_cut_by_what_the_sample_shows(project: Path, workers: Group) ->
     shutil.rmtree(project / "narrow2/calibration")
     workers(2).run(pretrain_recipe, path, (f"--output_dir={project}/narrow2",), "student")
     assert not (project / "narrow2/calibration").exists()
+    assert_corrected(students[2], project, path, {1, 4}, project / "narrow1/calibration/width.safetensors")
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
         one, two = (student(ids).logits for student in students.values())
@@ -184,6 +205,37 @@ def test_width_is_cut_by_what_the_sample_shows(project: Path, workers: Group) ->
     again = AutoModelForCausalLM.from_pretrained(project / "narrow2/initial_student")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), students[2].parameters(), strict=True))
     assert (again.config.hidden_size, again.config.intermediate_size, again.config.num_hidden_layers) == (12, 40, 4)
+
+
+def assert_corrected(student: Any, project: Path, recipe: Path, left_out: set[int], width: Path) -> None:
+    """What stays makes up for what is gone: all matrices that read less, against least squares of the sample itself."""
+    norms, readers, _ = plain_states(project, recipe, left_out)
+    basis = Measurements.load(width).basis[:, :12].double()
+    weights = AutoModelForCausalLM.from_pretrained(project / "teacher").double().state_dict()
+
+    def least_squares(x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        noise = (RIDGE * x.square().mean() * len(x)).sqrt() * torch.eye(x.shape[1]).double()
+        seen = torch.cat([x, noise])
+        return torch.linalg.lstsq(seen @ kept, seen).solution.T
+
+    kept_blocks = [block for block in range(BLOCKS) if block not in left_out]
+    own = {name: tensor.double() for name, tensor in student.state_dict().items()}
+    for block, old in enumerate(kept_blocks):
+        x, down = readers[f"{old}.mlp.down_proj.weight"], weights[f"model.layers.{old}.mlp.down_proj.weight"]
+        units = (x.square().mean(0) * down.square().sum(0)).argsort(descending=True)[:40].sort().values
+        expected = basis.T @ down @ least_squares(x, torch.eye(x.shape[1]).double()[:, units])
+        assert_near(own[f"model.layers.{block}.mlp.down_proj.weight"], expected)
+        gain = weights[f"model.layers.{old}.post_attention_layernorm.weight"]
+        up = weights[f"model.layers.{old}.mlp.up_proj.weight"][units] * gain
+        expected = up @ least_squares(norms[f"{old}.post_attention_layernorm.weight"], basis)
+        assert_near(own[f"model.layers.{block}.mlp.up_proj.weight"], expected)
+    head = weights["lm_head.weight"] * weights["model.norm.weight"]
+    assert_near(own["lm_head.weight"], head @ least_squares(norms["norm.weight"], basis))
+    assert_near(own["model.embed_tokens.weight"], weights["model.embed_tokens.weight"] @ basis)
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def plain_score(student: Path, recipe: Path) -> float:
@@ -207,7 +259,7 @@ def test_a_budget_takes_the_shape_of_the_least_loss(project: Path, workers: Grou
     assert any(shape["intermediate_size"] for shape in shapes)
     for i, shape in enumerate(shapes):
         gone = tuple(block for block in range(BLOCKS) if block not in shape["blocks"])
-        _, measured = workers(2).run(trials_of, path, [gone])[0]
+        _, measured, _ = workers(2).run(trials_of, path, [gone])[0]
         sizes = {name: shape[name] for name in ("hidden_size", "intermediate_size")}
         cut = InitConfig(blocks=shape["blocks"], **sizes)
         init_student(str(project / "teacher"), cut, folder / f"shape-{i}", measured=measured)
@@ -287,7 +339,7 @@ def test_a_task_s_trials_are_plain_transformers(tmp_path: Path, workers: Group) 
     init = {"num_blocks": 2, "calibration_tokens": 7 * 32}
     path = write_task_recipe(project, "sst2", "kd", student={"dtype": "float32", "init": init})
     run = load_config(path, [])
-    found, _ = workers(2).run(trials_of, path, [(), (1, 2)])[0]
+    found, _, _ = workers(2).run(trials_of, path, [(), (1, 2)])[0]
     model = AutoModelForSequenceClassification.from_pretrained(project / "teacher").eval()
     model.bert.encoder.layer = nn.ModuleList([model.bert.encoder.layer[i] for i in (0, 3)])
     rows = EncodedRows(run.prepared_folder / "train")

@@ -587,7 +587,9 @@ def test_two_ranks_and_an_engine(workers: Callable[[int], Workers], project: Pat
     zero = {"stage": 3, "reduce_bucket_size": 20000, "stage3_param_persistence_threshold": 0}
     run = a_run(project, zero, train__micro_batch_size=1, train__global_batch_size=2)
     before = sorted(project.rglob("*"))
-    (code, lines, held, estimated), (other_code, nothing, _, _) = workers(2).run(diagnose, config, run.model_dump(mode="json"))
+    (code, lines, held, estimated), (other_code, nothing, _, _) = workers(2).run(
+        diagnose, config, run.model_dump(mode="json")
+    )
     assert (code, other_code, nothing) == (0, 0, [])
     report = "\n".join(lines)
     for pattern in (
