@@ -24,8 +24,6 @@ from matplotlib.figure import Figure
 from benchmarks.report import parser_of, publish, table
 from benchmarks.stage0 import TED_DS, run_command
 from benchmarks.timing import environment
-from ted_ds.config.student_section import InitConfig
-from ted_ds.models.pruning import init_student
 
 SEQUENCE, ROWS = 256, 8
 BLOCKS, WIDTH, CALIBRATION = 20, 450, 1024
@@ -33,7 +31,7 @@ ROUND_BLOCKS, ROUNDS, ROUND_STEPS = 2, 4, 6
 COLUMNS = ("cut", "seeds", "start", "healed", "spread")
 
 UNIFORM, GREEDY, ROTATION = f"{BLOCKS} blocks, uniform", f"{BLOCKS} blocks, greedy", f"width {WIDTH}, rotation"
-WEIGHTS, ITERATIVE = f"width {WIDTH}, weight norms", f"{BLOCKS} blocks, iterative"
+ITERATIVE = f"{BLOCKS} blocks, iterative"
 CUTS: dict[str, dict[str, Any]] = {
     UNIFORM: {"num_blocks": BLOCKS, "blocks": "uniform"},
     GREEDY: {"num_blocks": BLOCKS},
@@ -54,7 +52,7 @@ class Healing:
     def results(self) -> Iterator[dict[str, Any]]:
         """The scores of each cut and seed, as they come."""
         for seed in self._options.seeds:
-            for name in [*CUTS, WEIGHTS, ITERATIVE, *LAYER_WISE]:
+            for name in [*CUTS, ITERATIVE, *LAYER_WISE]:
                 if not self._options.cuts or name in self._options.cuts:
                     yield self._healed(name, seed)
 
@@ -92,10 +90,6 @@ class Healing:
     def _cut(self, name: str) -> Path:
         """The initial student, the same for all seeds."""
         folder: Path = self._options.work / name.replace(" ", "-")
-        if name == WEIGHTS:
-            if not folder.exists():
-                init_student(str(self._options.model), InitConfig(hidden_size=WIDTH), folder)
-            return folder
         init = {"calibration_tokens": CALIBRATION, **CUTS[name]}
         self._run("init-student", folder, self._recipe(folder, {"dtype": "float32", "init": init}))
         return folder / "initial_student"

@@ -23,14 +23,13 @@ from matplotlib.figure import Figure
 
 from benchmarks.report import bars, parser_of, publish, table
 from benchmarks.timing import environment
-from ted_ds.config.student_section import InitConfig
-from ted_ds.models.pruning import init_student
 
 TED_DS = [sys.executable, "-m", "ted_ds.cli.main"]
 SEQUENCE, GREEDY_TOKENS = 256, 2048
 DEPTHS, WIDTHS = (20, 15), (513, 450, 387)
+PARTS = {"6 of 9 heads": {"num_heads": 6}, "768 of 1536 units": {"intermediate_size": 768}}
+ALL_PARTS = {"width 450, 6 heads, 1024 units": {"hidden_size": 450, "num_heads": 6, "intermediate_size": 1024}}
 COLUMNS = ("cut", "loss", "lambada", "parameters_m", "seconds")
-BY_WEIGHTS = "weight norms"
 
 
 class Cuts:
@@ -74,19 +73,17 @@ class Cuts:
         self.score(name, folder / "initial_student", time.monotonic() - start)
         return folder
 
-    def cut_by_weights(self, width: int) -> None:
-        """Without data, by the Python interface."""
-        folder, start = self._work / f"weights-{width}", time.monotonic()
-        init_student(str(self._options.model), InitConfig(hidden_size=width), folder)
-        self.score(f"width {width}, {BY_WEIGHTS}", folder, time.monotonic() - start)
 
-
-def measure(cuts: Cuts, model: Path) -> None:
+def measure_width(cuts: Cuts) -> None:
     """Fills the table."""
-    cuts.score("whole", model)
     for width in WIDTHS:
         cuts.cut(f"width {width}, rotation", {"hidden_size": width})
-        cuts.cut_by_weights(width)
+    for name, sizes in (PARTS | ALL_PARTS).items():
+        cuts.cut(name, sizes)
+
+
+def measure_depth(cuts: Cuts) -> None:
+    """Fills the table."""
     for blocks in DEPTHS:
         for policy in ("uniform", "influence"):
             cuts.cut(f"{blocks} blocks, {policy}", {"num_blocks": blocks, "blocks": policy})
@@ -116,10 +113,13 @@ def main() -> None:
     for name in ("--train", "--validation"):
         parser.add_argument(name, type=Path, required=True, help="text")
     parser.add_argument("--lambada", type=Path)
+    parser.add_argument("--cuts", nargs="+", default=["width", "depth"], choices=["width", "depth"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         cuts = Cuts(options, Path(work))
-        measure(cuts, options.model)
+        cuts.score("whole", options.model)
+        for what in options.cuts:
+            {"depth": measure_depth, "width": measure_width}[what](cuts)
     rows = sorted(cuts.rows, key=lambda row: str(row["cut"]))
 
     def draw(figure: Figure) -> None:

@@ -21,11 +21,12 @@ from ted_ds.job.world import World
 from ted_ds.models.layer_map import keep_blocks
 from ted_ds.models.loading import on_meta
 from ted_ds.models.probe import probe_cut, skipped_blocks
-from ted_ds.models.pruning import init_student
+from ted_ds.models.pruning import check_cut, init_student
 from ted_ds.models.structure import find_blocks, find_structure, set_dropout
 from ted_ds.models.tiny import tiny_model
 from ted_ds.pipeline.run import run_recipe
 from ted_ds.telemetry.recorder import read_metrics
+from tests.plain_measurements import plain_measurements
 from tests.plain_training import plain_stage1, plain_stage2
 from tests.project import VOCAB, make_project, write_recipe
 
@@ -119,7 +120,9 @@ class _FamilyCheck:
         heads = getattr(text, "num_attention_heads", None)
         init = InitConfig(hidden_size=text.hidden_size // 2, num_heads=heads and heads // 2)
         probe_cut(self._path, init, "causal-lm")
-        init_student(self._path, init, self._project / "narrow")
+        check_cut(self._path, init, "causal-lm", False)
+        measured = plain_measurements(self._teacher, _ids())
+        init_student(self._path, init, self._project / "narrow", measured=measured)
         assert _loaded(self._project / "narrow").config.get_text_config().hidden_size == init.hidden_size
 
     def both_stages(self) -> None:
@@ -177,10 +180,13 @@ def _loaded(folder: Path) -> PreTrainedModel:
     return model.eval()
 
 
+def _ids() -> torch.Tensor:
+    return torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
 def _logits(model: PreTrainedModel) -> torch.Tensor:
-    ids = torch.randint(3, VOCAB, (2, 12), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        logits: torch.Tensor = model(ids).logits
+        logits: torch.Tensor = model(_ids()).logits
     return logits
 
 

@@ -38,6 +38,10 @@ def tiny_config(
     return AutoConfig.for_model(family, **(sizes | extra))
 
 
+ROTATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "smollm3", "seed_oss", "ernie4_5")
+"""Families whose hidden states can be rotated."""
+
+
 def tiny_model(family: str, *, seed: int = 0, **sizes: Any) -> PreTrainedModel:
     """A float32 model in eval mode, the same for the same seed."""
     torch.manual_seed(seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,24 +54,34 @@ class Measurements:
 
 
 class PartScores:
-    """How much each part of a model matters: residual channels of the whole model, heads and FFN units by block."""
+    """How much a teacher's parts matter on a sample: residual channels of all of it, heads and FFN units by block.
 
-    def __init__(self, sizes: Sizes) -> None:
-        self._sizes = sizes
-        self._channels = torch.zeros(sizes[Part.CHANNEL], dtype=torch.float64)
-        self._products: dict[tuple[int, Part], torch.Tensor] = defaultdict(lambda: torch.ones((), dtype=torch.float64))
+    * residual channel: the mean of |norm output|, summed over norms (Minitron, arXiv 2407.14679);
+    * head, FFN unit: mean square of what it adds to the hidden state, as if its numbers were uncorrelated:
+      sum over them of mean square * squared norm of their column.
+    """
+
+    def __init__(self, sizes: Sizes, measured: Measurements) -> None:
+        self._sizes, self._measured = sizes, measured
+        self._by_block: dict[tuple[int, Part], torch.Tensor] = {}
 
     def add(self, block: int | None, name: str, axes: Axes, matrix: torch.Tensor) -> None:
         """Counts one matrix of block `block` (None: outside the blocks), whose axes are known; name: as of `within`."""
-        raise NotImplementedError
+        energy = self._measured.energies.get(f"{block}.{name}")
+        if energy is None:
+            return
+        assert block is not None
+        for axis, squares in zip(axes, _squared_marginals(matrix), strict=True):
+            if axis is not None and axis.part is not Part.CHANNEL:
+                self._by_block[block, axis.part] = (squares * energy).view(self._sizes[axis.part], -1).sum(-1)
 
     def channels(self, keep: int) -> torch.Tensor:
         """The `keep` best residual channels, in their order; int64."""
-        return _best(self._channels, keep)
+        return _best(self._measured.channels, keep)
 
     def units(self, block: int, keep: int) -> torch.Tensor:
         """The `keep` best FFN units of a block, in their order."""
-        return _best(self._products[block, Part.UNIT].expand(self._sizes[Part.UNIT]), keep)
+        return _best(self._of(block, Part.UNIT), keep)
 
     def heads(self, block: int, keep: int, keep_kv: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The best query heads of a block and their key-value heads, in their order.
@@ -82,62 +91,16 @@ class PartScores:
         """
         kv = self._sizes[Part.KV_HEAD]
         group = self._sizes[Part.HEAD] // kv
-        values = self._products[block, Part.KV_HEAD].expand(kv)
-        scores = self._products[block, Part.HEAD].expand(kv * group).view(kv, group) * values[:, None]
+        scores = self._of(block, Part.HEAD).view(kv, group)
         if keep_kv == kv:
             best = [_best(row, keep // kv) + i * group for i, row in enumerate(scores)]
             return torch.cat(best), torch.arange(kv)
         groups = _best(scores.sum(1), keep_kv)
         return (groups[:, None] * group + torch.arange(group)).flatten(), groups
 
-
-class WeightScores(PartScores):
-    """By weight norms alone, in one pass over the tensors: for a cut without data. Real models lose much by it.
-
-    * residual channel: sum over all matrices that read or write it of its squared weights, each matrix
-      scaled to unit Frobenius norm so that none (the embedding, say) decides alone;
-    * head: |v|^2 |o|^2, the value and output weights of the head (a key-value head's v counts for each of
-      its query heads); q and k are left out: they only sharpen the attention;
-    * FFN unit: product of the squared norms of its up (and gate) row and its down column.
-    """
-
-    def add(self, block: int | None, name: str, axes: Axes, matrix: torch.Tensor) -> None:
-        """See `PartScores`."""
-        marginals = _squared_marginals(matrix)
-        total = marginals[0].sum().clamp_min(torch.finfo(torch.float64).tiny)
-        for axis, squares in zip(axes, marginals, strict=True):
-            if axis is None or not axis.scored:
-                continue
-            if axis.part == Part.CHANNEL:
-                self._channels += squares / total
-            else:
-                # of q, k, v in one tensor the last is v
-                parts = squares.view(axis.outer, self._sizes[axis.part], axis.inner, -1)[-1, :, -1].sum(-1)
-                assert block is not None
-                self._products[block, axis.part] = self._products[block, axis.part] * parts
-
-
-class ActivationScores(PartScores):
-    """By what a teacher does on a sample.
-
-    * residual channel: the mean of |norm output|, summed over norms (Minitron, arXiv 2407.14679);
-    * head, FFN unit: mean square of what it adds to the hidden state, as if its numbers were uncorrelated:
-      sum over them of mean square * squared norm of their column.
-    """
-
-    def __init__(self, sizes: Sizes, found: Measurements) -> None:
-        super().__init__(sizes)
-        self._channels, self._energies = found.channels, found.energies
-
-    def add(self, block: int | None, name: str, axes: Axes, matrix: torch.Tensor) -> None:
-        """See `PartScores`."""
-        energy = self._energies.get(f"{block}.{name}")
-        if energy is None:
-            return
-        assert block is not None
-        for axis, squares in zip(axes, _squared_marginals(matrix), strict=True):
-            if axis is not None and axis.part is not Part.CHANNEL:
-                self._products[block, axis.part] = (squares * energy).view(self._sizes[axis.part], -1).sum(-1)
+    def _of(self, block: int, part: Part) -> torch.Tensor:
+        """Alike for all if the block reads them in a matrix that the table of families does not name: a hybrid's."""
+        return self._by_block.get((block, part), torch.ones(self._sizes[part], dtype=torch.float64))
 
 
 def _best(scores: torch.Tensor, keep: int) -> torch.Tensor:

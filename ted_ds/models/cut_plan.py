@@ -44,11 +44,8 @@ class CutPlan:
     roles: Roles | None
 
 
-def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool, *, rotates: bool = True) -> CutPlan:
-    """What a student cut out of `teacher` will be, by configs alone; ModelError if it cannot be.
-
-    rotates: whether a narrower residual stream is rotated, if the family's can be.
-    """
+def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool) -> CutPlan:
+    """What a student cut out of `teacher` will be, by configs alone; ModelError if it cannot be."""
     if init.parameters is not None:
         raise ModelError(
             "student.init.parameters needs a run's data, as `ted-ds init-student` has it: give sizes in its place"
@@ -63,7 +60,7 @@ def plan_cut(teacher: str, init: InitConfig, kind: Kind, trust_remote_code: bool
     sizes = _requested(init, config, teacher_sizes)
     student_config = _student_config(config, blocks, structure.num_blocks, sizes, teacher_sizes)
     narrower = sizes.get(Part.CHANNEL) != teacher_sizes.get(Part.CHANNEL)
-    roles = find_roles(whole) if rotates and narrower else None
+    roles = find_roles(whole) if narrower else None
     if roles is not None:
         student_config.tie_word_embeddings = False
         student_config.rms_norm_eps *= teacher_sizes[Part.CHANNEL] / sizes[Part.CHANNEL]

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ted_ds.errors import ModelError
-from ted_ds.models.channels import ActivationScores, Measurements, PartScores, WeightScores, cut
+from ted_ds.models.channels import Measurements, PartScores, cut
 from ted_ds.models.cut_plan import CutPlan
 from ted_ds.models.families import Part, fitting_axes, part_read
 from ted_ds.models.least_squares import reading_basis
@@ -49,7 +49,7 @@ class Cut:
     @cached_property
     def _scores(self) -> PartScores:
         sizes = self._plan.teacher_sizes
-        scores = WeightScores(sizes) if self._measured is None else ActivationScores(sizes, self._measured)
+        scores = PartScores(sizes, self._needed())
         for source in self._sources.values():
             tensor = self._reader.read(source.name)
             if len(axes := fitting_axes(source.name, tensor.shape, sizes)) == 2:
@@ -75,8 +75,17 @@ class Cut:
     def _rotation(self) -> Rotation | None:
         if self._plan.roles is None:
             return None
-        assert self._measured is not None and self._measured.basis is not None
-        return Rotation(self._plan.roles, self._measured.basis[:, : self._plan.sizes[Part.CHANNEL]])
+        basis = self._needed().basis
+        assert basis is not None
+        return Rotation(self._plan.roles, basis[:, : self._plan.sizes[Part.CHANNEL]])
+
+    def _needed(self) -> Measurements:
+        if self._measured is None:
+            raise ModelError(
+                "what the teacher does on data decides on a narrower student: make it with a recipe, by "
+                "`ted-ds init-student --config RECIPE`"
+            )
+        return self._measured
 
     def units(self, keep: int) -> dict[int, torch.Tensor]:
         """Block of the teacher -> the FFN units that stay if it keeps so many."""

@@ -33,13 +33,11 @@ class Axis:
     """One dimension of a tensor, seen as [outer, number of parts, inner, rest]; rest is 1 or the head width.
 
     outer 3: q, k and v one after another (GPT-2). inner 3: q, k and v within every head (GPT-NeoX).
-    scored: whether the part's weights here tell how much the part matters; of q, k, v only v.
     """
 
     part: Part
     outer: int = 1
     inner: int = 1
-    scored: bool = True
 
     def fits(self, length: int, sizes: Mapping[Part, int]) -> bool:
         """Whether a dimension of this length can be made of the parts of a model of `sizes`."""
@@ -51,8 +49,7 @@ Axes = tuple[Axis | None, ...]
 """An axis for each dimension of a tensor; None: not cut."""
 
 _D, _FFN = Axis(Part.CHANNEL), Axis(Part.UNIT)
-_Q, _K = Axis(Part.HEAD, scored=False), Axis(Part.KV_HEAD, scored=False)
-_V, _O = Axis(Part.KV_HEAD), Axis(Part.HEAD)
+_HEADS, _KV = Axis(Part.HEAD), Axis(Part.KV_HEAD)
 _QKV_OUTER, _QKV_INNER = Axis(Part.HEAD, outer=3), Axis(Part.HEAD, inner=3)
 
 
@@ -85,7 +82,7 @@ def _relative_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, torch.Te
 
 
 _ROBERTA = Family(positions=lambda config, rows: rows - config.pad_token_id - 1)  # they begin after the padding id
-_SEPARATE_QKV = {"self_attn.q_proj": (_Q, _D), "self_attn.k_proj": (_K, _D), "self_attn.v_proj": (_V, _D)}
+_SEPARATE_QKV = {"self_attn.q_proj": (_HEADS, _D), "self_attn.k_proj": (_KV, _D), "self_attn.v_proj": (_KV, _D)}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(  # and Mistral, Qwen2/3, Gemma-2/3
@@ -96,7 +93,7 @@ FAMILIES: dict[str, Family] = {
         ),
         linears={
             **_SEPARATE_QKV,
-            "self_attn.o_proj": (_D, _O),
+            "self_attn.o_proj": (_D, _HEADS),
             "mlp.gate_proj": (_FFN, _D),
             "mlp.up_proj": (_FFN, _D),
             "mlp.down_proj": (_D, _FFN),
@@ -107,7 +104,7 @@ FAMILIES: dict[str, Family] = {
         norms=("ln_1", "ln_2", "ln_f"),
         linears={
             "attn.c_attn": (_QKV_OUTER, _D),
-            "attn.c_proj": (_D, _O),
+            "attn.c_proj": (_D, _HEADS),
             "mlp.c_fc": (_FFN, _D),
             "mlp.c_proj": (_D, _FFN),
         },
@@ -119,7 +116,7 @@ FAMILIES: dict[str, Family] = {
         norms=("input_layernorm", "post_attention_layernorm", "final_layer_norm"),
         linears={
             "attention.query_key_value": (_QKV_INNER, _D),
-            "attention.dense": (_D, _O),
+            "attention.dense": (_D, _HEADS),
             "mlp.dense_h_to_4h": (_FFN, _D),
             "mlp.dense_4h_to_h": (_D, _FFN),
         },
@@ -127,15 +124,15 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(
         embeddings=("embed_tokens", "embed_positions", "lm_head"),
         norms=("self_attn_layer_norm", "final_layer_norm"),
-        linears={**_SEPARATE_QKV, "self_attn.out_proj": (_D, _O), "fc1": (_FFN, _D), "fc2": (_D, _FFN)},
+        linears={**_SEPARATE_QKV, "self_attn.out_proj": (_D, _HEADS), "fc1": (_FFN, _D), "fc2": (_D, _FFN)},
         ffn_size="ffn_dim",
     ),
     "bert": Family(  # and RoBERTa, which has a classifier of its own
         embeddings=("word_embeddings", "position_embeddings", "token_type_embeddings", "classifier", "qa_outputs"),
         norms=("LayerNorm",),
         linears={
-            **{"self.query": (_Q, _D), "self.key": (_K, _D), "self.value": (_V, _D)},
-            "attention.output.dense": (_D, _O),
+            **{"self.query": (_HEADS, _D), "self.key": (_KV, _D), "self.value": (_KV, _D)},
+            "attention.output.dense": (_D, _HEADS),
             "intermediate.dense": (_FFN, _D),
             "output.dense": (_D, _FFN),
             **{"pooler.dense": (_D, _D), "classifier.dense": (_D, _D), "classifier.out_proj": (None, _D)},

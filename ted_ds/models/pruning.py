@@ -38,9 +38,9 @@ def init_student(
     dtype kept. The teacher is read one tensor at a time, twice if its width is cut, and at most one output shard of
     5 GB is held. The head width always stays the teacher's. `teacher` stands for `init.model`.
 
-    measured: what decides on the width, see `rotation` and `ActivationScores`; an LM head that is tied to the
-    embeddings is untied by a rotation. None: weight norms decide, see `WeightScores`. corrected: folder of tensors
-    of the student that stand for those of a plain cut, see `Cut.tensor`.
+    measured: what decides on the width, and must be given if it is cut; see `rotation` and `PartScores`. An LM head
+    that is tied to the embeddings is untied by a rotation. corrected: folder of tensors of the student that stand for
+    those of a plain cut, see `Cut.tensor`.
 
     Raises ModelError if the request does not fit the teacher or its weights cannot be cut.
     """
@@ -50,7 +50,7 @@ def init_student(
         if init.config is not None:
             write_random(init.config, defaults or {}, kind, folder, seed, trust_remote_code)
         elif teacher is not None:
-            plan = plan_cut(teacher, init, kind, trust_remote_code, rotates=measured is not None)
+            plan = plan_cut(teacher, init, kind, trust_remote_code)
             _write_cut(plan, teacher, folder, measured, corrected)
         else:
             raise ModelError("student.init cuts the student out of a teacher: give teacher.model")

@@ -28,7 +28,7 @@ from ted_ds.teacher.frozen import FrozenModel
 
 PREDICTION = LossConfig(kl_alpha=0.0, mse_alpha=0.0)
 
-MOMENTS_BYTES = 256 * 2**20
+MOMENTS_BYTES = 128 * 2**20
 """What second moments may take at a time, unless those of a single matrix take more."""
 
 

@@ -16,13 +16,13 @@ from ted_ds.config.student_section import InitConfig
 from ted_ds.config.tasks import Kind
 from ted_ds.errors import ModelError
 from ted_ds.models import weight_files
-from ted_ds.models.channels import WeightScores
-from ted_ds.models.families import Part, axes_of
+from ted_ds.models.channels import Measurements
 from ted_ds.models.pruning import init_student
 from ted_ds.models.task_head import AUTO_CLASSES
 from ted_ds.models.weight_files import INDEX, SINGLE, WeightReader
+from tests.plain_measurements import plain_measurements
 from tests.tiny_encoders import tiny_encoder
-from tests.tiny_models import FAMILIES, tiny_model
+from tests.tiny_models import FAMILIES, ROTATED, tiny_model
 
 IDS = torch.arange(24).view(2, 12) * 4
 COUPLED = ("gpt2", "gpt_neox", "opt")  # hidden_size = heads * head width
@@ -42,9 +42,9 @@ def _save(model: Any, folder: Path, **how: Any) -> str:
     return str(folder)
 
 
-def _student(teacher: str, folder: Path, **init: Any) -> Any:
+def _student(teacher: str, folder: Path, measured: Measurements | None = None, **init: Any) -> Any:
     """The student, loaded: no tensor is missing or left over, and nothing else lies about."""
-    init_student(teacher, InitConfig(**init), folder)
+    init_student(teacher, InitConfig(**init), folder, measured=measured)
     loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     model, report = loaded
     assert not any(report.values()), report
@@ -105,8 +105,9 @@ def test_config_by_block(family: str, extra: dict[str, Any], expected: dict[str,
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "llama", "gemma2"])
 def test_embeddings_stay_tied_or_untied_and_bfloat16(family: str, tied: bool, tmp_path: Path) -> None:
     teacher: Any = tiny_model(family, tie_word_embeddings=tied).bfloat16()
+    measured = plain_measurements(teacher, IDS)
     student = _student(
-        _save(teacher, tmp_path / "t"), tmp_path / "s", blocks="first", num_blocks=1, intermediate_size=8
+        _save(teacher, tmp_path / "t"), tmp_path / "s", measured, blocks="first", num_blocks=1, intermediate_size=8
     )
     head, embedding = student.get_output_embeddings().weight, student.get_input_embeddings().weight
     assert (head is embedding) is tied and torch.equal(embedding, teacher.get_input_embeddings().weight)
@@ -164,17 +165,20 @@ def test_width_keeps_what_is_not_silent(family: str, what: str, tmp_path: Path) 
     asked = sizes if what == "all" else {what: sizes[what]}
     if family in COUPLED and what == "num_heads":
         asked["hidden_size"] = 8  # one implies the other: given both, and (`hidden_size`) one alone
+    if family in ROTATED:
+        asked.pop("hidden_size", None)
     narrower = "hidden_size" in asked
     fewer_heads = "num_heads" in asked or (narrower and family in COUPLED)
     heads = HEADS if fewer_heads else [[]] * 3
     _silence(teacher, CHANNELS if narrower else [], heads, heads, "intermediate_size" in asked)
     blocks = (0, 2) if what == "all" else (0, 1, 2)
-    student = _student(_save(teacher, tmp_path / "t"), tmp_path / "s", blocks=blocks, **asked)
+    measured = plain_measurements(teacher, torch.arange(960).view(80, 12) * 7 % 97)  # OPT's ReLUs: each unit once
+    student = _student(_save(teacher, tmp_path / "t"), tmp_path / "s", measured, blocks=blocks, **asked)
     assert student(IDS).logits.isfinite().all()
     assert student.config.num_attention_heads == (2 if fewer_heads else 4)
     expected = {name: _without_zeros(tensor) for name, tensor in _of_blocks(teacher.state_dict(), blocks).items()}
     _assert_same(student.state_dict(), expected)
-    if not narrower:  # norms average over the width: fewer channels change the logits
+    if what != "all" and not narrower:  # norms average over the width: fewer channels change the logits
         torch.testing.assert_close(student(IDS).logits, teacher(IDS).logits)
 
 
@@ -183,7 +187,8 @@ def test_width_keeps_what_is_not_silent(family: str, what: str, tmp_path: Path) 
 def test_grouped_heads(family: str, silent: list[int], kv: list[int], tmp_path: Path) -> None:
     teacher = tiny_model(family, width=24, heads=6, num_key_value_heads=3)
     _silence(teacher, [], [silent] * 2, [kv] * 2, False)
-    student = _student(_save(teacher, tmp_path / "t"), tmp_path / "s", num_heads=6 - len(silent))
+    measured = plain_measurements(teacher, IDS)
+    student = _student(_save(teacher, tmp_path / "t"), tmp_path / "s", measured, num_heads=6 - len(silent))
     assert (student.config.num_attention_heads, student.config.num_key_value_heads) == (6 - len(silent), 3 - len(kv))
     _assert_same(student.state_dict(), {name: _without_zeros(t) for name, t in teacher.state_dict().items()})
     torch.testing.assert_close(student(IDS).logits, teacher(IDS).logits)
@@ -210,7 +215,8 @@ def test_encoders(family: str, kind: Kind, tmp_path: Path) -> None:
         if parameter.ndim == 2:
             parameter.data[:, columns] = 0
     sizes = {"hidden_size": 8, "num_heads": 1, "intermediate_size": 24}
-    init_student(_save(teacher, tmp_path / "t"), InitConfig(**sizes), tmp_path / "s", kind=kind)
+    measured, path = plain_measurements(teacher, IDS % teacher.config.vocab_size), _save(teacher, tmp_path / "t")
+    init_student(path, InitConfig(**sizes), tmp_path / "s", kind=kind, measured=measured)
     loaded: Any = AUTO_CLASSES[kind].from_pretrained(tmp_path / "s", output_loading_info=True)
     student, report = loaded
     assert not any(report.values()), report
@@ -218,58 +224,19 @@ def test_encoders(family: str, kind: Kind, tmp_path: Path) -> None:
     _assert_same({n: t for n, t in student.state_dict().items() if n in expected}, expected)
 
 
-def test_a_budget_needs_data(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ({"parameters": "1K"}, "student.init.parameters needs a run's data"),
+        ({"hidden_size": 8}, "what the teacher does on data decides on a narrower student"),
+        ({"intermediate_size": 8}, "what the teacher does on data decides on a narrower student"),
+    ],
+)
+def test_what_needs_data(init: dict[str, Any], message: str, tmp_path: Path) -> None:
     teacher = _save(tiny_model("llama"), tmp_path / "t")
-    with pytest.raises(ModelError, match=r"student.init.parameters needs a run's data"):
-        init_student(teacher, InitConfig.model_validate({"parameters": "1K"}), tmp_path / "s")
-
-
-def test_scores() -> None:
-    def add(scores: WeightScores, block: int | None, name: str, matrix: torch.Tensor) -> None:
-        scores.add(block, name, axes_of(name), matrix)
-
-    scores = WeightScores({Part.CHANNEL: 4, Part.HEAD: 4, Part.KV_HEAD: 2, Part.UNIT: 5000})
-    matrix = torch.ones(5000, 4)  # read in two chunks of rows
-    matrix[0, 2], matrix[4999, 1] = 1000, 900
-    add(scores, None, "embed_tokens.weight", matrix)
-    assert scores.channels(2).tolist() == [1, 2] and scores.channels(1).tolist() == [2]
-    for factor in (1e-3, 1e-4):  # each matrix counts alike, however small
-        add(scores, 0, "mlp.up_proj.weight", factor * matrix.flip(1))
-    best = scores.channels(1), scores.units(0, 2), scores.units(1, 2)
-    assert [t.tolist() for t in best] == [[1], [0, 4999], [0, 1]]
-    scores.add(
-        0, "self_attn.q_proj.weight", axes_of("self_attn.q_proj.weight"), torch.diag(torch.tensor([1e6, 1, 1, 1]))
-    )  # does not count
-    add(scores, 0, "self_attn.v_proj.weight", torch.tensor([[1.0] * 4, [2.0] * 4]))
-    scores.add(
-        0, "self_attn.o_proj.weight", axes_of("self_attn.o_proj.weight"), torch.diag(torch.tensor([2.0, 3, 1.9, 1]))
-    )
-    assert [t.tolist() for t in scores.heads(0, 2, 2)] == [[1, 2], [0, 1]]
-    assert [t.tolist() for t in scores.heads(0, 2, 1)] == [[2, 3], [1]]
-    qkv = torch.tensor([[[9.0] * 4, [1.0] * 4], [[9.0] * 4, [1.0] * 4], [[1.0] * 4, [2.0] * 4]])  # v alone counts
-    scores = WeightScores({Part.CHANNEL: 4, Part.HEAD: 2, Part.KV_HEAD: 2})
-    add(scores, 0, "attn.c_attn.weight", qkv.flatten(0, 1).T)
-    scores.add(
-        1,
-        "attention.query_key_value.weight",
-        axes_of("attention.query_key_value.weight"),
-        qkv.transpose(0, 1).flatten(0, 1),
-    )
-    assert [scores.heads(block, 1, 1)[0].tolist() for block in (0, 1)] == [[1], [1]]
-
-
-def test_random_start_follows_its_seed_alone(tmp_path: Path) -> None:
-    weights = []
-    for i, seed in enumerate((1, 1, 2)):
-        before = torch.manual_seed(i).get_state()
-        init_student(None, InitConfig(config=RANDOM), tmp_path / str(i), seed=seed, defaults={"vocab_size": 23})
-        assert torch.equal(torch.get_rng_state(), before)
-        weights.append(load_file(tmp_path / str(i) / SINGLE))
-    _assert_same(weights[0], weights[1])
-    name = "model.embed_tokens.weight"
-    assert weights[0][name].shape == (23, 16) and not torch.equal(weights[0][name], weights[2][name])
-    init_student(None, InitConfig(config=RANDOM | {"vocab_size": 31}), tmp_path / "v", defaults={"vocab_size": 23})
-    assert load_file(tmp_path / "v" / SINGLE)[name].shape == (31, 16)
+    with pytest.raises(ModelError, match=message):
+        init_student(teacher, InitConfig.model_validate(init), tmp_path / "s")
+    assert not (tmp_path / "s").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,19 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ted_ds.config.student_section import InitConfig
 from ted_ds.errors import ModelError
-from ted_ds.models.channels import ActivationScores, Measurements
+from ted_ds.models.channels import Measurements, PartScores
 from ted_ds.models.families import Part, axes_of
 from ted_ds.models.pruning import init_student
-from ted_ds.models.rotation import principal_basis, rotation_roles, within
-from tests.tiny_models import tiny_model
+from ted_ds.models.rotation import principal_basis, rotation_roles
+from tests.plain_measurements import plain_measurements
+from tests.tiny_models import ROTATED, tiny_model
 
 IDS = torch.arange(48).view(4, 12) % 90
 WIDTH, NARROW = 32, 16
-ROTATED = ("llama", "mistral", "qwen2", "qwen3", "gemma", "granite", "smollm3", "seed_oss", "ernie4_5")
 WRITERS = ("o_proj", "down_proj")
 
 
@@ -39,36 +38,8 @@ def teacher_of(family: str, **extra: Any) -> Any:
     return model
 
 
-def plain_measurements(model: Any) -> Measurements:
-    """By plain hooks, without ted_ds."""
-    moments, channels = torch.zeros(WIDTH, WIDTH).double(), torch.zeros(WIDTH).double()
-    energies: dict[str, torch.Tensor] = {}
-    count = IDS.numel()
-
-    def at_norm(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        x = inputs[0].double().flatten(0, 1)
-        x = x / x.square().mean(-1, keepdim=True).sqrt()
-        moments.add_(x.T @ x / count)
-        channels.add_(output.double().abs().flatten(0, 1).mean(0))
-
-    for path, module in model.named_modules():
-        last = path.split(".")[-1]
-        if last in ("norm", "input_layernorm", "post_attention_layernorm"):
-            module.register_forward_hook(at_norm)
-        elif last in WRITERS:
-            key = f"{path.split('.')[2]}.{within(f'{path}.weight', 'model.layers')}"
-
-            def at_writer(module: nn.Module, inputs: tuple[torch.Tensor, ...], key: str = key) -> None:
-                energies[key] = inputs[0].double().square().flatten(0, 1).mean(0)
-
-            module.register_forward_pre_hook(at_writer)
-    with torch.no_grad():
-        model(IDS)
-    return Measurements(moments, channels, energies, principal_basis(moments))
-
-
 def narrowed(model: Any, folder: Path, **init: Any) -> Any:
-    measured = plain_measurements(model)
+    measured = plain_measurements(model, IDS)
     model.save_pretrained(folder / "teacher")
     init_student(str(folder / "teacher"), InitConfig(**init), folder / "student", measured=measured)
     student, report = AutoModelForCausalLM.from_pretrained(folder / "student", output_loading_info=True)
@@ -101,14 +72,14 @@ def test_depth_heads_units_and_width_together_keep_the_dtype(tmp_path: Path) -> 
     student = narrowed(teacher.float(), tmp_path, **init)
     assert (student.config.num_hidden_layers, student.config.intermediate_size) == (2, 40)
     teacher.bfloat16().save_pretrained(tmp_path / "half")
-    init_student(str(tmp_path / "half"), InitConfig(**init), tmp_path / "s", measured=plain_measurements(teacher))
+    init_student(str(tmp_path / "half"), InitConfig(**init), tmp_path / "s", measured=plain_measurements(teacher, IDS))
     assert {tensor.dtype for tensor in load_file(tmp_path / "s/model.safetensors").values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("only", ["lm_head.weight", "model.embed_tokens.weight"])
 def test_a_tied_file_may_have_either_name(only: str, tmp_path: Path) -> None:
     teacher = teacher_of("llama", tie_word_embeddings=True)
-    measured = plain_measurements(teacher)
+    measured = plain_measurements(teacher, IDS)
     teacher.save_pretrained(tmp_path / "teacher")
     file = tmp_path / "teacher/model.safetensors"
     tensors = load_file(file)
@@ -157,7 +128,7 @@ def test_activations_decide_on_heads_units_and_channels() -> None:
     sizes = {Part.CHANNEL: 3, Part.HEAD: 2, Part.KV_HEAD: 2, Part.UNIT: 4}
     energies = {"0.mlp.down_proj.weight": torch.tensor([1.0, 9.0, 1.0, 4.0]).double()}
     energies["0.self_attn.o_proj.weight"] = torch.tensor([1.0, 1.0, 3.0, 3.0]).double()
-    scores = ActivationScores(sizes, Measurements(None, torch.tensor([2.0, 1.0, 3.0]).double(), energies))
+    scores = PartScores(sizes, Measurements(None, torch.tensor([2.0, 1.0, 3.0]).double(), energies))
     down = torch.ones(3, 4)
     down[:, 2] = 4.0  # 16 times the square, against 9 and 4 times the energy
     scores.add(0, "mlp.down_proj.weight", axes_of("mlp.down_proj.weight"), down)
@@ -165,4 +136,9 @@ def test_activations_decide_on_heads_units_and_channels() -> None:
     scores.add(0, "self_attn.o_proj.weight", axes_of("self_attn.o_proj.weight"), torch.ones(3, 4))
     assert scores.units(0, 2).tolist() == [1, 2]
     assert scores.heads(0, 1, 1)[0].tolist() == [1]
+    grouped = PartScores({Part.HEAD: 4, Part.KV_HEAD: 2}, Measurements(None, torch.ones(1), energies))
+    o_proj = torch.diag(torch.tensor([2.0, 3, 1, 1.5]))
+    grouped.add(0, "self_attn.o_proj.weight", axes_of("self_attn.o_proj.weight"), o_proj)
+    assert [found.tolist() for found in grouped.heads(0, 2, 2)] == [[1, 3], [0, 1]]
+    assert [found.tolist() for found in grouped.heads(0, 2, 1)] == [[0, 1], [0]]
     assert scores.channels(2).tolist() == [0, 2]

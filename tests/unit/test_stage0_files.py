@@ -13,11 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, T5Co
 
 from ted_ds.config.student_section import InitConfig
 from ted_ds.errors import ModelError
+from ted_ds.models.channels import Measurements
 from ted_ds.models.loading import on_meta
 from ted_ds.models.probe import probe_cut, skipped_blocks
 from ted_ds.models.pruning import init_student
 from ted_ds.models.tiny import tiny_model
 from ted_ds.models.weight_check import check_weights
+from tests.plain_measurements import plain_measurements
 from tests.tiny_models import tiny_model as made
 
 
@@ -32,11 +34,11 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return found
 
 
-def cut(teacher: Path, student: Path, **init: Any) -> PreTrainedModel:
+def cut(teacher: Path, student: Path, measured: Measurements | None = None, **init: Any) -> PreTrainedModel:
     """The student of a cut, which passes the checks that a run makes of it."""
     asked = InitConfig(**init)
     probe_cut(str(teacher), asked, "causal-lm")
-    init_student(str(teacher), asked, student)
+    init_student(str(teacher), asked, student, measured=measured)
     check_weights("student", str(student), "causal-lm")
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
     return model.eval()
@@ -135,5 +137,6 @@ def test_a_width_that_a_family_does_not_allow(tmp_path: Path, family: str, init:
 def test_the_width_of_a_hybrid_whose_norms_are_of_another_width(tmp_path: Path) -> None:
     teacher = tiny("qwen3_5_text")
     teacher.save_pretrained(tmp_path)
-    student = cut(tmp_path, tmp_path / "s", intermediate_size=32)
+    measured = plain_measurements(teacher, torch.arange(8)[None])
+    student = cut(tmp_path, tmp_path / "s", measured, intermediate_size=32)
     assert student.config.intermediate_size == 32 and logits(student).isfinite().all()
