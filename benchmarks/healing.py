@@ -130,6 +130,19 @@ def summed_up(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def draw_healing(
+    figure: Figure, rows: list[dict[str, Any]], results: list[dict[str, Any]], *, title: str, unit: str
+) -> None:
+    """A line for each cut: where it started, and where each seed ended."""
+    axes = figure.subplots()
+    for i, row in enumerate(rows):
+        own = [found["healed"] for found in results if found["cut"] == row["cut"]]
+        axes.plot([row["start"]], [i], "x", color="C3")
+        axes.plot(own, [i] * len(own), "o", color="C0")
+    axes.set_yticks(range(len(rows)), [row["cut"] for row in rows])
+    axes.set(title=title, xlabel=unit)
+
+
 def main() -> None:
     """See the module."""
     parser = parser_of(__doc__)
@@ -147,13 +160,8 @@ def main() -> None:
     rows = summed_up(results)
 
     def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for i, row in enumerate(rows):
-            own = [found["healed"] for found in results if found["cut"] == row["cut"]]
-            axes.plot([row["start"]], [i], "x", color="C3")
-            axes.plot(own, [i] * len(own), "o", color="C0")
-        axes.set_yticks(range(len(rows)), [row["cut"] for row in rows])
-        axes.set(title=f"cut (x), and healed by kd on {options.tokens:,} tokens (o, by seed)", xlabel="nats a token")
+        title = f"cut (x), and healed on {options.tokens:,} tokens (o, by seed)"
+        draw_healing(figure, rows, results, title=title, unit="nats a token")
 
     report = {"environment": environment(torch.device("cpu"), "healing", sys.argv[1:]), "rows": rows, "runs": results}
     publish(report, [table(rows, COLUMNS)], draw, options.json)
