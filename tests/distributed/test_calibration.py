@@ -339,7 +339,7 @@ def test_a_task_s_trials_are_plain_transformers(tmp_path: Path, workers: Group) 
     init = {"num_blocks": 2, "calibration_tokens": 7 * 32}
     path = write_task_recipe(project, "sst2", "kd", student={"dtype": "float32", "init": init})
     run = load_config(path, [])
-    found, _, _ = workers(2).run(trials_of, path, [(), (1, 2)])[0]
+    found, measured, moments = workers(2).run(trials_of, path, [(), (1, 2)])[0]
     model = AutoModelForSequenceClassification.from_pretrained(project / "teacher").eval()
     model.bert.encoder.layer = nn.ModuleList([model.bert.encoder.layer[i] for i in (0, 3)])
     rows = EncodedRows(run.prepared_folder / "train")
@@ -347,12 +347,23 @@ def test_a_task_s_trials_are_plain_transformers(tmp_path: Path, workers: Group) 
     sample = BucketedRows(rows, seed=run.seed, **one_by_one)
     count = -(-7 * 32 // run.data.sequence_length)
     batches = [batch for step in range(count) for batch in sample.micro_batches(step)]
+    read: list[torch.Tensor] = []  # by the last block's FFN, without padding
+
+    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        read.append(inputs[0].double()[batches[len(read)].attention_mask.bool()])
+
+    model.bert.encoder.layer[1].output.dense.register_forward_pre_hook(look)
     with torch.no_grad():
         losses = [
             nn.functional.cross_entropy(model(b.input_ids, attention_mask=b.attention_mask).logits, b.targets)
             for b in batches
         ]
     assert found[1].loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    x, site = torch.cat(read), "3.output.dense.weight"
+    assert any(not b.attention_mask.all() for b in batches)
+    torch.testing.assert_close(measured.energies[site], x.square().mean(0), rtol=1e-5, atol=1e-8)
+    (moment,) = [part[site] for part in moments if site in part]
+    torch.testing.assert_close(moment, x.T @ x / len(x), rtol=1e-5, atol=1e-6)
 
 
 def test_more_blocks_than_the_teacher_has_are_refused(project: Path, workers: Group) -> None:
