@@ -153,6 +153,7 @@ class _FamilyCheck:
 
     def _run(self, method: str, cut: str) -> Path:
         config = copy.deepcopy(self._teacher.config)
+        config.dtype = self._teacher.dtype  # saving made it a string, which Apertus does not take
         set_dropout(config, 0.0)
         trained = type(self._teacher)(config).train()
         if not torch.equal(_logits(trained), _logits(trained)):  # PhiMoE's router

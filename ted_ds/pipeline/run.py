@@ -12,6 +12,7 @@ from ted_ds.config.continuation import as_begun, first_change
 from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.load import dump_config, read_yaml
 from ted_ds.config.schema import RunConfig
+from ted_ds.data.text_files import matching_files
 from ted_ds.distill.engine_config import check_engine_config
 from ted_ds.errors import CheckpointError, ConfigError
 from ted_ds.job.lock import alone
@@ -20,7 +21,7 @@ from ted_ds.job.world import World, logger
 from ted_ds.models.fit import check_ids
 from ted_ds.pipeline.checkpoints import latest_tag
 from ted_ds.pipeline.iterative import ROUNDS, heal_in_rounds
-from ted_ds.pipeline.stage0 import CALIBRATION, check_models, ensure_models
+from ted_ds.pipeline.stage0 import CALIBRATION, MODELS, check_models, ensure_models
 from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
 from ted_ds.pipeline.stage2 import Plan, distill, export_checkpoint
 from ted_ds.runs.progress import finished
@@ -45,6 +46,7 @@ def run_recipe(run: RunConfig, world: World, goal: Goal = "distilled") -> dict[s
         run = as_begun(run, read_yaml(begun))
     _refuse_own_folders(run)
     _check_engines(run, world)
+    world.on_main(lambda: _find_files(run))
     if goal == "export":
         return _run(run, world, goal)
     busy = (
@@ -109,6 +111,15 @@ def _refuse_own_folders(run: RunConfig) -> None:
                     )
 
 
+def _find_files(run: RunConfig) -> None:
+    """Raises DataError for a file that is not there, before the folder is claimed; prepared data need none."""
+    for split, entries in (("train", run.data.train), ("validation", run.data.validation)):
+        if not (run.prepared_folder / split).exists():
+            for entry in entries:
+                if isinstance(entry, str):
+                    matching_files(entry)
+
+
 def _check_engines(run: RunConfig, world: World) -> None:
     """Raises ConfigError for DeepSpeed files and batch sizes that cannot be, before hours are spent on data."""
     own = run.filters.global_batch_size if METHODS[run.method].learns_filters else None
@@ -128,12 +139,21 @@ def _check_shared(path: Path, world: World) -> None:
 
 
 def _claim(run: RunConfig, *, export: bool) -> None:
-    """Writes config.yaml, or checks it if the folder has one: one folder, one run."""
+    """Writes config.yaml, or checks it if the folder has one: one folder, one run.
+
+    A run that ended before it made anything, for a wrong path say, leaves the folder free.
+    """
     path = run.output_dir / "config.yaml"
     if export and latest_tag(run.output_dir / "checkpoints") is None:
         raise CheckpointError(f"{run.output_dir} has no checkpoint to export: run it past train.save_every steps")
     run.output_dir.mkdir(parents=True, exist_ok=True)
     if path.exists() and (change := first_change(read_yaml(path), run, str(path))) is not None:
-        raise ConfigError(f"{run.output_dir} holds a run with {change}: give another output_dir, or delete that folder")
+        made = {file.name for file in run.output_dir.rglob("*") if file.is_file()} - {path.name, MODELS, LOCK}
+        if made:
+            raise ConfigError(
+                f"{run.output_dir} holds a run with {change}: give another output_dir, or delete that folder"
+            )
+        for written in (path, run.output_dir / MODELS):
+            written.unlink(missing_ok=True)
     if not export:
         dump_config(run, path, {**versions(), "commit": commit()})

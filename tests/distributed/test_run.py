@@ -270,6 +270,18 @@ def test_one_folder_is_one_run(project: Path, finished: Path, workers: Group) ->
     assert "holds a run with seed: 0, this recipe says 1: give another output_dir" in message
 
 
+def test_a_run_that_made_nothing_leaves_its_folder_free(project: Path, workers: Group) -> None:
+    path = write_recipe(project, "typo", method="ce", data__train=["missing.txt"])
+    (message,) = workers(1).run(pretrain_error, path)
+    assert "missing.txt" in message and not (project / "typo").exists()
+    student = {"dtype": "float32", "model": str(project / "missing")}
+    (message,) = workers(1).run(pretrain_error, write_recipe(project, "typo", method="ce", student=student))
+    assert "missing" in message and (project / "typo/config.yaml").exists()
+    path = write_recipe(project, "typo", method="ce", train__steps=1, train__save_every=0)
+    workers(1).run(pretrain_recipe, path)
+    assert (project / "typo/summary.json").exists()
+
+
 def test_filters_of_another_shape_are_refused(project: Path, finished: Path, workers: Group) -> None:
     path, folder = copied(project, "reshaped"), project / "reshaped"
     shutil.rmtree(folder / "student")
