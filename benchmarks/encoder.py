@@ -108,12 +108,13 @@ def main() -> None:
         parser.add_argument(name, type=Path, required=True, help="SST-2, as GLUE has it")
     parser.add_argument("--work", type=Path, required=True, help="where the runs go, and are found again")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--cuts", nargs="+", default=list(CUTS), choices=list(CUTS))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     encoder = Encoder(options)
     teacher = encoder.fine_tuned()
-    students = {name: encoder.cut(name, teacher) for name in CUTS}
-    results = [encoder.heal(name, students[name], teacher, seed) for seed in options.seeds for name in CUTS]
+    students = {name: encoder.cut(name, teacher) for name in options.cuts}
+    results = [encoder.heal(name, students[name], teacher, seed) for seed in options.seeds for name in students]
     rows = summed_up(results)
 
     def draw(figure: Figure) -> None:
