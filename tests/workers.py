@@ -8,6 +8,7 @@ import queue
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Workers:
     """
 
     def __init__(self, size: int) -> None:
-        port = get_free_port()
+        self._port = port = get_free_port()
         self._tasks = [CONTEXT.Queue() for _ in range(size)]
         self._results = CONTEXT.Queue()
         self._processes = [
@@ -88,3 +89,5 @@ class Workers:
         self.alive = False
         for process in self._processes:
             process.kill()
+        for buffer in Path("/dev/shm").glob(f"deepspeed_*_{self._port}_*"):  # 66 MiB a rank, which DeepSpeed leaves
+            buffer.unlink(missing_ok=True)

@@ -189,6 +189,7 @@ def test_what_came_later_and_is_not_the_default_is_another_run(tmp_path: Path) -
     written = yaml.safe_load(EARLIER)
     del written["loss"]["divergence"]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
+    (tmp_path / "metrics.jsonl").touch()  # it has begun
     with pytest.raises(ConfigError) as error:
         _claim(recipe(output_dir=str(tmp_path), loss__divergence="reverse"), export=False)
     assert str(error.value) == (
