@@ -96,7 +96,7 @@ class Encoder:
             recipe["teacher"] = {"model": str(teacher), "sharding": "replicated", "dtype": "float32"}
         path = folder.with_suffix(".yaml")
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        run_command([*TED_DS, command, "--config", str(path)])
+        run_command([*TED_DS, command, "--config", str(path)], self._options.device)
         return folder
 
 
@@ -120,7 +120,11 @@ def main() -> None:
     def draw(figure: Figure) -> None:
         draw_healing(figure, rows, results, title="cut (x), and healed by kd (o, by seed)", unit="accuracy, percent")
 
-    report = {"environment": environment(torch.device("cpu"), "encoder", sys.argv[1:]), "rows": rows, "runs": results}
+    report = {
+        "environment": environment(torch.device(options.device), "encoder", sys.argv[1:]),
+        "rows": rows,
+        "runs": results,
+    }
     publish(report, [table(rows, COLUMNS)], draw, options.json)
 
 

@@ -115,7 +115,7 @@ class Healing:
     def _run(self, command: str, folder: Path, recipe: dict[str, Any]) -> None:
         path = self._options.work / f"{folder.name}.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        run_command([*TED_DS, command, "--config", str(path)])
+        run_command([*TED_DS, command, "--config", str(path)], self._options.device)
 
 
 def summed_up(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -163,7 +163,11 @@ def main() -> None:
         title = f"cut (x), and healed on {options.tokens:,} tokens (o, by seed)"
         draw_healing(figure, rows, results, title=title, unit="nats a token")
 
-    report = {"environment": environment(torch.device("cpu"), "healing", sys.argv[1:]), "rows": rows, "runs": results}
+    report = {
+        "environment": environment(torch.device(options.device), "healing", sys.argv[1:]),
+        "rows": rows,
+        "runs": results,
+    }
     publish(report, [table(rows, COLUMNS)], draw, options.json)
 
 

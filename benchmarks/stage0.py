@@ -9,6 +9,7 @@ SmolLM2-135M (30 blocks of 576), for which it was written: about 40 minutes on 2
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,10 +26,13 @@ from benchmarks.report import bars, parser_of, publish, table
 from benchmarks.timing import environment
 
 TED_DS = [sys.executable, "-m", "ted_ds.cli.main"]
-SEQUENCE, GREEDY_TOKENS = 256, 2048
+SEQUENCE = 256
 DEPTHS, WIDTHS = (20, 15), (513, 450, 387)
 PARTS = {"6 of 9 heads": {"num_heads": 6}, "768 of 1536 units": {"intermediate_size": 768}}
-ALL_PARTS = {"width 450, 6 heads, 1024 units": {"hidden_size": 450, "num_heads": 6, "intermediate_size": 1024}}
+TOGETHER = {
+    "width 450, 6 heads, 1024 units": {"hidden_size": 450, "num_heads": 6, "intermediate_size": 1024},
+    "15 blocks, greedy, width 450": {"num_blocks": 15, "hidden_size": 450},
+}
 COLUMNS = ("cut", "loss", "lambada", "parameters_m", "seconds")
 
 
@@ -44,7 +48,7 @@ class Cuts:
         command = [*TED_DS, "evaluate", str(model), "--data", str(self._options.validation), "--batch-size", "8"]
         command += ["--sequence-length", str(SEQUENCE), "--tokenizer", str(self._options.model)]
         command += ["--lambada", str(self._options.lambada)] if self._options.lambada else []
-        found = json.loads(run_command(command))
+        found = json.loads(run_command(command, self._options.device))
         weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
         row = {"cut": name, "loss": found["loss"], "parameters_m": weights / 4e6, "seconds": seconds}
         row["lambada"] = found.get("lambada_accuracy")
@@ -69,7 +73,7 @@ class Cuts:
         path = self._work / f"{folder.name}.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         start = time.monotonic()
-        run_command([*TED_DS, "init-student", "--config", str(path)])
+        run_command([*TED_DS, "init-student", "--config", str(path)], self._options.device)
         self.score(name, folder / "initial_student", time.monotonic() - start)
         return folder
 
@@ -78,7 +82,7 @@ def measure_width(cuts: Cuts) -> None:
     """Fills the table."""
     for width in WIDTHS:
         cuts.cut(f"width {width}, rotation", {"hidden_size": width})
-    for name, sizes in (PARTS | ALL_PARTS).items():
+    for name, sizes in (PARTS | TOGETHER).items():
         cuts.cut(name, sizes)
 
 
@@ -88,7 +92,7 @@ def measure_depth(cuts: Cuts) -> None:
         for policy in ("uniform", "influence"):
             cuts.cut(f"{blocks} blocks, {policy}", {"num_blocks": blocks, "blocks": policy})
     fewest = min(DEPTHS)
-    init = {"num_blocks": fewest, "blocks": "greedy", "calibration_tokens": GREEDY_TOKENS}
+    init = {"num_blocks": fewest, "blocks": "greedy"}
     found = json.loads((cuts.cut(f"{fewest} blocks, greedy", init) / "calibration/blocks.json").read_text())
     order = [block for removed in found["removed"] for block in removed]
     for blocks in DEPTHS:
@@ -98,9 +102,10 @@ def measure_depth(cuts: Cuts) -> None:
             cuts.cut(f"{blocks} blocks, greedy", {"blocks": kept})
 
 
-def run_command(command: list[str]) -> str:
-    """What a command prints; ends the benchmark if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True)
+def run_command(command: list[str], device: str) -> str:
+    """What a command prints; ends the benchmark if it fails. device: cpu hides the GPU from it."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | hidden)
     if done.returncode:
         raise SystemExit(f"$ {' '.join(command)}\n{done.stderr[-3000:]}")
     return done.stdout
@@ -125,7 +130,7 @@ def main() -> None:
     def draw(figure: Figure) -> None:
         bars(figure.subplots(), {row["cut"]: row["loss"] for row in rows}, title="held-out loss", unit="nats a token")
 
-    report = {"environment": environment(torch.device("cpu"), "stage0", sys.argv[1:]), "rows": rows}
+    report = {"environment": environment(torch.device(options.device), "stage0", sys.argv[1:]), "rows": rows}
     publish(report, [table(rows, COLUMNS)], draw, options.json)
 
 
