@@ -106,7 +106,12 @@ def build(labels: tuple[str, ...], blocks: int, output_dim: int, device: str) ->
     places = tuple(range(blocks))
     banks = [FilterPlan(places, SHAPES[name][0], output_dim).build().to(device) for name in ("base", "xsmall")]
     task = Classification(labels)
-    model = DistillationModel(student, banks[1], LossConfig(kl_alpha=20.0, mse_alpha=50.0), task=task)
+    model = DistillationModel(
+        student,
+        banks[1],
+        LossConfig(kl_alpha=20.0, mse_alpha=50.0, layer_loss="mse", balance="none", layer_fade=0.0),
+        task=task,
+    )
     model.attach_teacher(FrozenModel(FrozenModule(teacher, task, banks[0])), layer_map)
     return model
 

@@ -58,7 +58,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 """Mode -> what its recipe changes."""
 
-CE = LossConfig(kl_alpha=0.0, mse_alpha=0.0)
+CE = LossConfig(kl_alpha=0.0, mse_alpha=0.0, balance="none", layer_fade=0.0)
 WARMUP_STEPS = 3
 COLUMNS = ("mode", "what", "seconds", "tokens_per_s", "mfu", "host_ms", "peak_gib", *PHASES)
 

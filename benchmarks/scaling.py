@@ -59,7 +59,7 @@ ZERO3 = {
 }
 """A weight is released as soon as its module is done: a small model would stay whole otherwise, unlike a large one."""
 
-TED = LossConfig(kl_alpha=1.0, mse_alpha=10.0)
+TED = LossConfig(kl_alpha=1.0, mse_alpha=1.0, balance="gradient", layer_fade=0.5)
 
 WARMUP_STEPS = 2
 """ZeRO-3 records the order of modules in the first step and follows it from the second on."""
@@ -95,7 +95,7 @@ def build_engines(
     task = CausalLM(shape.vocab)
 
     def filters(side: int, width: int, config: dict[str, Any] | None) -> nn.ModuleList:
-        plan = FilterPlan(tuple(pair[side] for pair in layer_map), width, shape.teacher.width)
+        plan = FilterPlan(tuple(pair[side] for pair in layer_map), width, shape.teacher.width, normalized=True)
         return new_filters(plan, config, shape.dtype)
 
     def model(side: str, config: dict[str, Any] | None) -> Any:

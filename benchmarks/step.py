@@ -42,10 +42,11 @@ from ted_ds.teacher.frozen import FrozenModel, FrozenModule
 from ted_ds.telemetry.flops import peak_flops
 
 METHODS = {
-    "ce": LossConfig(kl_alpha=0.0, mse_alpha=0.0),
-    "kd": LossConfig(kl_alpha=1.0, mse_alpha=0.0),
-    "lwd": LossConfig(kl_alpha=1.0, mse_alpha=10.0),
-    "ted": LossConfig(kl_alpha=1.0, mse_alpha=10.0),
+    "ce": LossConfig(kl_alpha=0.0, mse_alpha=0.0, balance="none", layer_fade=0.0),
+    "kd": LossConfig(kl_alpha=1.0, mse_alpha=0.0, balance="none", layer_fade=0.0),
+    "lwd": LossConfig(kl_alpha=1.0, mse_alpha=1.0, balance="gradient", layer_fade=0.0),
+    "ted": LossConfig(kl_alpha=1.0, mse_alpha=1.0, balance="gradient", layer_fade=0.0),
+    "ted mse": LossConfig(kl_alpha=1.0, mse_alpha=10.0, layer_loss="mse", balance="none", layer_fade=0.0),
 }
 CACHED: dict[str, int | None] = {"ted cached": None, "ted cached top 64": 64}
 """Step -> the k of its cache, None for an exact one."""
@@ -74,11 +75,14 @@ def layer_map_of(models: Models) -> LayerMap:
     return resolve_layer_map("uniform", len(models.student.model.layers), len(models.teacher.model.layers))
 
 
-def filter_banks(models: Models, layer_map: LayerMap) -> list[nn.ModuleList]:
+def filter_banks(models: Models, layer_map: LayerMap, *, normalized: bool = True) -> list[nn.ModuleList]:
     """Filters of (student, teacher), to F = the teacher's width, where and of what dtype the models are."""
     widths = (models.student.config.hidden_size, models.teacher.config.hidden_size)
     like = models.student.lm_head.weight
-    plans = [FilterPlan(tuple(pair[side] for pair in layer_map), widths[side], widths[1]) for side in (0, 1)]
+    plans = [
+        FilterPlan(tuple(pair[side] for pair in layer_map), widths[side], widths[1], normalized=normalized)
+        for side in (0, 1)
+    ]
     return [plan.build().to(like.device, like.dtype) for plan in plans]
 
 
@@ -86,11 +90,12 @@ def own_step(models: Models, method: str, layer_map: LayerMap | None = None) -> 
     """One micro-batch of Stage II as ted_ds runs it; layer_map: None is a pair a student block."""
     weights = METHODS[method]
     layer_map = (layer_map or layer_map_of(models)) if weights.mse_alpha else ()
-    banks = filter_banks(models, layer_map) if layer_map else [nn.ModuleList()] * 2
+    by_token = weights.layer_loss == "rms_mse"
+    banks = filter_banks(models, layer_map, normalized=by_token) if layer_map else [nn.ModuleList()] * 2
     task = CausalLM(models.student.config.vocab_size)
     model = DistillationModel(models.student, banks[0], weights, task=task)
     if method != "ce":
-        frozen = FrozenModule(models.teacher, task, banks[1] if method == "ted" else ())
+        frozen = FrozenModule(models.teacher, task, banks[1] if method != "lwd" else ())
         squares = torch.ones(len(layer_map), device=models.batch.input_ids.device) if layer_map else None
         model.attach_teacher(FrozenModel(frozen), layer_map, squares)
     counts = BatchCounts.of(models.batch)

@@ -59,16 +59,19 @@ def plain_stage2(recipe: Path, *, steps: int) -> tuple[list[dict[str, float]], d
     )
     squares: list[float] = []
     losses, gradients = [], {}
+    balance = PlainBalance(run.loss.mse_alpha, len(pairs))
+    by_token = run.loss.layer_loss in ("rms_mse", "cosine")
     for step in range(steps):
         (batch,) = rows.micro_batches(step)
         with torch.no_grad():
-            out_t = teacher(batch.input_ids, output_hidden_states=True)
-            states_t = [f(_block(teacher, batch, j)) for f, (_, j) in zip(filters_t, pairs, strict=True)]
+            out_t, hidden_t = _forward(teacher, batch, [j for _, j in pairs])
+            states_t = [f(h) for f, h in zip(filters_t, hidden_t, strict=True)]
+            if by_token:
+                states_t = [_by_rms(state) for state in states_t]
         if not squares:
-            raw = run.loss.layer_loss == "mse"
+            raw = run.loss.layer_loss != "normalized_mse"
             squares = [1.0 if raw else float(state.double().square().mean()) for state in states_t]
-        out_s = student(batch.input_ids)
-        states_s = [f(_block(student, batch, i)) for f, (i, _) in zip(filters_s, pairs, strict=True)]
+        out_s, hidden_s = _forward(student, batch, [i for i, _ in pairs])
         mask = batch.targets != IGNORED
         z_s, z_t, targets = out_s.logits[mask], out_t.logits[mask], batch.targets[mask]
         pred = F.cross_entropy(z_s, targets)
@@ -76,11 +79,22 @@ def plain_stage2(recipe: Path, *, steps: int) -> tuple[list[dict[str, float]], d
             kl = top_k_kl_sum(z_s, z_t, targets, run.loss.temperature, run.loss.kl_top_k) / len(targets)
         else:
             kl = kl_sum(z_s, z_t, targets, run.loss.temperature, run.loss.divergence) / len(targets)
-        each = [F.mse_loss(s, t) / q for s, t, q in zip(states_s, states_t, squares, strict=True)]
-        layer = torch.stack(each).mean() if each else torch.zeros(())
-        loss = pred + run.loss.kl_alpha * kl + run.loss.mse_alpha * layer
-        optimizer.zero_grad()
-        loss.backward()
+        logits = pred + run.loss.kl_alpha * kl
+        fade = max(0.0, 1 - step / (run.loss.layer_fade * run.train.steps)) if run.loss.layer_fade else 1.0
+        constant = run.loss.balance == "none"
+        own = hidden_s if constant else [h.detach().requires_grad_() for h in hidden_s]
+        states_s = [f(h) for f, h in zip(filters_s, own, strict=True)]
+        if run.loss.layer_loss == "cosine":
+            each = [1 - F.cosine_similarity(s, t, dim=-1).mean() for s, t in zip(states_s, states_t, strict=True)]
+        else:
+            each = [F.mse_loss(s, t) / q for s, t, q in zip(states_s, states_t, squares, strict=True)]
+        layer = torch.stack(each).mean() if each and fade else torch.zeros(())
+        optimizer.zero_grad(set_to_none=False)
+        if constant or not pairs or not fade:
+            loss = logits + run.loss.mse_alpha * fade * layer
+            loss.backward()
+        else:
+            loss = logits + balance.backward(logits, layer, hidden_s, own, fade) * layer
         if step == 0:
             named = [("student", student), ("filters", filters_s)]
             of_all = {f"{side}.{n}": p.grad for side, module in named for n, p in module.named_parameters()}
@@ -92,6 +106,47 @@ def plain_stage2(recipe: Path, *, steps: int) -> tuple[list[dict[str, float]], d
         terms = {"loss": loss, "pred_loss": pred, "kl_loss": kl if run.loss.kl_alpha else 0 * kl, "layer_loss": layer}
         losses.append({name: float(value.detach()) for name, value in terms.items()})
     return losses, gradients
+
+
+class PlainBalance:
+    """`loss.balance: gradient` with every gradient whole: the logits' and each pair's, at each pair's state."""
+
+    def __init__(self, share: float, num_pairs: int) -> None:
+        self._share, self._means = share, {"top": 0.0, "injected": 0.0, "dots": [0.0] * num_pairs}
+
+    def backward(
+        self,
+        logits: torch.Tensor,
+        layer: torch.Tensor,
+        hidden: list[torch.Tensor],
+        own: list[torch.Tensor],
+        fade: float,
+    ) -> float:
+        """Adds a step's gradients; returns the layer loss's weight. own: copies of `hidden`, of which `layer` is."""
+        layer.backward()
+        pulls = [h.grad for h in own]
+        known = self._means["injected"]
+        weight = self._share * fade * (self._means["top"] / known if known else 1e-6)
+        weights = [weight * (1e-6 if dot < 0 else 1.0) for dot in self._means["dots"]]
+        outputs, scaled = [logits, *hidden], [None, *(w * g for w, g in zip(weights, pulls, strict=True))]
+        dots, top = [], 0.0
+        for k in range(len(hidden)):
+            above = [0, *range(k + 2, len(outputs))]
+            (main,) = torch.autograd.grad(
+                [outputs[i] for i in above], hidden[k], [scaled[i] for i in above], retain_graph=True
+            )
+            dots.append(float((main * pulls[k]).sum()))
+            top = float(main.norm())
+        torch.autograd.backward(outputs, scaled)
+        now = {"top": top, "injected": float(torch.stack([g.square().sum() for g in pulls]).sum().sqrt()), "dots": dots}
+        if self._means["injected"]:
+            before = self._means
+            now = {
+                **{name: 0.9 * before[name] + 0.1 * now[name] for name in ("top", "injected")},
+                "dots": [0.9 * a + 0.1 * b for a, b in zip(before["dots"], dots, strict=True)],
+            }
+        self._means = now
+        return weight
 
 
 def plain_stage1(recipe: Path, side: str, *, steps: int) -> list[float]:
@@ -143,14 +198,28 @@ def _logits_behind(model: nn.Module, batch, states: torch.Tensor) -> torch.Tenso
     return logits
 
 
+def _forward(model: nn.Module, batch, blocks: list[int]):
+    """(outputs, the raw outputs of the blocks), of one forward."""
+    seen: dict[int, torch.Tensor] = {}
+    handles = [
+        find_structure(model)
+        .blocks[j]
+        .register_forward_hook(lambda m, i, out, j=j: seen.__setitem__(j, out[0] if isinstance(out, tuple) else out))
+        for j in blocks
+    ]
+    output = model(batch.input_ids)
+    for handle in handles:
+        handle.remove()
+    return output, [seen[j] for j in blocks]
+
+
 def _block(model: nn.Module, batch, index: int) -> torch.Tensor:
-    """The raw output of one block, by a second forward with a hook of its own."""
-    seen: list[torch.Tensor] = []
-    block = find_structure(model).blocks[index]
-    handle = block.register_forward_hook(lambda m, i, out: seen.append(out[0] if isinstance(out, tuple) else out))
-    model(batch.input_ids)
-    handle.remove()
-    return seen[0]
+    """The raw output of one block."""
+    return _forward(model, batch, [index])[1][0]
+
+
+def _by_rms(hidden: torch.Tensor) -> torch.Tensor:
+    return hidden / (hidden.square().mean(-1, keepdim=True) + 1e-6).sqrt()
 
 
 def _pairs(run: RunConfig) -> PairPlan | None:

@@ -11,6 +11,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from ted_ds.config.sections import LossConfig
 from tests.tiny_models import tiny_model
 
 VOCAB = 61
@@ -34,6 +35,11 @@ def make_project(folder: Path, *, family: str = "llama", seed: int = 0, **teache
     return folder
 
 
+def loss_config(**given: Any) -> LossConfig:
+    """A section `loss` with a constant weight of the layer loss, if not said otherwise."""
+    return LossConfig(**{"layer_loss": "normalized_mse", "balance": "none", "layer_fade": 0.0, **given})
+
+
 def recipe(project: Path, output: str, **changes: Any) -> dict[str, Any]:
     """A recipe for the project; `changes` by dotted key with `__` for the dot."""
     base: dict[str, Any] = {
@@ -41,7 +47,7 @@ def recipe(project: Path, output: str, **changes: Any) -> dict[str, Any]:
         "output_dir": str(project / output),
         "teacher": {"model": str(project / "teacher"), "dtype": "float32"},
         "student": {"dtype": "float32", "init": {"blocks": "uniform", "num_blocks": 2}},
-        "filters": {"steps": 10, "learning_rate": 0.01, "layer_map": "uniform"},
+        "filters": {"steps": 10, "learning_rate": 0.01, "layer_map": "uniform", "skip_last": 0},
         "loss": {},
         "data": {
             "train": [str(project / "train.txt")],

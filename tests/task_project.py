@@ -121,7 +121,7 @@ def write_task_recipe(project: Path, task: str, output: str, /, **changes: Any) 
         "output_dir": str(project / output),
         "teacher": {"model": str(project / "teacher"), "dtype": "float32"},
         "student": {"dtype": "float32", "model": str(project / "student")},
-        "filters": {"steps": 6, "learning_rate": 0.01, "output_dim": 8},
+        "filters": {"steps": 6, "learning_rate": 0.01, "output_dim": 8, "skip_last": 0},
         "loss": {"mse_alpha": 1.0},
         "data": {
             "train": [str(project / f"train.{suffix}")],

@@ -17,26 +17,53 @@ Divergence = Literal["forward", "reverse", "jensen-shannon"]
 
 p is the teacher's distribution, q the student's."""
 
-LayerLossKind = Literal["normalized_mse", "mse"]
-"""MSE of filtered hidden states over the mean square of the teacher's side, or the raw MSE of the paper."""
+LayerLossKind = Literal["rms_mse", "cosine", "normalized_mse", "mse"]
+"""rms_mse: MSE of filtered hidden states; what filters read, and the teacher's filtered states, are divided by their
+root mean square token by token. cosine: 1 - their cosine, of the same. normalized_mse: MSE over the mean square of the
+teacher's side. mse: the raw MSE of the paper."""
+
+Balance = Literal["gradient", "none"]
+"""gradient: mse_alpha is the layer loss's share of the gradient; none: it is a constant weight."""
+
+
+@dataclass(frozen=True)
+class LayerLossSpec:
+    """What a recipe with this layer loss has if it does not say otherwise: see `LossConfig`, and for skip_last
+    `FiltersConfig` (share of the pairs; of any, at least one).
+    """
+
+    mse_alpha: float
+    balance: Balance
+    layer_fade: float
+    skip_last: float
+
+
+_BY_TOKEN = LayerLossSpec(mse_alpha=1.0, balance="gradient", layer_fade=0.5, skip_last=0.1)
+_BY_ENERGY = LayerLossSpec(mse_alpha=10.0, balance="none", layer_fade=0.0, skip_last=0.0)
+LAYER_LOSSES: dict[LayerLossKind, LayerLossSpec] = {
+    "rms_mse": _BY_TOKEN,
+    "cosine": _BY_TOKEN,
+    "normalized_mse": _BY_ENERGY,
+    "mse": _BY_ENERGY,
+}
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method as weights of the one loss. kl_alpha, mse_alpha: defaults; 0: the method has no such term.
+    """A method: kl_alpha: its default, 0 if it has no such term; layers: whether it has a layer loss.
 
     learns_filters: whether Stage I learns filters of both sides. If not, the teacher's states are not filtered, and the
     student's filters are fresh linear maps.
     """
 
     kl_alpha: float
-    mse_alpha: float
+    layers: bool = False
     learns_filters: bool = False
 
 
 METHODS: dict[Method, MethodSpec] = {
-    "ce": MethodSpec(0.0, 0.0),
-    "kd": MethodSpec(1.0, 0.0),
-    "lwd": MethodSpec(1.0, 10.0),
-    "ted": MethodSpec(1.0, 10.0, learns_filters=True),
+    "ce": MethodSpec(0.0),
+    "kd": MethodSpec(1.0),
+    "lwd": MethodSpec(1.0, layers=True),
+    "ted": MethodSpec(1.0, layers=True, learns_filters=True),
 }

@@ -19,10 +19,11 @@ DECIDES = frozenset(
         *("student.model", "student.init", "student.pretrained", "student.init_from_pretrained"),
         *("student.dtype", "student.dropout", "student.head_dropout"),
         *("filters.output_dim", "filters.nonlinear", "filters.layer_map", "filters.learning_rate"),
+        "filters.skip_last",
         *("filters.steps", "filters.epochs", "filters.warmup_steps", "filters.global_batch_size"),
         *("filters.head_dropout", "filters.token_fraction"),
         *("loss.kl_alpha", "loss.mse_alpha", "loss.temperature", "loss.divergence", "loss.kl_top_k"),
-        *("loss.layer_loss", "loss.mask_padding"),
+        *("loss.layer_loss", "loss.balance", "loss.layer_fade", "loss.mask_padding"),
         *("data.train", "data.validation", "data.extra_validation"),
         *("data.text_column", "data.text_columns", "data.label_column", "data.labels"),
         *("data.tokenizer", "data.train_tokenizer", "data.sequence_length", "data.doc_stride"),
@@ -53,8 +54,16 @@ MAY_CHANGE = frozenset(
 """Keys that another start may change. What was computed so far stays as it is."""
 
 
-FORMER_DEFAULTS = {"filters.layer_map": "uniform", "student.init.blocks": "uniform"}
-"""Keys whose default was another one. A run that was begun with that one keeps it if its recipe leaves the key out."""
+FORMER_DEFAULTS = {
+    "filters.layer_map": "uniform",
+    "student.init.blocks": "uniform",
+    "loss.layer_loss": "normalized_mse",
+    "loss.mse_alpha": 10.0,
+    "loss.balance": "none",
+    "loss.layer_fade": 0.0,
+}
+"""Keys whose default was another one, or that were not there and now have another effect. A run that was begun with the
+former one keeps it if its recipe leaves the key out."""
 
 
 def as_begun(run: RunConfig, before: Mapping[str, Any]) -> RunConfig:
@@ -66,7 +75,7 @@ def as_begun(run: RunConfig, before: Mapping[str, Any]) -> RunConfig:
         for part in path:
             sections.append(getattr(sections[-1], part, None))
             written = (written or {}).get(part)
-        if sections[-1] is None or name in sections[-1].model_fields_set or (written or {}).get(name) != former:
+        if sections[-1] is None or name in sections[-1].model_fields_set or (written or {}).get(name, former) != former:
             continue
         changed = sections[-1].model_copy(update={name: former})
         for section, part in zip(reversed(sections[:-1]), reversed(path), strict=True):

@@ -7,9 +7,16 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    NonNegativeInt,
+    PositiveInt,
+    model_validator,
+)
 
-from ted_ds.config.choices import METHODS, Method
+from ted_ds.config.choices import LAYER_LOSSES, METHODS, Method
 from ted_ds.config.data_section import DataConfig
 from ted_ds.config.sections import (
     FiltersConfig,
@@ -52,18 +59,25 @@ class RunConfig(Section):
     train: TrainConfig = TrainConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _weights_by_method(cls, recipe: Any) -> Any:
-        """Weights of the loss that a recipe leaves out, or null, are those of its method."""
+    def _loss_by_method(cls, recipe: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """What a recipe leaves out of the loss, or null, is that of its method and its layer loss."""
         if not isinstance(recipe, dict) or not isinstance(loss := recipe.get("loss") or {}, dict):
-            return recipe
+            return handler(recipe)
         spec = next((spec for name, spec in METHODS.items() if name == recipe.get("method", "ted")), METHODS["ce"])
-        defaults = {"kl_alpha": spec.kl_alpha, "mse_alpha": spec.mse_alpha}
-        return {
-            **recipe,
-            "loss": defaults | {key: value for key, value in loss.items() if value is not None or key not in defaults},
+        kinds = {name: layers for name, layers in LAYER_LOSSES.items() if name == loss.get("layer_loss", "rms_mse")}
+        layers = next(iter(kinds.values()), LAYER_LOSSES["rms_mse"])
+        defaults = {
+            "kl_alpha": spec.kl_alpha,
+            "mse_alpha": layers.mse_alpha if spec.layers else 0.0,
+            "balance": layers.balance,
+            "layer_fade": layers.layer_fade,
         }
+        given = {key: value for key, value in loss.items() if value is not None or key not in defaults}
+        run = handler({**recipe, "loss": defaults | given})
+        run.loss.model_fields_set.difference_update(defaults.keys() - given.keys())
+        return run
 
     @model_validator(mode="after")
     def _teacher_is_there(self) -> Self:
@@ -80,10 +94,10 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _loss_fits_the_method(self) -> Self:
-        for name in ("kl_alpha", "mse_alpha"):
+        for name, term in (("kl_alpha", "kl_alpha"), ("mse_alpha", "layers")):
             given = getattr(self.loss, name)
-            if given and not getattr(METHODS[self.method], name):
-                fitting = [method for method, spec in METHODS.items() if getattr(spec, name)]
+            if given and not getattr(METHODS[self.method], term):
+                fitting = [method for method, spec in METHODS.items() if getattr(spec, term)]
                 raise ValueError(
                     f"method: {self.method} has no such term, but loss.{name} is {given:g}: "
                     f"remove loss.{name}, or choose method: {' or '.join(fitting)}"

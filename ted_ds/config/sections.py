@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ted_ds.config.choices import Divergence, Dtype, LayerLossKind, Sharding
+from ted_ds.config.choices import Balance, Divergence, Dtype, LayerLossKind, Sharding
 
 Pair = tuple[NonNegativeInt, NonNegativeInt]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -145,6 +145,11 @@ class FiltersConfig(Duration):
         description="policy, or pairs [student block, teacher block], 0-based; null: matched if student.init cuts the "
         "student out of the teacher, else uniform",
     )
+    skip_last: NonNegativeInt | None = Field(
+        default=None,
+        description="pairs at the end of a policy's layer map that are left out; null: a tenth of them, at least one, "
+        "for loss.layer_loss rms_mse and cosine, else none",
+    )
     learning_rate: Sides[PositiveFloat] = Field(
         default=Sides(teacher=1e-3, student=1e-3), description="peak rate of Stage I"
     )
@@ -166,7 +171,10 @@ class LossConfig(Section):
     """loss = pred_loss + kl_alpha * kl_loss + mse_alpha * layer_loss."""
 
     kl_alpha: NonNegativeFloat = Field(description="weight of kl_loss; null: 0 for ce, else 1")
-    mse_alpha: NonNegativeFloat = Field(description="weight of layer_loss; null: 10 for lwd and ted, else 0")
+    mse_alpha: NonNegativeFloat = Field(
+        description="of lwd and ted: weight of layer_loss, or with balance: gradient its share of the gradient; null: "
+        "1 with rms_mse and cosine, else 10"
+    )
     temperature: PositiveFloat = Field(default=2.0, description="T of T^2 KL(softmax(z_t / T) || softmax(z_s / T))")
     divergence: Divergence = Field(
         default="forward",
@@ -177,8 +185,20 @@ class LossConfig(Section):
         description="the KL over the teacher's k likeliest ids and all others as one; null: over the whole vocabulary",
     )
     layer_loss: LayerLossKind = Field(
-        default="normalized_mse",
-        description="MSE over the mean square of the teacher's side, or the paper's raw MSE",
+        default="rms_mse",
+        description="of states normalised token by token: their MSE, or 1 - cosine; of states as they are: MSE over "
+        "the mean square of the teacher's side, or the paper's raw MSE",
+    )
+    balance: Balance = Field(
+        description="gradient: the layer loss's gradient has mse_alpha times the norm of the logits', measured step by "
+        "step, and a pair that opposes the logits is left out; none: mse_alpha is a constant weight; null: gradient "
+        "with rms_mse and cosine, else none"
+    )
+    layer_fade: float = Field(
+        ge=0,
+        le=1,
+        description="share of train.steps over which the layer loss fades out linearly, 0: it does not; null: 0.5 with "
+        "rms_mse and cosine, else 0",
     )
     mask_padding: bool = Field(
         default=True,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -11,7 +12,9 @@ from transformers import PreTrainedModel
 
 from ted_ds.batch import Batch, BatchCounts
 from ted_ds.config.sections import LossConfig
+from ted_ds.distill.balance import Balance
 from ted_ds.errors import ModelError
+from ted_ds.models.filters import Filter
 from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.readout import Readout
 from ted_ds.models.structure import find_blocks
@@ -41,8 +44,9 @@ class DistillationModel(nn.Module):
         self.task = task
         self.structure = find_blocks(student)
         self.readout: Readout = task.readout(student)
-        self._collector = HiddenStateCollector((), (), ())
+        self._collector = self._no_pairs = HiddenStateCollector((), (), ())
         self._teacher: Teacher | None = None
+        self.balance: Balance | None = None
 
     @property
     def teacher(self) -> Teacher | None:
@@ -69,34 +73,54 @@ class DistillationModel(nn.Module):
         if mean_squares is not None:
             self.layer_loss.normalise(mean_squares)
         self._collector = HiddenStateCollector(self.structure.blocks, teacher.sources, layer_map)
+        if layer_map and self.loss.balance == "gradient":
+            device = next(self.student.parameters()).device
+            self.balance = Balance(self.loss.mse_alpha, len(layer_map), device)
 
-    def forward(self, *, batch: Batch, counts: BatchCounts | None = None) -> Any:
+    def forward(self, *, batch: Batch, counts: BatchCounts | None = None, fade: float = 1.0) -> Any:
         """One micro-batch's share of the global batch's loss: (loss, terms).
 
         counts: of the *global* batch; every term is a sum over the micro-batch divided by them. terms: [4 + K]
         float32, detached: `TERMS`, then the layer loss of each pair. Without counts: what the task predicts.
+        fade: what is left of the layer loss's weight, 1 to 0; at 0 no pair is looked at, and terms has no K.
         """
         if counts is None:
             output = self.readout.read(batch)
             return self.readout(output, use=lambda o, head: self.task.predict(Reading(o, head), batch))
 
         # 1. the student; hooks keep H_s[k]
-        with self._collector.student_pass():
+        collector = self._collector if fade else self._no_pairs
+        with collector.student_pass():
             output = self.readout.read(batch)
 
         # 2. the teacher streams past: as block j_k ends, `_pair_error` reduces pair k, and H_t[j_k] is dropped
         # 3. at its end the task's CE and KL, from both sides' outputs
-        with self._collector.teacher_pass(partial(self._pair_error, batch)) as sums:
-            losses = self._task_losses(batch, output, counts)
+        with collector.teacher_pass(partial(self._pair_error, batch)) as sums:
+            losses = self._task_losses(batch, output, counts, until=collector.last_teacher_block)
 
         # 4. the one sum
         with phase("loss"):
             width = self._teacher.target_width if self._teacher is not None else 0
             layer_losses = self.layer_loss.of_pairs(sums, counts, width)
             layer_loss = layer_losses.mean() if sums else losses.pred_loss.new_zeros(())
-            loss = losses.total + self.loss.mse_alpha * layer_loss
-            terms = torch.stack([loss, losses.pred_loss, losses.kl_loss, layer_loss])
+            if not fade:
+                loss = said = losses.total + self._blank_gradients(output)
+            elif self.balance is None:
+                loss = said = losses.total + self.loss.mse_alpha * fade * layer_loss
+            else:  # the balance weighs what flows to hidden states; filters alone get all of it
+                loss = losses.total + layer_loss
+                said = losses.total + self.balance.weight * layer_loss
+            terms = torch.stack([said, losses.pred_loss, losses.kl_loss, layer_loss])
             return loss, torch.cat([terms, layer_losses.to(terms)]).detach()
+
+    def _blank_gradients(self, output: torch.Tensor) -> torch.Tensor:
+        """0, of which the filters' gradients are zeros: under ZeRO-3 those of weights that take no part stay as they
+        were, and count in the norm by which gradients are clipped.
+        """
+        blank, bank = output.new_zeros(()), cast(Iterable[Filter], self.filters)
+        for filter_ in bank:
+            blank = blank + 0.0 * filter_(output.new_zeros(1, filter_.width)).sum()
+        return blank
 
     def _pair_error(self, batch: Batch, pair: int, hidden_s: torch.Tensor, hidden_t: torch.Tensor) -> torch.Tensor:
         """Pair k's sum over the micro-batch; runs in a hook of the teacher's block.
@@ -105,13 +129,19 @@ class DistillationModel(nn.Module):
         """
         assert self._teacher is not None
         with phase("loss"):
+            if self.balance is not None:
+                hidden_s = self.balance.tie(pair, hidden_s)
             target = self._teacher.target(pair, hidden_t)
             use = self.layer_loss.against(target, batch.attention_mask)
             error: torch.Tensor = self.filters[pair](hidden_s, use=use)
         return error
 
-    def _task_losses(self, batch: Batch, output: torch.Tensor, counts: BatchCounts) -> TaskLosses:
+    def _task_losses(
+        self, batch: Batch, output: torch.Tensor, counts: BatchCounts, *, until: nn.Module | None
+    ) -> TaskLosses:
         """The teacher's forward past the waiting student, then CE and KL.
+
+        until: the last block that a pair needs; None if there is none.
 
         Under ZeRO-3 a weight is whole only inside the forward of the module that owns it. The losses need the weights
         of both LM heads. So the teacher calls `use` while its head is whole, and `use` calls the student's readout,
@@ -134,8 +164,8 @@ class DistillationModel(nn.Module):
             with phase("teacher_forward"):
                 if self.loss.kl_alpha > 0:
                     self._teacher.stream(batch, use)
-                else:
-                    self._teacher.stream(batch, until=self._collector.last_teacher_block)
+                elif until is not None:
+                    self._teacher.stream(batch, until=until)
         if not found:
             use(None, None)
         return found[0]

@@ -10,8 +10,11 @@ from torch import nn
 from torch.nn import functional
 from transformers.activations import ACT2FN
 
-UseFilter = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(features [.., D], weight [F, D], bias [F]), the input and the parameters of a filter's last linear layer."""
+from ted_ds.ops.layer_loss import rms_normalized
+
+UseFilter = Callable[..., torch.Tensor]
+"""(features [.., D], weight [F, D], bias [F]), the input and the parameters of a filter's last linear layer; and
+normalize=True if the features are yet to be divided by their root mean square, see `rms_normalized`."""
 
 
 def fresh_linear(inputs: int, outputs: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -32,7 +35,7 @@ class Filter(nn.Module):
     The filter owns its tensors itself, without submodules, so that ZeRO-3 gathers all of them when the
     filter is called. A linear filter with F = D starts at identity: a student cut
     from its teacher shares its basis, and a random start would throw that away. start: the weight [F, D] that another
-    linear filter starts with.
+    linear filter starts with. normalized: it reads `rms_normalized(h)` in place of h.
     """
 
     def __init__(
@@ -42,10 +45,11 @@ class Filter(nn.Module):
         *,
         nonlinear: bool = False,
         activation: str = "gelu",
+        normalized: bool = False,
         start: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.width, self.output_dim, self.nonlinear = width, output_dim, nonlinear
+        self.width, self.output_dim, self.nonlinear, self.normalized = width, output_dim, nonlinear, normalized
         self.weight, self.bias = fresh_linear(width, output_dim)
         if start is None and output_dim == width:
             start = torch.eye(width)
@@ -63,18 +67,24 @@ class Filter(nn.Module):
         """The filtered states [.., F] of `hidden` [.., D] under the given tensors (Stage I's gradients need it)."""
         return functional.linear(self._features(hidden, *inner), weight, bias)
 
-    def forward(self, hidden: torch.Tensor, *, use: UseFilter = functional.linear) -> torch.Tensor:
-        """What `use` makes of the last linear layer and its input; by default the filtered states [.., F].
+    def forward(self, hidden: torch.Tensor, *, use: UseFilter | None = None) -> torch.Tensor:
+        """What `use` makes of the last linear layer and its input; without it, the filtered states [.., F].
 
         hidden: [.., D]. Stage II gives the layer loss as `use` (`LayerLoss.against`), and does not compute it from what
         this returns, for two reasons: under ZeRO-3 the weights are whole only inside this forward, and neither the
         filtered states nor the target should wait for backward.
         """
         hidden = hidden.to(self.weight.dtype)
-        features = self._features(hidden, *((self.inner_weight, self.inner_bias) if self.nonlinear else ()))
-        return use(features, self.weight, self.bias)
+        inner = (self.inner_weight, self.inner_bias) if self.nonlinear else ()
+        if use is None:
+            return self.states(hidden, self.weight, self.bias, *inner)
+        if self.normalized and not inner:  # normalised within `use`: no second [.., D] waits for backward
+            return use(hidden, self.weight, self.bias, normalize=True)
+        return use(self._features(hidden, *inner), self.weight, self.bias)
 
     def _features(self, hidden: torch.Tensor, *inner: torch.Tensor) -> torch.Tensor:
+        if self.normalized:
+            hidden = rms_normalized(hidden)
         return self.activation(functional.linear(hidden, *inner)) if inner else hidden
 
 
@@ -87,6 +97,7 @@ class FilterPlan:
     output_dim: int
     nonlinear: bool = False
     activation: str = "gelu"
+    normalized: bool = False
 
     def build(self, basis: torch.Tensor | None = None) -> nn.ModuleList:
         """K fresh filters, in the order of `blocks`.
@@ -97,6 +108,13 @@ class FilterPlan:
         starts = {} if basis is None else {basis.shape: basis, basis.T.shape: basis.T}
         start = starts.get(torch.Size((self.output_dim, self.width)))
         return nn.ModuleList(
-            Filter(self.width, self.output_dim, nonlinear=self.nonlinear, activation=self.activation, start=start)
+            Filter(
+                self.width,
+                self.output_dim,
+                nonlinear=self.nonlinear,
+                activation=self.activation,
+                normalized=self.normalized,
+                start=start,
+            )
             for _ in self.blocks
         )

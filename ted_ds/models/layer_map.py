@@ -14,17 +14,34 @@ LayerMap = tuple[tuple[int, int], ...]
 
 
 def resolve_layer_map(
-    spec: str | Sequence[Sequence[int]], num_student: int, num_teacher: int, kept: Sequence[int] | None = None
+    spec: str | Sequence[Sequence[int]],
+    num_student: int,
+    num_teacher: int,
+    kept: Sequence[int] | None = None,
+    *,
+    skip_last: int = 0,
 ) -> LayerMap:
     """K pairs. `matched`: each student block with the teacher's block before the next one that was kept, so that the
     next block gets what it knows; `uniform`: every n-th teacher block, n = depth ratio, ending on the last
     (arXiv 2210.01351); `last`: the last blocks of both; or explicit pairs, which are checked.
 
     kept: of `matched`, the teacher's blocks that the student was cut from; None: it was not cut from this teacher.
+    skip_last: pairs at the end of a policy's map that are left out.
 
-    Raises ModelError for an unknown policy, a pair outside either model, or pairs that repeat or cross.
+    Raises ModelError for an unknown policy, a pair outside either model, pairs that repeat or cross, or no pair.
     """
-    if spec == "matched":
+    if not isinstance(spec, str):
+        return _checked(spec, num_student, num_teacher)
+    layer_map = _by_policy(spec, num_student, num_teacher, kept)
+    if skip_last >= len(layer_map):
+        raise ModelError(
+            f"filters.skip_last is {skip_last}, filters.layer_map {spec} has {len(layer_map)} pairs: leave one at least"
+        )
+    return layer_map[: len(layer_map) - skip_last]
+
+
+def _by_policy(policy: str, num_student: int, num_teacher: int, kept: Sequence[int] | None) -> LayerMap:
+    if policy == "matched":
         if kept is None:
             raise ModelError(
                 "filters.layer_map: matched needs a student that was cut from the teacher: give student.init, or "
@@ -32,13 +49,11 @@ def resolve_layer_map(
             )
         return tuple(enumerate([block - 1 for block in kept[1:]] + [num_teacher - 1]))
     pairs = min(num_student, num_teacher)
-    if spec == "uniform":
+    if policy == "uniform":
         return tuple(((k + 1) * num_student // pairs - 1, (k + 1) * num_teacher // pairs - 1) for k in range(pairs))
-    if spec == "last":
+    if policy == "last":
         return tuple((num_student - pairs + k, num_teacher - pairs + k) for k in range(pairs))
-    if isinstance(spec, str):
-        raise ModelError(f"filters.layer_map {spec!r} is not known: matched, uniform, last, or a list of pairs")
-    return _checked(spec, num_student, num_teacher)
+    raise ModelError(f"filters.layer_map {policy!r} is not known: matched, uniform, last, or a list of pairs")
 
 
 def _checked(spec: Sequence[Sequence[int]], num_student: int, num_teacher: int) -> LayerMap:

@@ -26,7 +26,7 @@ from ted_ds.pipeline.width_hooks import MomentSums, Narrowing, WidthPoints, Widt
 from ted_ds.tasks.base import Reading, RunData, Task
 from ted_ds.teacher.frozen import FrozenModel
 
-PREDICTION = LossConfig(kl_alpha=0.0, mse_alpha=0.0)
+PREDICTION = LossConfig(kl_alpha=0.0, mse_alpha=0.0, balance="none", layer_fade=0.0)
 
 MOMENTS_BYTES = 128 * 2**20
 """What second moments may take at a time, unless those of a single matrix take more."""

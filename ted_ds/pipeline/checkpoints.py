@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -50,6 +50,7 @@ class Card:
     at random is a function of the step and the seed, so that no generator's state is needed.
     metrics_bytes: of metrics.jsonl when it was saved. best: the best weights' step and scores so far (of a task).
     score: of the held-out data, higher is better; None if it was not evaluated at this step.
+    balance: `Balance.state`; None if the layer loss has a constant weight.
     world_size, zero_stage: of the engine that wrote it. files: name -> [bytes, SHA-256] of all that belongs to it.
     These are filled in as it is saved.
     """
@@ -60,6 +61,7 @@ class Card:
     metrics_bytes: int = 0
     best: Mapping[str, Any] | None = None
     score: float | None = None
+    balance: Sequence[float] | None = None
     world_size: int = 0
     zero_stage: int = 0
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)

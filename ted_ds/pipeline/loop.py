@@ -29,6 +29,10 @@ class Hooks:
         """What the module's forward gets beside batch and counts at the 0-based `step`."""
         return {}
 
+    def measured(self) -> dict[str, Any]:
+        """What is recorded beside the losses of a step that is done."""
+        return {}
+
     def evaluate(self, step: int) -> dict[str, float]:
         """Scores after `step` steps, which are recorded."""
         return {}
@@ -103,7 +107,7 @@ def run_steps(
             # a run that only ends here records no line: an undisturbed run has none
             if evaluates or saves or logs:
                 record = {"step": done, "tokens": tokens, **_terms(names, values), "lr": learning_rate}
-                record |= {"grad_norm": _grad_norm(engine), **_skipped(engine), **meters.read()}
+                record |= {"grad_norm": _grad_norm(engine), **_skipped(engine), **hooks.measured(), **meters.read()}
                 if evaluates:
                     record |= hooks.evaluate(done)
                     ends = ends or agreement.now()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,15 +53,20 @@ class Checkpoints:
         self._world.on_main(lambda: recorder.open(self.start, kept))
 
     def save(
-        self, step: int, recorder: Recorder, best: Mapping[str, Any] | None = None, score: float | None = None
+        self,
+        step: int,
+        recorder: Recorder,
+        best: Mapping[str, Any] | None = None,
+        score: float | None = None,
+        balance: Sequence[float] | None = None,
     ) -> None:
         """Saves all after `step`; what is recorded is on the disk before; a collective.
 
         best: the step and scores of the best weights so far. score: of the held-out data at this step, the higher
-        the better.
+        the better. balance: `Balance.state`.
         """
         written = self._world.on_main(recorder.sync)
-        card = Card(step, step * self._rows, self._identity, written, best, score)
+        card = Card(step, step * self._rows, self._identity, written, best, score, balance)
         save_checkpoint(self._engine, self._folder, card, self._world, self._keep)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import nn
 
-from ted_ds.config.choices import METHODS
+from ted_ds.config.choices import LAYER_LOSSES, METHODS, LayerLossKind
 from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.schema import ResolvedRun, RunConfig
 from ted_ds.config.sections import FiltersConfig, TeacherConfig
@@ -31,6 +31,7 @@ from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import LayerMap, resolve_layer_map
 from ted_ds.models.loading import meta_model, whole_tensors
 from ted_ds.models.structure import ModelStructure, find_blocks
+from ted_ds.ops.layer_loss import KINDS
 from ted_ds.pipeline.batch_flops import stage1_flops
 from ted_ds.pipeline.loop import Hooks, Steps, run_steps
 from ted_ds.pipeline.resume import Checkpoints
@@ -46,6 +47,8 @@ from ted_ds.telemetry.recorder import Recorder, read_metrics
 
 ORIGIN = "origin.json"
 """In a cache's copy of the filters: the teacher that they were learnt on, and the recipe's section filters."""
+
+NORMALIZED = "hidden states normalised token by token"
 
 WARMUP_SHARE = 0.1
 """Stage I warms up over this share of its steps; its rate then falls linearly to 0."""
@@ -88,7 +91,8 @@ def plan_pairs(run: RunConfig, models: ModelPaths) -> PairPlan | None:
     assert run.teacher is not None and models.teacher is not None
     teacher, student = _structure(run, models.teacher, run.teacher), _structure(run, models.student, run.student)
     policy = run.filters.layer_map or ("uniform" if models.kept is None else "matched")
-    layer_map = resolve_layer_map(policy, student.num_blocks, teacher.num_blocks, models.kept)
+    skipped = _skipped(run, min(student.num_blocks, teacher.num_blocks))
+    layer_map = resolve_layer_map(policy, student.num_blocks, teacher.num_blocks, models.kept, skip_last=skipped)
     blocks_s, blocks_t = (tuple(pair[side] for pair in layer_map) for side in (0, 1))
     if not METHODS[run.method].learns_filters:
         return PairPlan(layer_map, None, _fresh(run, student, blocks_s, teacher.width), models.rotation)
@@ -102,20 +106,33 @@ def plan_pairs(run: RunConfig, models: ModelPaths) -> PairPlan | None:
         ready.get("student") or _fresh(run, student, blocks_s, output_dim),
         models.rotation,
     )
-    _check_ready(plan, ready, {"teacher": blocks_t, "student": blocks_s}, output_dim)
+    _check_ready(plan, ready, {"teacher": blocks_t, "student": blocks_s}, output_dim, run.loss.layer_loss)
     return plan
+
+
+def _skipped(run: RunConfig, pairs: int) -> int:
+    """Pairs at the end that are left out: matching a student's last blocks costs more than it brings."""
+    if run.filters.skip_last is not None:
+        return run.filters.skip_last
+    share = LAYER_LOSSES[run.loss.layer_loss].skip_last
+    return min(pairs - 1, max(1, round(share * pairs))) if share else 0
 
 
 def _fresh(run: RunConfig, model: ModelStructure, blocks: tuple[int, ...], output_dim: int) -> FilterPlan:
     """Filters to be learnt; nonlinear ones have the model's own activation."""
     activation = activation_of(model.model.config) if run.filters.nonlinear else "gelu"
-    return FilterPlan(blocks, model.width, output_dim, run.filters.nonlinear, activation)
+    by_token = KINDS[run.loss.layer_loss].by_token
+    return FilterPlan(blocks, model.width, output_dim, run.filters.nonlinear, activation, by_token)
 
 
 def _check_ready(
-    plan: PairPlan, ready: dict[str, FilterPlan], blocks: dict[str, tuple[int, ...]], output_dim: int
+    plan: PairPlan,
+    ready: dict[str, FilterPlan],
+    blocks: dict[str, tuple[int, ...]],
+    output_dim: int,
+    layer_loss: LayerLossKind,
 ) -> None:
-    """Raises ModelError if filters that came with a checkpoint do not fit the run's layer map and F."""
+    """Raises ModelError if filters that came with a checkpoint do not fit the run's layer map, F and layer loss."""
     assert plan.teacher is not None
     counts = (len(plan.teacher.blocks), len(plan.student.blocks))
     if counts[0] != counts[1]:
@@ -128,6 +145,11 @@ def _check_ready(
             raise ModelError(
                 f"the {side}'s filters have width {own.output_dim}, F of this run is {output_dim}: set "
                 f"filters.output_dim to {own.output_dim}, and use models with filters of one F"
+            )
+        if KINDS[layer_loss].by_token:
+            raise ModelError(
+                f"the {side}'s filters were learnt on hidden states as they are, loss.layer_loss {layer_loss} "
+                "normalises them token by token: set loss.layer_loss to mse or normalized_mse"
             )
         if own.blocks != blocks[side]:
             raise ModelError(
@@ -199,6 +221,7 @@ def _share(
             "the training data": data.train.fingerprint()[:12],
             "teacher.dtype": run.teacher.dtype,
             "the student's rotation": None if rotation is None else file_fingerprint(rotation)[:12],
+            NORMALIZED: KINDS[run.loss.layer_loss].by_token,
             **_learning(run.filters),
         }
 
@@ -227,7 +250,7 @@ def _share(
 
 def _refuse_other_origin(shared: Path, wanted: dict[str, Any]) -> None:
     # a key that it lacks came later: what was learnt before has its default
-    found = _learning(FiltersConfig()) | json.loads((shared / ORIGIN).read_text(encoding="utf-8"))
+    found = {NORMALIZED: False} | _learning(FiltersConfig()) | json.loads((shared / ORIGIN).read_text(encoding="utf-8"))
     for what, value in wanted.items():
         if found.get(what) != value:
             raise CheckpointError(

@@ -16,6 +16,7 @@ from torch import nn
 from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.schema import ResolvedRun
 from ted_ds.data.loader import Rows
+from ted_ds.distill.balance import Balance, faded
 from ted_ds.distill.distillation_model import TERMS, DistillationModel
 from ted_ds.distill.engine import build_trained_engine
 from ted_ds.errors import NotFiniteError, TrainingError
@@ -93,8 +94,8 @@ def build_distillation_engine(run: ResolvedRun, world: World, data: RunData, pla
     module, engine = _build_student(run, world, data, plan)
     if teacher is not None:
         layer_map = plan.pairs.layer_map if plan.pairs else ()
-        normalized = plan.pairs is not None and module.layer_loss.kind.normalized
-        squares = _mean_squares(run, world, data, teacher, layer_map) if normalized else None
+        by_energy = plan.pairs is not None and module.layer_loss.kind.by_energy
+        squares = _mean_squares(run, world, data, teacher, layer_map) if by_energy else None
         module.attach_teacher(teacher, layer_map, squares)
     return engine
 
@@ -173,7 +174,23 @@ class DistillationHooks(Hooks):
     ) -> None:
         self._run, self._world, self._data, self._engine = run, world, data, engine
         self._best, self._checkpoints, self._recorder = best, checkpoints, recorder
+        self._balance: Balance | None = engine.module.balance
         self._scored_at, self._score = 0, 0.0  # the last evaluation's step, and its score, the higher the better
+
+    def inputs(self, step: int) -> dict[str, Any]:
+        """How far the layer loss has faded; its weight follows from what earlier steps measured."""
+        fade = faded(step, self._run.train.steps, self._run.loss.layer_fade)
+        if self._balance is not None:
+            self._balance.settle(self._world)
+            self._balance.begin(fade)
+        return {"fade": fade}
+
+    def measured(self) -> dict[str, Any]:
+        """The layer loss's weight, and each pair's share of the gradient and agreement with the logits."""
+        if self._balance is None:
+            return {}
+        self._balance.settle(self._world)
+        return self._balance.measured()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Scores of the held-out data; the student is kept if it is the best so far."""
@@ -191,12 +208,19 @@ class DistillationHooks(Hooks):
     def save(self, step: int) -> None:
         """A checkpoint of the student and its filters."""
         card = None if self._best is None else self._best.card
-        self._checkpoints.save(step, self._recorder, card, self._score if self._scored_at == step else None)
+        score = self._score if self._scored_at == step else None
+        state = None
+        if self._balance is not None:
+            self._balance.settle(self._world)
+            state = self._balance.state.tolist()
+        self._checkpoints.save(step, self._recorder, card, score, state)
 
 
 def _train(run: ResolvedRun, world: World, data: RunData, plan: Plan, engine: Any, best: BestStudent | None) -> None:
     train = run.train
     checkpoints = Checkpoints(engine, run.output_dir, run, data, world, train.global_batch_size)
+    if checkpoints.card is not None and checkpoints.card.balance is not None:
+        engine.module.balance.load(checkpoints.card.balance)
     if best is not None:
         best.go_back(checkpoints.card.best if checkpoints.card else None, train.steps)
     rows: Rows = data.training_rows(run, world)

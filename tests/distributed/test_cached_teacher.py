@@ -100,11 +100,13 @@ def test_the_losses_are_those_of_the_live_teacher(projects: Callable[..., Path],
     assert len(expected) == 4 and len(list((project / f"cache-{name}").glob("shard-*"))) > (task != "stsb")
     if task is None:
         assert first == expected
-    # rows of tasks are padded to other widths as they are recorded, which rounds otherwise, and Adam adds to it
+    # rows of tasks are padded to other widths as they are recorded, which rounds otherwise, and Adam adds to it: its
+    # first step has the whole rate however small a gradient is
     assert first[0] == pytest.approx(expected[0], rel=1e-6, abs=1e-7)
-    assert first == [pytest.approx(terms, rel=1e-5, abs=KL_ROUNDING) for terms in expected]
+    rounding = 1e-5 if task is None else 5e-5
+    assert first == [pytest.approx(terms, rel=rounding, abs=KL_ROUNDING) for terms in expected]
     # another number of ranks adds up in another order
-    assert again == [pytest.approx(terms, rel=2e-5, abs=KL_ROUNDING) for terms in expected]
+    assert again == [pytest.approx(terms, rel=2 * rounding, abs=KL_ROUNDING) for terms in expected]
 
 
 @pytest.fixture(scope="module")

@@ -56,6 +56,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "loss__kl_alpha": 0.0,
     },
     "lwd": {"method": "lwd"},
+    "cosine, nonlinear filters, no fading": {
+        "loss__layer_loss": "cosine",
+        "loss__layer_fade": 0,
+        "filters__nonlinear": True,
+    },
+    "normalized MSE": {"loss__layer_loss": "normalized_mse"},
     "kd": {"method": "kd", "loss__temperature": 3.0, "loss__kl_alpha": 0.7},
     "reverse KL": {"method": "kd", "loss__divergence": "reverse"},
     "top 5 of the teacher": {"method": "kd", "loss__kl_top_k": 5},

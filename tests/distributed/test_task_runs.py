@@ -99,7 +99,7 @@ def test_a_task_does_not_depend_on_how_it_is_split(projects: Callable[..., Path]
 
 def test_a_regressions_kl_is_that_of_the_global_batch(projects: Callable[..., Path], workers: Group) -> None:
     project = projects("stsb")
-    settings = {"optimizer__schedule": "constant", "train__micro_batch_size": 4}
+    settings = {"optimizer__schedule": "constant", "loss__layer_fade": 0, "train__micro_batch_size": 4}
     whole, moved = (write_task_recipe(project, "stsb", name, **settings) for name in ("on-1", "on-2-then-1"))
     workers(1).run(pretrain_recipe, whole, ("--train.micro_batch_size=8",))
     workers(2).run(pretrain_recipe, moved, ("--train.steps=3",))
@@ -129,7 +129,7 @@ def test_a_run_leaves_the_best_student_and_goes_on_after_a_stop(projects: Callab
     project = projects("mnli")
     extra = {"data__extra_validation": {"mismatched": [str(project / "train.tsv")]}}
     settings = {**extra, "optimizer__schedule": "constant", "train__evaluate_every": 1, "train__steps": 6}
-    settings |= {"filters__steps": 2}
+    settings |= {"filters__steps": 2, "loss__layer_fade": 0}  # fading and schedules follow from the steps
     path = write_task_recipe(project, "mnli", "whole", **settings)
     workers(2).run(pretrain_recipe, path)
     folder = project / "whole"

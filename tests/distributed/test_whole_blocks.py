@@ -13,7 +13,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
-from ted_ds.config.sections import LossConfig
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.engine import build_trained_engine
 from ted_ds.job.world import World
@@ -23,12 +22,13 @@ from ted_ds.models.structure import find_blocks
 from ted_ds.tasks.causal_lm import CausalLM
 from ted_ds.tasks.classification import Classification
 from tests.marks import slow
+from tests.project import loss_config
 from tests.tiny_encoders import ENCODERS, tiny_encoder
 from tests.tiny_models import FAMILIES, tiny_model
 from tests.workers import Workers
 
 Group = Callable[[int], Workers]
-CE = LossConfig(kl_alpha=0.0, mse_alpha=0.0)
+CE = loss_config(kl_alpha=0.0, mse_alpha=0.0)
 VOCAB = 61
 ZERO3: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 3,

@@ -40,6 +40,7 @@ from ted_ds.tasks.base import DisposableHead, Task
 from ted_ds.tasks.classification import Classification, PoolerHead, Regression
 from ted_ds.tasks.question_answering import QuestionAnswering, SpanHead
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule
+from tests.project import loss_config
 
 TOLERANCES = {
     "float32": {"loss": 1e-5, "state": 2e-5, "gradient": 1e-4, "trajectory": 1e-4},
@@ -190,7 +191,7 @@ class Case:
 
     def stage2(self, variant: str) -> None:
         expected = self.manifest["stage2"][variant][self.name]
-        weights = LossConfig(
+        weights = loss_config(
             kl_alpha=expected["kl_alpha"], mse_alpha=expected["mse_alpha"], temperature=TEMPERATURE, mask_padding=False
         )
         model, plan, layer_map = self._distillation(variant, weights)

@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
-from ted_ds.config.sections import LossConfig
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.loading import checkpoint_activations, resident_readout
 from ted_ds.tasks.causal_lm import CausalLM, LMHead
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule
+from tests.project import loss_config
 from tests.tiny_models import FAMILIES, READS_BACK, tiny_model
 
 pytestmark = pytest.mark.requires_gpu
@@ -36,7 +36,7 @@ def both_stages(
     frozen = FrozenModel(FrozenModule(teacher, CausalLM(VOCAB), banks[0]))
     checkpoint_activations(student)
     model = DistillationModel(
-        student.train(), banks[1], LossConfig(kl_alpha=0.7, mse_alpha=3.0, **options), task=CausalLM(VOCAB)
+        student.train(), banks[1], loss_config(kl_alpha=0.7, mse_alpha=3.0, **options), task=CausalLM(VOCAB)
     )
     model.attach_teacher(frozen, PAIRS, torch.ones(2, device=device))
     norm, head = resident_readout(teacher, torch.device(device))

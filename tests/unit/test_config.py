@@ -53,7 +53,7 @@ def test_a_short_recipe_gets_the_defaults_of_the_public_surface(write):
     assert run.teacher is not None
     assert (run.teacher.sharding, run.teacher.dtype, run.student.dtype) == ("zero3", "bfloat16", "bfloat16")
     assert (run.filters.output_dim, run.filters.layer_map, run.filters.steps) == (None, None, 200)
-    assert (run.loss.temperature, run.loss.layer_loss) == (2.0, "normalized_mse")
+    assert (run.loss.temperature, run.loss.layer_loss) == (2.0, "rms_mse")
     assert (run.optimizer.learning_rate, run.optimizer.betas) == (5e-4, (0.9, 0.95))
     assert (run.train.steps, run.train.global_batch_size, run.train.micro_batch_size) == (1000, 64, 4)
     assert (run.logging.every, run.logging.tensorboard) == (10, True)
@@ -100,7 +100,7 @@ def test_an_override_makes_an_absent_or_null_section(write):
         assert run.teacher is not None and run.teacher.model == "x"
 
 
-@pytest.mark.parametrize(("method", "weights"), [("ce", (0, 0)), ("kd", (1, 0)), ("lwd", (1, 10)), ("ted", (1, 10))])
+@pytest.mark.parametrize(("method", "weights"), [("ce", (0, 0)), ("kd", (1, 0)), ("lwd", (1, 1)), ("ted", (1, 1))])
 def test_loss_weights_follow_the_method(write, method, weights):
     run = load_config(write(recipe(method=method)))
     assert (run.loss.kl_alpha, run.loss.mse_alpha) == weights
@@ -274,7 +274,7 @@ def test_one_section_from_overrides_alone():
 
 def test_python_users_build_a_run_without_a_file():
     run = RunConfig.model_validate(recipe(method="lwd"))
-    assert run.loss.mse_alpha == 10
+    assert run.loss.mse_alpha == 1
 
 
 def labelled(**changes: Any) -> dict[str, Any]:

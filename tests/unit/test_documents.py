@@ -17,7 +17,6 @@ from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ted_ds.batch import IGNORED
-from ted_ds.config.sections import LossConfig
 from ted_ds.data import documents as module
 from ted_ds.data import sources
 from ted_ds.data.documents import Document, iter_documents, window_batches
@@ -28,6 +27,7 @@ from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.errors import DataError
 from ted_ds.evaluation.perplexity import document_perplexity, held_out_perplexity
 from ted_ds.tasks.causal_lm import CausalLM
+from tests.project import loss_config
 from tests.tiny_models import tiny_model
 
 VOCAB, IDS = 60, 29
@@ -183,7 +183,7 @@ def test_a_run_s_own_score_leaves_out_the_beginnings_and_has_a_word_s_and_a_byte
     blocks = prepare([data], tokenizer, 8, tmp_path / "packed", drop_tail=False, processes=1)
     rows = EvaluationRows(blocks, batch_size=3, rank=0, world_size=1)
     engine = DistillationModel(
-        model, torch.nn.ModuleList(), LossConfig(kl_alpha=0.0, mse_alpha=0.0), task=CausalLM(IDS)
+        model, torch.nn.ModuleList(), loss_config(kl_alpha=0.0, mse_alpha=0.0), task=CausalLM(IDS)
     )
     world: Any = SimpleNamespace(device=torch.device("cpu"), sum=lambda tensor: tensor)
     made = blocks.manifest

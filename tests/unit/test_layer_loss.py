@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from ted_ds.ops import linear_squared_error
-from ted_ds.ops.layer_loss import squared_error_sum
+from ted_ds.ops import linear_cosine_error, linear_squared_error, rms_normalized
+from ted_ds.ops.layer_loss import cosine_error_sum, squared_error_sum
 
 B, S, D, F = 3, 13, 19, 7
 
@@ -30,6 +30,15 @@ def reference(
     return squared_error_sum(hidden @ weight.T + bias, target, mask)
 
 
+KINDS = {
+    "squared": (linear_squared_error, squared_error_sum, False),
+    "squared, normalized": (linear_squared_error, squared_error_sum, True),
+    "cosine": (linear_cosine_error, cosine_error_sum, False),
+    "cosine, normalized": (linear_cosine_error, cosine_error_sum, True),
+}
+"""(fused, its reference, whether what it reads is normalised first)."""
+
+
 def masks() -> list[torch.Tensor | None]:
     mask = torch.arange(B * S).reshape(B, S) % 4 != 0
     return [None, mask, mask.long(), mask.float()]
@@ -40,17 +49,25 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mask", masks())
-def test_loss_and_gradients(mask: torch.Tensor | None) -> None:
+def test_loss_and_gradients(mask: torch.Tensor | None, kind: str) -> None:
+    fused, plain, normalize = KINDS[kind]
     t = tensors()
+    t["hidden"].data[0] *= 1000  # sinks
     leaves = [t["hidden"], t["weight"], t["bias"]]
-    want, got = reference(**t, mask=mask), linear_squared_error(**t, mask=mask)
+    read = t["hidden"]
+    if normalize:
+        read = read / (read.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        assert torch.allclose(read, rms_normalized(t["hidden"]))
+    want = plain(read @ t["weight"].T + t["bias"], t["target"], mask)
+    got = fused(**t, mask=mask, normalize=normalize)
     assert distance(got, want) < 1e-13
     upstream = torch.tensor(0.37, dtype=torch.float64)
     wanted = torch.autograd.grad(want, leaves, upstream)
     for _ in range(2):  # a graph that is retained gives the same again
         found = torch.autograd.grad(got, leaves, upstream, retain_graph=True)
-        assert all(distance(a, b) < 1e-13 for a, b in zip(found, wanted, strict=True))
+        assert all(distance(a, b) < 1e-12 for a, b in zip(found, wanted, strict=True))
 
 
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
@@ -69,19 +86,23 @@ def test_frozen_parts_get_no_gradient(frozen: str) -> None:
             assert distance(gradient, want) < 1e-13
 
 
-def test_masked_positions_may_hold_anything() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_masked_positions_may_hold_anything(kind: str) -> None:
+    fused, _, normalize = KINDS[kind]
     t = tensors()
     mask = torch.ones(B, S)
     mask[1, 4:] = 0
     t["target"][1, 4:] = float("nan")
-    loss = linear_squared_error(**t, mask=mask)
+    loss = fused(**t, mask=mask, normalize=normalize)
     loss.backward()
     assert loss.isfinite() and t["hidden"].grad is not None
     assert t["hidden"].grad.isfinite().all() and not t["hidden"].grad[1, 4:].any()
 
 
-def test_it_saves_the_residual_alone() -> None:
-    """Beside hidden and weight, which live anyway, one [N, F] tensor waits for backward."""
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_saves_the_residual_alone(kind: str) -> None:
+    """Beside hidden and weight, which live anyway, one [N, F] tensor waits for backward, and a number a token."""
+    fused, _, normalize = KINDS[kind]
     t = tensors()
     saved: list[torch.Tensor] = []
 
@@ -90,9 +111,10 @@ def test_it_saves_the_residual_alone() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        linear_squared_error(**t)
+        fused(**t, normalize=normalize)
     live = {t["hidden"].data_ptr(), t["weight"].data_ptr()}
-    assert [x.numel() for x in saved if x.data_ptr() not in live] == [B * S * F]
+    sizes = [x.numel() for x in saved if x.data_ptr() not in live]
+    assert sizes == ([B * S * F, B * S] if normalize else [B * S * F])
 
 
 def test_weight_is_read_again_in_backward() -> None:

@@ -19,7 +19,7 @@ from ted_ds.models.structure import find_structure
 from ted_ds.ops import Head, logit_gemms
 from ted_ds.tasks.causal_lm import CausalLM, LMHead
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule, filtered_square_sums
-from tests.project import relative
+from tests.project import loss_config, relative
 from tests.tiny_models import FAMILIES, READS_BACK, tiny_model
 
 PAIRS = ((0, 1), (1, 3))
@@ -58,7 +58,7 @@ def run(model: DistillationModel, batch: Batch) -> tuple[torch.Tensor, torch.Ten
 @pytest.mark.parametrize("family", FAMILIES)
 def test_losses_and_gradients_are_those_of_plain_autograd(family: str) -> None:
     batch = a_batch()
-    model, frozen = build(LossConfig(kl_alpha=0.7, mse_alpha=3.0, temperature=2.5), family=family)
+    model, frozen = build(loss_config(kl_alpha=0.7, mse_alpha=3.0, temperature=2.5), family=family)
     loss, terms = run(model, batch)
     got = {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -97,7 +97,7 @@ class Stranger:
 @pytest.mark.parametrize("kl_alpha", [0.7, 0.0])
 def test_a_teacher_needs_no_more_than_the_contract(kl_alpha: float) -> None:
     pairs, batch = ((0, 1), (1, 2)), a_batch()
-    model, frozen = build(LossConfig(kl_alpha=kl_alpha, mse_alpha=3.0))
+    model, frozen = build(loss_config(kl_alpha=kl_alpha, mse_alpha=3.0))
     model.attach_teacher(frozen, pairs)
     want = run(model, batch)[1]
     model.attach_teacher(Stranger(frozen.module.model, frozen.module.filters), pairs)
@@ -144,10 +144,10 @@ class plain_loss:
 
 def test_normalised_and_raw_layer_loss_differ_by_the_teachers_mean_square() -> None:
     batch = a_batch()
-    raw, frozen = build(LossConfig(kl_alpha=1.0, mse_alpha=1.0))
+    raw, frozen = build(loss_config(kl_alpha=1.0, mse_alpha=1.0))
     _, terms = run(raw, batch)
     squares = filtered_square_sums(frozen, (1, 3), batch) / (batch.input_ids.numel() * 8)
-    scaled, _ = build(LossConfig(kl_alpha=1.0, mse_alpha=1.0), mean_squares=squares)
+    scaled, _ = build(loss_config(kl_alpha=1.0, mse_alpha=1.0), mean_squares=squares)
     _, normalised = run(scaled, batch)
     assert relative(normalised[4:] * squares, terms[4:]) < 1e-6
     assert relative(normalised[3], normalised[4:].mean()) < 1e-6
@@ -155,10 +155,10 @@ def test_normalised_and_raw_layer_loss_differ_by_the_teachers_mean_square() -> N
 
 def test_ted_without_layers_is_kd_and_kd_without_kl_is_ce() -> None:
     batch = a_batch()
-    kd, _ = build(LossConfig(kl_alpha=1.0, mse_alpha=0.0))
-    ted, _ = build(LossConfig(kl_alpha=1.0, mse_alpha=1e-300))
-    ce = DistillationModel(kd.student, nn.ModuleList(), LossConfig(kl_alpha=0.0, mse_alpha=0.0), task=CausalLM(VOCAB))
-    kd_without, _ = build(LossConfig(kl_alpha=0.0, mse_alpha=0.0))
+    kd, _ = build(loss_config(kl_alpha=1.0, mse_alpha=0.0))
+    ted, _ = build(loss_config(kl_alpha=1.0, mse_alpha=1e-300))
+    ce = DistillationModel(kd.student, nn.ModuleList(), loss_config(kl_alpha=0.0, mse_alpha=0.0), task=CausalLM(VOCAB))
+    kd_without, _ = build(loss_config(kl_alpha=0.0, mse_alpha=0.0))
     assert relative(run(ted, batch)[0], run(kd, batch)[0]) < 1e-14
     grads = [p.grad.clone() for p in kd.parameters()]
     run(ted, batch)
@@ -169,11 +169,11 @@ def test_ted_without_layers_is_kd_and_kd_without_kl_is_ce() -> None:
 @pytest.mark.parametrize("side", ["teacher_vocab", "vocab"])
 def test_a_vocabulary_padded_on_one_side_changes_nothing(side: str) -> None:
     batch = a_batch()
-    plain, _ = build(LossConfig(kl_alpha=1.0, mse_alpha=1.0))
+    plain, _ = build(loss_config(kl_alpha=1.0, mse_alpha=1.0))
     loss, _ = run(plain, batch)
-    padded, frozen = build(LossConfig(kl_alpha=1.0, mse_alpha=1.0), **{side: 112})
+    padded, frozen = build(loss_config(kl_alpha=1.0, mse_alpha=1.0), **{side: 112})
     copy_common(plain.student, padded.student)
-    copy_common(build(LossConfig(kl_alpha=1.0, mse_alpha=1.0))[1].module.model, frozen.module.model)
+    copy_common(build(loss_config(kl_alpha=1.0, mse_alpha=1.0))[1].module.model, frozen.module.model)
     padded_loss, _ = run(padded, batch)
     assert relative(padded_loss, loss) < 1e-14
     grads = dict(plain.student.named_parameters())
@@ -190,7 +190,7 @@ def copy_common(source: nn.Module, target: nn.Module) -> None:
 
 def test_micro_batches_add_up_to_the_global_batch() -> None:
     batch = a_batch(rows=4)
-    model, _ = build(LossConfig(kl_alpha=1.0, mse_alpha=2.0))
+    model, _ = build(loss_config(kl_alpha=1.0, mse_alpha=2.0))
     _, terms = run(model, batch)
     grads = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
@@ -205,7 +205,7 @@ def test_micro_batches_add_up_to_the_global_batch() -> None:
 
 
 def test_filters_and_layer_map_must_agree() -> None:
-    model, frozen = build(LossConfig(kl_alpha=1.0, mse_alpha=1.0))
+    model, frozen = build(loss_config(kl_alpha=1.0, mse_alpha=1.0))
     with pytest.raises(ModelError, match="2 student filters do not fit a layer map of 1 pairs"):
         model.attach_teacher(frozen, ((0, 1),))
 
@@ -230,7 +230,7 @@ def test_no_tensor_of_tokens_by_vocabulary_is_ever_whole(monkeypatch: pytest.Mon
     teacher, student = (tiny_model("llama", blocks=n, width=8, vocab=vocab) for n in (2, 1))
     frozen = FrozenModel(FrozenModule(teacher, CausalLM(vocab), FilterPlan((1,), 8, 8).build()))
     model = DistillationModel(
-        student, FilterPlan((0,), 8, 8).build(), LossConfig(kl_alpha=1.0, mse_alpha=1.0), task=CausalLM(vocab)
+        student, FilterPlan((0,), 8, 8).build(), loss_config(kl_alpha=1.0, mse_alpha=1.0), task=CausalLM(vocab)
     )
     model.attach_teacher(frozen, ((0, 1),))
     norm, head = resident_readout(teacher, torch.device("cpu"))
@@ -306,7 +306,7 @@ def test_the_teachers_forward_ends_where_nothing_after_it_is_needed() -> None:
     ran: list[int] = []
     terms = {}
     for kl_alpha in (0.0, 1.0):
-        model, frozen = build(LossConfig(kl_alpha=kl_alpha, mse_alpha=3.0))
+        model, frozen = build(loss_config(kl_alpha=kl_alpha, mse_alpha=3.0))
         model.attach_teacher(frozen, ((0, 0), (1, 2)))
         for i, block in enumerate(frozen.module.structure.blocks):
             block.register_forward_hook(lambda m, inputs, out, i=i: ran.append(i))
@@ -343,7 +343,7 @@ def test_a_micro_batch_reads_nothing_back(family: str, options: dict[str, Any]) 
     if family in READS_BACK:
         pytest.skip("transformers itself reads back")
     batch = a_batch()
-    model, frozen = build(LossConfig(kl_alpha=0.7, mse_alpha=3.0, **options), family=family)
+    model, frozen = build(loss_config(kl_alpha=0.7, mse_alpha=3.0, **options), family=family)
     norm, head = resident_readout(frozen.module.model, torch.device("cpu"))
     head_ = LMHead(norm, head, vocab_size=VOCAB, token_fraction=0.5)
     learner = FilterLearner(FilterPlan((1,), 24, 8).build().double(), frozen, (1,), head_)

@@ -12,13 +12,13 @@ import torch
 from transformers import AutoConfig
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
-from ted_ds.config.sections import LossConfig
 from ted_ds.evaluation.collect import collect_outputs
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.pooler import find_pooler
 from ted_ds.tasks.base import DisposableHead, Reading, Task
 from ted_ds.tasks.classification import Classification, PoolerHead, Regression
 from ted_ds.tasks.question_answering import QuestionAnswering, SpanHead
+from tests.project import loss_config
 
 
 class Together:
@@ -131,7 +131,7 @@ HEADS: dict[str, DisposableHead] = {
     "regression": PoolerHead(find_pooler(AutoConfig.for_model("bert"), 0.0), 1, regression=True),
     "questions": SpanHead(mask_padding=True),
 }
-WEIGHTS = LossConfig(kl_alpha=0.7, mse_alpha=0.0, temperature=2.5)
+WEIGHTS = loss_config(kl_alpha=0.7, mse_alpha=0.0, temperature=2.5)
 
 
 def labelled(kind: str, *, nothing: bool = False) -> Batch:
@@ -229,7 +229,7 @@ def test_padding_takes_no_part_in_a_question_s_kl_at_any_temperature(temperature
                 *readings,
                 batch,
                 BatchCounts.of(batch),
-                LossConfig(kl_alpha=1.0, mse_alpha=0.0, temperature=temperature),
+                loss_config(kl_alpha=1.0, mse_alpha=0.0, temperature=temperature),
             )
         )
     torch.testing.assert_close(losses[1], losses[0])

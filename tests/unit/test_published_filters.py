@@ -30,11 +30,13 @@ def pairs_with(project: Path, *, recipe: dict[str, Any], **came: FilterPlan) -> 
         published[side].mkdir(exist_ok=True)
         fields = {"blocks": plan.blocks, "width": plan.width, "output_dim": plan.output_dim}
         (published[side] / "filters.json").write_text(json.dumps({"plan": fields}))
-    run = load_config(write_task_recipe(project, "sst2", "run", **recipe))
+    run = load_config(write_task_recipe(project, "sst2", "run", **AS_THEY_ARE | recipe))
     return plan_pairs(run, ModelPaths(str(project / "student"), str(project / "teacher"), published))
 
 
 ANY_WIDTH: dict[str, Any] = {"filters__output_dim": None}
+AS_THEY_ARE = {"loss__layer_loss": "mse"}
+"""Filters of the paper's authors read hidden states as they are."""
 TEACHERS, STUDENTS = FilterPlan((1, 3), 24, 12), FilterPlan((0, 1), 16, 12)
 
 
@@ -63,6 +65,11 @@ def test_hidden_states_alone_take_no_filters_of_the_teacher(project: Path) -> No
     [
         ({}, {"teacher": FilterPlan((0, 1, 2, 3), 24, 12)}, "the teacher has 4 filters, the student 2: K must be the"),
         ({}, {"student": FilterPlan((1,), 16, 12)}, "the teacher has 2 filters, the student 1: K must be the same"),
+        (
+            {"loss__layer_loss": "cosine"},
+            {"teacher": TEACHERS},
+            "the teacher's filters were learnt on hidden states as they are, loss.layer_loss cosine normalises them",
+        ),
         (
             {"filters__output_dim": 8},
             {"teacher": TEACHERS},

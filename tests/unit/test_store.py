@@ -131,14 +131,14 @@ def test_the_best_one_stays(tmp_path: Path) -> None:
 
 
 def test_a_card_says_what_a_checkpoint_is(tmp_path: Path) -> None:
-    save(tmp_path, 7, metrics_bytes=123, best={"best_step": 5}, score=0.25)
+    save(tmp_path, 7, metrics_bytes=123, best={"best_step": 5}, score=0.25, balance=[0.5])
     card = json.loads((tmp_path / "step-00000007" / CARD).read_text())
     assert {name: entry[0] for name, entry in card.pop("files").items()} == {
         path.name: path.stat().st_size for path in (tmp_path / "step-00000007").iterdir() if path.name != CARD
     }
     assert len(card.pop("digest")) == 64
     assert card == {
-        **{"step": 7, "rows": 56, "metrics_bytes": 123, "best": {"best_step": 5}, "score": 0.25},
+        **{"step": 7, "rows": 56, "metrics_bytes": 123, "best": {"best_step": 5}, "score": 0.25, "balance": [0.5]},
         **{"identity": {"model": "model", "recipe": RECIPE, "data": "data"}, "world_size": 1, "zero_stage": 3},
     }
 
@@ -213,7 +213,7 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_its_key(tmp_path: Path) ->
     with pytest.raises(CheckpointError) as error:
         load(tmp_path, other)
     assert str(error.value) == (
-        f"checkpoint {tmp_path}/step-00000005 is of another recipe (loss.mse_alpha: 10.0, this recipe says 2.5); use "
+        f"checkpoint {tmp_path}/step-00000005 is of another recipe (loss.mse_alpha: 1.0, this recipe says 2.5); use "
         "another output_dir, or restore the recipe that wrote it"
     )
 

@@ -21,13 +21,13 @@ from ted_ds.tasks.base import Reading, Task
 from ted_ds.tasks.classification import Classification, PoolerHead, Regression
 from ted_ds.tasks.question_answering import QuestionAnswering, SpanHead
 from ted_ds.teacher.frozen import FrozenModel, FrozenModule
-from tests.project import relative
+from tests.project import loss_config, relative
 from tests.tiny_encoders import CLASSIFIERS, ENCODERS, tiny_encoder
 
 PAIRS = ((0, 1), (1, 3))
 LABELS = ("a", "b", "c")
 KINDS = ("classification", "regression", "question-answering")
-WEIGHTS = LossConfig(kl_alpha=0.7, mse_alpha=3.0, temperature=2.5)
+WEIGHTS = loss_config(kl_alpha=0.7, mse_alpha=3.0, temperature=2.5)
 
 
 def a_batch(kind: str, rows: int = 5, length: int = 11) -> Batch:
@@ -136,11 +136,11 @@ CASES = [
     *((kind, family, WEIGHTS, False) for kind in KINDS for family in ENCODERS),
     *(("classification", family, WEIGHTS, False) for family in CLASSIFIERS[len(ENCODERS) :]),
     *(
-        (kind, "bert", LossConfig(kl_alpha=0.7, mse_alpha=3.0, temperature=2.5, mask_padding=False), False)
+        (kind, "bert", loss_config(kl_alpha=0.7, mse_alpha=3.0, temperature=2.5, mask_padding=False), False)
         for kind in KINDS
     ),
     *((kind, "deberta-v2", WEIGHTS, True) for kind in KINDS),
-    *((kind, "electra", LossConfig(kl_alpha=1.3, mse_alpha=0.0), False) for kind in KINDS),
+    *((kind, "electra", loss_config(kl_alpha=1.3, mse_alpha=0.0), False) for kind in KINDS),
 ]
 
 
@@ -163,7 +163,7 @@ def test_losses_and_gradients_are_those_written_out(kind: str, family: str, weig
 @pytest.mark.parametrize("kind", KINDS)
 def test_micro_batches_of_other_padding_add_up_to_the_batch(kind: str) -> None:
     batch = a_batch(kind)
-    weights = LossConfig(
+    weights = loss_config(
         kl_alpha=0.0 if kind == "regression" else 0.7, mse_alpha=3.0
     )  # a regression's KL needs all rows at once
     model, _ = build(kind, "bert", weights)
@@ -193,7 +193,7 @@ def test_micro_batches_of_other_padding_add_up_to_the_batch(kind: str) -> None:
 def test_a_regressions_kl_over_ranks_is_that_of_all_rows() -> None:
     """Two 'ranks' that see each other's predictions: their shares and gradients add up to one rank's."""
     batch = a_batch("regression")
-    model, _ = build("regression", "bert", LossConfig(kl_alpha=2.0, mse_alpha=0.0, temperature=1.5))
+    model, _ = build("regression", "bert", loss_config(kl_alpha=2.0, mse_alpha=0.0, temperature=1.5))
     counts = BatchCounts.of(batch)
     loss, terms = model(batch=batch, counts=counts)
     loss.backward()
@@ -289,7 +289,7 @@ def test_models_of_other_label_orders_give_the_same_loss() -> None:
                     for tensor in model.classifier.parameters():
                         tensor.copy_(tensor[[order.index(i) for i in range(3)]])
         task = Classification(LABELS)
-        distilled = DistillationModel(student, nn.ModuleList(), LossConfig(kl_alpha=1.0, mse_alpha=0.0), task=task)
+        distilled = DistillationModel(student, nn.ModuleList(), loss_config(kl_alpha=1.0, mse_alpha=0.0), task=task)
         distilled.attach_teacher(FrozenModel(FrozenModule(teacher, task)), ())
         losses.append(distilled(batch=batch, counts=BatchCounts.of(batch))[1])
         predicted = distilled(batch=batch)
@@ -307,7 +307,7 @@ def test_padding_does_not_matter_unless_it_is_asked_for() -> None:
         ends=torch.where(short.ends >= 11, 16, short.ends),
     )
     for masked in (True, False):
-        model, _ = build("question-answering", "bert", LossConfig(kl_alpha=1.0, mse_alpha=1.0, mask_padding=masked))
+        model, _ = build("question-answering", "bert", loss_config(kl_alpha=1.0, mse_alpha=1.0, mask_padding=masked))
         a, b = (model(batch=x, counts=BatchCounts.of(x))[1] for x in (short, padded))
         assert (relative(a, b) < 1e-9) == masked
 
@@ -322,7 +322,7 @@ def test_filters_and_targets_of_different_widths_are_refused() -> None:
 
 
 def test_a_questions_kl_is_finite_at_any_temperature() -> None:
-    model, _ = build("question-answering", "bert", LossConfig(kl_alpha=1.0, mse_alpha=0.0, temperature=0.01))
+    model, _ = build("question-answering", "bert", loss_config(kl_alpha=1.0, mse_alpha=0.0, temperature=0.01))
     batch = a_batch("question-answering")
     assert model(batch=batch, counts=BatchCounts.of(batch))[1].isfinite().all()
     logits = torch.randn(5, 2, 11)  # float32, whose range is smaller
