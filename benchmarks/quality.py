@@ -3,7 +3,8 @@
     python -m benchmarks.quality --setting A --model FOLDER --train TEXT --validation TEXT --work FOLDER [--json OUT]
 
 Every run is `ted-ds distill` from one cut, `ted-ds init-student`'s, which all runs of a setting share. Runs that are
-complete in --work are not run again, so a benchmark that was ended goes on. --jobs runs go on side by side on one GPU.
+complete in --work are not run again, so a benchmark that was ended goes on; after --seconds no run is begun, and the
+report has what there is. --jobs runs go on side by side on one GPU.
 
 A method is tried at each of --rates with the first seed; the rate that was best there is run with the other seeds, and
 the table has those. Settings are shapes of SmolLM2-135M (30 blocks of 576), but for D, which fits any model.
@@ -12,9 +13,11 @@ the table has those. Settings are shapes of SmolLM2-135M (30 blocks of 576), but
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import statistics
 import sys
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -76,32 +79,41 @@ class Study:
 
     def __init__(self, options: Any) -> None:
         self._options, self._work = options, Path(options.work) / options.setting
+        self._deadline = time.monotonic() + options.seconds
 
     def results(self, methods: Iterable[str]) -> list[dict[str, Any]]:
         """The scores of all runs: first those of the first seed at each rate, then the others."""
         first, *others = self._options.seeds
         start = self._start()
         with ThreadPoolExecutor(self._options.jobs) as pool:
-            run = pool.map
-            tried = [(method, rate, first) for method in methods for rate in self._options.rates]
-            found = list(run(lambda case: self._run(start, *case), tried))
+
+            def run(cases: list[tuple[str, float, int]]) -> list[dict[str, Any]]:
+                return [found for found in pool.map(lambda case: self._run(start, *case), cases) if found]
+
+            found = run([(method, rate, first) for method in methods for rate in self._options.rates])
             best = {row["method"]: row["rate"] for row in sorted(found, key=lambda row: row["loss"], reverse=True)}
-            more = [(method, best[method], seed) for seed in others for method in methods]
-            return found + list(run(lambda case: self._run(start, *case), more))
+            return found + run(
+                [(method, best[method], seed) for seed in others for method in methods if method in best]
+            )
 
     def _start(self) -> Path:
         """The cut that every run begins with."""
         folder: Path = self._work / "start"
+        if (folder / "initial_student").exists():
+            return folder
         self._ted_ds("init-student", folder, self._recipe(folder, "kd", self._options.rates[0], self._options.seeds[0]))
         return folder
 
-    def _run(self, start: Path, method: str, rate: float, seed: int) -> dict[str, Any]:
+    def _run(self, start: Path, method: str, rate: float, seed: int) -> dict[str, Any] | None:
         folder = self._work / f"{method.replace(',', '').replace(' ', '-')}-{rate:g}-{seed}"
         for name in ("initial_student", "calibration"):
             if (start / name).exists() and not (folder / name).exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / name).symlink_to((start / name).resolve())
-        self._ted_ds("distill", folder, self._recipe(folder, method, rate, seed))
+        if not (folder / "summary.json").exists():
+            if time.monotonic() > self._deadline:
+                return None
+            self._ted_ds("distill", folder, self._recipe(folder, method, rate, seed))
         summary = json.loads((folder / "summary.json").read_text())
         found = {"method": method, "rate": rate, "seed": seed, "loss": summary["validation_loss"]}
         found |= {"start": summary["initial_validation_loss"], "steps": summary["steps"]}
@@ -214,6 +226,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--micro-batch-size", type=int, default=ROWS)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=math.inf, help="after these no run is begun")
     options = parser.parse_args()
     results = Study(options).results(options.methods)
     rows = summed_up(results, options.seeds[0])
