@@ -38,6 +38,7 @@ from benchmarks.timing import environment
 from ted_ds.config.deepspeed import trained_engine_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.sections import LossConfig
+from ted_ds.distill.balance import Balance
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.engine import build_trained_engine
 from ted_ds.job.world import World, init_world, seed_everything, shut_down
@@ -110,7 +111,8 @@ def build_engines(
     bank = filters(1, shape.teacher.width, frozen)
     teacher = host.place(FrozenModule(model("teacher", frozen), task, bank), world.device, frozen)
     if weights.kl_alpha:
-        module.attach_teacher(teacher, layer_map, torch.ones(len(layer_map), device=world.device))
+        balance = Balance.of(weights, len(layer_map), world.device)
+        module.attach_teacher(teacher, layer_map, balance=balance)
     return engine, teacher
 
 

@@ -33,6 +33,7 @@ from benchmarks.shapes import SHAPES, Shape, parameters_of, random_batch, random
 from benchmarks.timing import Step, environment, interleaved_seconds, medians, step_peak_mib
 from ted_ds.batch import Batch, BatchCounts
 from ted_ds.config.sections import LossConfig
+from ted_ds.distill.balance import Balance
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.models.filters import FilterPlan
 from ted_ds.models.layer_map import LayerMap, resolve_layer_map
@@ -96,8 +97,8 @@ def own_step(models: Models, method: str, layer_map: LayerMap | None = None) -> 
     model = DistillationModel(models.student, banks[0], weights, task=task)
     if method != "ce":
         frozen = FrozenModule(models.teacher, task, banks[1] if method != "lwd" else ())
-        squares = torch.ones(len(layer_map), device=models.batch.input_ids.device) if layer_map else None
-        model.attach_teacher(FrozenModel(frozen), layer_map, squares)
+        balance = Balance.of(weights, len(layer_map), models.batch.input_ids.device)
+        model.attach_teacher(FrozenModel(frozen), layer_map, balance=balance)
     counts = BatchCounts.of(models.batch)
 
     def step() -> None:
@@ -124,7 +125,8 @@ def cached_step(models: Models, name: str, cache: Recorded) -> Step:
     weights = METHODS["ted"].model_copy(update={"kl_top_k": CACHED[name]})
     task = CausalLM(models.student.config.vocab_size)
     model = DistillationModel(models.student, bank.to(like.device, like.dtype), weights, task=task)
-    model.attach_teacher(cache.teacher, cache.layer_map, torch.ones(len(blocks), device=like.device))
+    balance = Balance.of(weights, len(blocks), like.device)
+    model.attach_teacher(cache.teacher, cache.layer_map, balance=balance)
     counts = BatchCounts.of(models.batch)
 
     def step() -> None:

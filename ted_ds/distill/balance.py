@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ted_ds.config.sections import LossConfig
 from ted_ds.job.world import World
 
 DECAY = 0.9
@@ -41,6 +42,12 @@ class Balance:
         self._sums = torch.zeros(3, num_pairs, dtype=torch.float64, device=device)
         self._measured = False
         self.weight = self.begin(1.0)
+
+    @staticmethod
+    def of(loss: LossConfig, num_pairs: int, device: torch.device) -> Balance | None:
+        """The balance of a recipe's section loss; None if the layer loss has a constant weight, or no pairs."""
+        balanced = loss.balance == "gradient" and num_pairs
+        return Balance(loss.mse_alpha, num_pairs, device) if balanced else None
 
     def begin(self, fade: float) -> torch.Tensor:
         """Sets `weight`, the layer loss's in the step that begins, a scalar on the device; fade: 1 to 0."""

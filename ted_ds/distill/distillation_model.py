@@ -53,10 +53,17 @@ class DistillationModel(nn.Module):
         """What `attach_teacher` was given last."""
         return self._teacher
 
-    def attach_teacher(self, teacher: Teacher, layer_map: LayerMap, mean_squares: torch.Tensor | None = None) -> None:
+    def attach_teacher(
+        self,
+        teacher: Teacher,
+        layer_map: LayerMap,
+        mean_squares: torch.Tensor | None = None,
+        balance: Balance | None = None,
+    ) -> None:
         """Hooks teacher and student together; call it after both engines are built.
 
         mean_squares: [K] of the teacher's filtered states, see `LayerLoss.normalise`; None for a kind without them.
+        balance: `Balance.of` this loss; None: mse_alpha is a constant weight.
 
         Raises ModelError if layer map and filters differ in number, or filters and targets in width.
         """
@@ -73,9 +80,7 @@ class DistillationModel(nn.Module):
         if mean_squares is not None:
             self.layer_loss.normalise(mean_squares)
         self._collector = HiddenStateCollector(self.structure.blocks, teacher.sources, layer_map)
-        if layer_map and self.loss.balance == "gradient":
-            device = next(self.student.parameters()).device
-            self.balance = Balance(self.loss.mse_alpha, len(layer_map), device)
+        self.balance = balance
 
     def forward(self, *, batch: Batch, counts: BatchCounts | None = None, fade: float = 1.0) -> Any:
         """One micro-batch's share of the global batch's loss: (loss, terms).

@@ -96,7 +96,8 @@ def build_distillation_engine(run: ResolvedRun, world: World, data: RunData, pla
         layer_map = plan.pairs.layer_map if plan.pairs else ()
         by_energy = plan.pairs is not None and module.layer_loss.kind.by_energy
         squares = _mean_squares(run, world, data, teacher, layer_map) if by_energy else None
-        module.attach_teacher(teacher, layer_map, squares)
+        balance = Balance.of(run.loss, len(layer_map), world.device)
+        module.attach_teacher(teacher, layer_map, squares, balance)
     return engine
 
 

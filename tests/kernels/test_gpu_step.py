@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ted_ds.batch import IGNORED, Batch, BatchCounts
+from ted_ds.distill.balance import Balance
 from ted_ds.distill.distillation_model import DistillationModel
 from ted_ds.distill.filter_learner import FilterLearner
 from ted_ds.models.filters import FilterPlan
@@ -23,6 +24,7 @@ from tests.tiny_models import FAMILIES, READS_BACK, tiny_model
 pytestmark = pytest.mark.requires_gpu
 
 VOCAB, PAIRS = 5003, ((0, 1), (1, 3))
+BALANCED = [{"layer_loss": kind, "balance": "gradient"} for kind in ("rms_mse", "cosine")]
 
 
 def both_stages(
@@ -32,13 +34,17 @@ def both_stages(
     teacher = tiny_model(family, blocks=4, width=48, seed=1, **sizes).to(device, dtype)
     student = tiny_model(family, blocks=2, width=32, seed=2, **sizes).to(device, dtype)
     torch.manual_seed(3)
-    banks = [FilterPlan((0, 1), width, 24).build().to(device, dtype) for width in (48, 32)]
+    loss = loss_config(kl_alpha=0.7, mse_alpha=3.0, **options)
+    plans = [FilterPlan((0, 1), width, 24, normalized=loss.balance == "gradient") for width in (48, 32)]
+    banks = [plan.build().to(device, dtype) for plan in plans]
     frozen = FrozenModel(FrozenModule(teacher, CausalLM(VOCAB), banks[0]))
     checkpoint_activations(student)
-    model = DistillationModel(
-        student.train(), banks[1], loss_config(kl_alpha=0.7, mse_alpha=3.0, **options), task=CausalLM(VOCAB)
-    )
-    model.attach_teacher(frozen, PAIRS, torch.ones(2, device=device))
+    model = DistillationModel(student.train(), banks[1], loss, task=CausalLM(VOCAB))
+    balance = Balance.of(loss, 2, torch.device(device))
+    if balance is not None:  # as if a step had been
+        balance.load([0.1, 1.0, *[1.0] * 6])
+        balance.begin(0.9)
+    model.attach_teacher(frozen, PAIRS, balance=balance)
     norm, head = resident_readout(teacher, torch.device(device))
     learner = FilterLearner(
         FilterPlan((1, 3), 48, 24).build().to(device, dtype), frozen, (1, 3), LMHead(norm, head, vocab_size=VOCAB)
@@ -71,6 +77,7 @@ def waiting_is_an_error() -> Iterator[None]:
         *((family, {}) for family in FAMILIES),
         *(("llama", {"divergence": kind}) for kind in ("reverse", "jensen-shannon")),
         ("llama", {"kl_top_k": 5}),
+        *(("llama", options) for options in BALANCED),
     ],
 )
 def test_no_micro_batch_waits_for_the_device(family: str, options: dict[str, Any]) -> None:
@@ -84,11 +91,13 @@ def test_no_micro_batch_waits_for_the_device(family: str, options: dict[str, Any
             micro_batch(module, batch, counts, "cuda", **inputs)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_losses_and_gradients_are_the_cpus(family: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "options"), [*((family, {}) for family in FAMILIES), *(("llama", options) for options in BALANCED)]
+)
+def test_losses_and_gradients_are_the_cpus(family: str, options: dict[str, Any]) -> None:
     found = {}
     for device in ("cpu", "cuda"):
-        model, learner, batch = both_stages(family, device, torch.float32)
+        model, learner, batch = both_stages(family, device, torch.float32, **options)
         counts = BatchCounts(BatchCounts.of(batch).values.to(device))
         for name, module, inputs in (("Stage II", model, {}), ("Stage I", learner, {"step": 0})):
             terms = micro_batch(module, batch, counts, device, **inputs).cpu()
