@@ -80,6 +80,7 @@ class Study:
     def __init__(self, options: Any) -> None:
         self._options, self._work = options, Path(options.work) / options.setting
         self._deadline = time.monotonic() + options.seconds
+        self.failed = 0
 
     def results(self, methods: Iterable[str]) -> list[dict[str, Any]]:
         """The scores of all runs: first those of the first seed at each rate, then the others."""
@@ -113,7 +114,12 @@ class Study:
         if not (folder / "summary.json").exists():
             if time.monotonic() > self._deadline:
                 return None
-            self._ted_ds("distill", folder, self._recipe(folder, method, rate, seed))
+            try:
+                self._ted_ds("distill", folder, self._recipe(folder, method, rate, seed))
+            except SystemExit as error:  # the others go on
+                print(error, file=sys.stderr, flush=True)
+                self.failed += 1
+                return None
         summary = json.loads((folder / "summary.json").read_text())
         found = {"method": method, "rate": rate, "seed": seed, "loss": summary["validation_loss"]}
         found |= {"start": summary["initial_validation_loss"], "steps": summary["steps"]}
@@ -228,7 +234,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=math.inf, help="after these no run is begun")
     options = parser.parse_args()
-    results = Study(options).results(options.methods)
+    study = Study(options)
+    results = study.results(options.methods)
     rows = summed_up(results, options.seeds[0])
 
     def draw(figure: Figure) -> None:
@@ -240,6 +247,8 @@ def main() -> None:
         "runs": results,
     }
     publish(report, [table(rows, COLUMNS)], draw, options.json)
+    if study.failed:
+        raise SystemExit(f"{study.failed} runs failed, see above: the same command tries them again")
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ class FiltersConfig(Duration):
 
 
 class LossConfig(Section):
-    """loss = pred_loss + kl_alpha * kl_loss + mse_alpha * layer_loss."""
+    """loss = pred_loss + kl_alpha * kl_loss + mse_alpha * layer_loss, whose weight `balance` may measure."""
 
     kl_alpha: NonNegativeFloat = Field(description="weight of kl_loss; null: 0 for ce, else 1")
     mse_alpha: NonNegativeFloat = Field(

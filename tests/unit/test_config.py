@@ -106,6 +106,22 @@ def test_loss_weights_follow_the_method(write, method, weights):
     assert (run.loss.kl_alpha, run.loss.mse_alpha) == weights
 
 
+BY_TOKEN, BY_ENERGY = (1, "gradient", 0.5), (10, "none", 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [(None, BY_TOKEN), ("rms_mse", BY_TOKEN), ("cosine", BY_TOKEN), ("normalized_mse", BY_ENERGY), ("mse", BY_ENERGY)],
+)
+def test_a_layer_loss_brings_its_weight_balance_and_fading(write, kind, expected):
+    named = {} if kind is None else {"layer_loss": kind}
+    loss = load_config(write(recipe(method="lwd", loss=named))).loss
+    assert (loss.mse_alpha, loss.balance, loss.layer_fade) == expected
+    given = {**named, "mse_alpha": 0.3, "balance": "none", "layer_fade": 0.25}
+    loss = load_config(write(recipe(method="lwd", loss=given))).loss
+    assert (loss.mse_alpha, loss.balance, loss.layer_fade) == (0.3, "none", 0.25)
+
+
 def test_given_loss_weights_stay_and_zero_is_allowed(write):
     assert load_config(write(recipe(loss={"mse_alpha": 0}))).loss.mse_alpha == 0
     kd = load_config(write(recipe(method="kd", loss={"kl_alpha": 0, "mse_alpha": 0})))

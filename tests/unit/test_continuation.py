@@ -143,6 +143,24 @@ def test_a_default_of_today_does_not_change_a_run_that_was_begun() -> None:
     assert as_begun(today, before).filters.layer_map is None
 
 
+def test_a_run_that_began_with_the_former_layer_loss_keeps_it() -> None:
+    before = yaml.safe_load(EARLIER)
+    values = recipe().model_dump(mode="json")
+    for key in ("layer_loss", "mse_alpha", "balance", "layer_fade"):
+        del values["loss"][key]
+    today = RunConfig.model_validate(values)
+    assert (today.loss.layer_loss, today.loss.mse_alpha, today.loss.balance) == ("rms_mse", 1, "gradient")
+    begun = as_begun(today, before)
+    loss = begun.loss
+    assert (loss.layer_loss, loss.mse_alpha, loss.balance, loss.layer_fade) == ("normalized_mse", 10, "none", 0)
+    assert first_change(before, begun, "config.yaml") is None
+    given = RunConfig.model_validate({**values, "loss": {**values["loss"], "layer_loss": "rms_mse"}})
+    change = first_change(before, as_begun(given, before), "config.yaml")
+    assert change == "loss.layer_loss: normalized_mse, this recipe says rms_mse"
+    written = yaml.safe_load(yaml.safe_dump(today.model_dump(mode="json")))
+    assert as_begun(today, written) == today  # a run of today stays as it is
+
+
 SMALL = RunConfig.model_validate(
     {
         "output_dir": "o",

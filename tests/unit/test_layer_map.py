@@ -40,6 +40,14 @@ def test_matched_is_the_block_before_the_next_kept_one(kept: tuple[int, ...], pa
     assert resolve_layer_map("matched", len(kept), 6, kept) == pairs
 
 
+def test_the_last_pairs_of_a_policy_can_be_left_out() -> None:
+    whole = resolve_layer_map("uniform", 4, 8)
+    assert resolve_layer_map("uniform", 4, 8, skip_last=1) == whole[:-1]
+    assert resolve_layer_map(whole, 4, 8, skip_last=1) == whole  # a list is what it says
+    with pytest.raises(ModelError, match=r"filters\.skip_last is 4, filters\.layer_map uniform has 4 pairs: leave one"):
+        resolve_layer_map("uniform", 4, 8, skip_last=4)
+
+
 def test_matched_needs_a_cut() -> None:
     with pytest.raises(ModelError, match="matched needs a student that was cut from the teacher"):
         resolve_layer_map("matched", 2, 6)

@@ -166,6 +166,21 @@ def test_ted_without_layers_is_kd_and_kd_without_kl_is_ce() -> None:
     assert torch.equal(run(kd_without, batch)[0], run(ce, batch)[0])
 
 
+@pytest.mark.parametrize("kl_alpha", [0.7, 0.0])
+def test_a_layer_loss_that_has_faded_out_costs_nothing(kl_alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = a_batch()
+    kd, _ = build(loss_config(kl_alpha=kl_alpha, mse_alpha=0.0))
+    wanted, _ = run(kd, batch)
+    model, frozen = build(loss_config(kl_alpha=kl_alpha, mse_alpha=3.0))
+    monkeypatch.setattr(frozen, "target", None)  # no pair is looked at
+    loss, terms = model(batch=batch, counts=BatchCounts.of(batch), fade=0.0)
+    loss.backward()
+    assert relative(loss.detach(), wanted) < 1e-14 and terms[3] == 0 and len(terms) == 4
+    for name, parameter in model.named_parameters():  # under ZeRO-3 gradients that are not made are the last ones
+        assert parameter.grad is not None, name
+        assert bool(parameter.grad.any()) == name.startswith("student."), name
+
+
 @pytest.mark.parametrize("side", ["teacher_vocab", "vocab"])
 def test_a_vocabulary_padded_on_one_side_changes_nothing(side: str) -> None:
     batch = a_batch()
