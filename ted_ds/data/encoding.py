@@ -21,7 +21,7 @@ from ted_ds.data.manifests import Entries, check_prepared, entry_names, file_siz
 from ted_ds.data.squad import Question, iter_questions
 from ted_ds.data.tables import iter_examples
 from ted_ds.data.tokenizers import Tokenizer
-from ted_ds.job.files import new_folder
+from ted_ds.job.files import missing, new_folder
 
 logger = logging.getLogger("ted_ds")
 
@@ -62,32 +62,48 @@ def ensure_encoded(
         "entries": entry_names(entries),
         "training": training,
     }
-    if not folder.exists():
-        with new_folder(folder) as new, BadRows(skip=skip_bad_rows) as bad:
-            groups = (
-                _window_groups(entries, spec, tokenizer, new / QUESTIONS, max_length, stride, training, bad)
-                if windows
-                else _text_groups(entries, spec, tokenizer, max_length, bad)
-            )
-            counts = _write(new / ROWS, groups)
-            if not counts["rows"] and not bad.refused:  # data without any row is an error of its reader
-                raise bad.nothing_left()
-            if counts["cut"]:
-                what = "answers are whole in no window" if windows else "rows were cut"
-                cut, examples = counts["cut"], counts["examples"]
-                logger.info("%s: %d of %d %s at %d tokens", folder.name, cut, examples, what, max_length)
-            manifest = Manifest(
-                **(asked | counts),
-                kind=spec.kind,
-                tokenizer=tokenizer.name,
-                pad_id=tokenizer.pad_id,
-                sources=file_sizes(entries),
-                left_out=bad.count,
-            )
-            write_manifest(new, manifest)
+    with missing(folder) as absent:
+        if absent:
+            with new_folder(folder) as new:
+                _write_folder(new, entries, spec, tokenizer, asked, skip_bad_rows=skip_bad_rows)
     rows = EncodedRows(folder)
     check_prepared(folder, rows.manifest, asked, entries, skip_bad_rows=skip_bad_rows)
     return rows
+
+
+def _write_folder(
+    folder: Path,
+    entries: Entries,
+    spec: TaskSpec,
+    tokenizer: Tokenizer,
+    asked: dict[str, Any],
+    *,
+    skip_bad_rows: bool | None,
+) -> None:
+    length, stride, training = (asked[name] for name in ("max_length", "stride", "training"))
+    windows = KINDS[spec.kind].windows
+    with BadRows(skip=skip_bad_rows) as bad:
+        groups = (
+            _window_groups(entries, spec, tokenizer, folder / QUESTIONS, length, stride, training, bad)
+            if windows
+            else _text_groups(entries, spec, tokenizer, length, bad)
+        )
+        counts = _write(folder / ROWS, groups)
+        if not counts["rows"] and not bad.refused:  # data without any row is an error of its reader
+            raise bad.nothing_left()
+        if counts["cut"]:
+            what = "answers are whole in no window" if windows else "rows were cut"
+            cut, examples = counts["cut"], counts["examples"]
+            logger.info("%s: %d of %d %s at %d tokens", folder.stem, cut, examples, what, length)
+        manifest = Manifest(
+            **(asked | counts),
+            kind=spec.kind,
+            tokenizer=tokenizer.name,
+            pad_id=tokenizer.pad_id,
+            sources=file_sizes(entries),
+            left_out=bad.count,
+        )
+        write_manifest(folder, manifest)
 
 
 def _write(path: Path, groups: Iterator[Group]) -> Counter[str]:

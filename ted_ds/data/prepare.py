@@ -11,7 +11,7 @@ from ted_ds.data.packed import BLOCKS, Manifest, PackedBlocks, Packer
 from ted_ds.data.tokenizers import Tokenizer
 from ted_ds.data.tokenizing import tokenized
 from ted_ds.errors import DataError
-from ted_ds.job.files import new_folder
+from ted_ds.job.files import missing, new_folder
 
 
 def prepare(
@@ -42,9 +42,10 @@ def prepare(
         "text_column": text_column,
         "entries": entry_names(entries),
     }
-    if not folder.exists():
-        with new_folder(folder) as temporary:
-            _write(temporary, entries, tokenizer, asked, drop_tail, processes, skip_bad_rows)
+    with missing(folder) as absent:
+        if absent:
+            with new_folder(folder) as temporary:
+                _write(temporary, entries, tokenizer, asked, drop_tail, processes, skip_bad_rows)
     blocks = PackedBlocks(folder)
     if blocks.manifest.prefix is None:  # of a version that did not write it
         del asked["prefix"]

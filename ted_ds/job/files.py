@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock
+
 
 def write_atomically(path: Path, text: str) -> None:
     """The whole text or the old file, never half, even if the power fails: flushed to disk, renamed."""
@@ -35,6 +37,17 @@ def new_folder(folder: Path) -> Iterator[Path]:
     temporary = empty_folder(folder.with_name(folder.name + ".tmp"))
     yield temporary
     temporary.rename(folder)
+
+
+@contextmanager
+def missing(folder: Path) -> Iterator[bool]:
+    """Whether `folder` is not there. Within it no other process finds it missing: one that comes second waits."""
+    if folder.exists():
+        yield False
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        yield not folder.exists()
 
 
 def empty_folder(folder: Path) -> Path:

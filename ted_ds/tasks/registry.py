@@ -8,6 +8,7 @@ from ted_ds.config.data_section import DataConfig
 from ted_ds.config.schema import RunConfig
 from ted_ds.config.tasks import Kind, TaskSpec
 from ted_ds.data.tokenizers import Tokenizer, load_tokenizer
+from ted_ds.job.files import missing
 from ted_ds.job.world import World
 from ted_ds.tasks.base import RunData, Task
 from ted_ds.tasks.causal_lm import CausalLM
@@ -25,8 +26,10 @@ TASK_CLASSES: dict[Kind, type[Task]] = {
 
 def ensure_tokenizer(data: DataConfig, spec: TaskSpec) -> Tokenizer:
     """The tokenizer, trained first if the recipe says so and it is not there; on one rank."""
-    if data.train_tokenizer is not None and not Path(data.tokenizer).exists():
-        TASK_CLASSES[spec.kind].train_tokenizer(data, spec)
+    if data.train_tokenizer is not None:
+        with missing(Path(data.tokenizer)) as absent:
+            if absent:
+                TASK_CLASSES[spec.kind].train_tokenizer(data, spec)
     return load_tokenizer(data.tokenizer, trust_remote_code=data.trust_remote_code)
 
 
