@@ -111,11 +111,14 @@ class Study:
             if (start / name).exists() and not (folder / name).exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / name).symlink_to((start / name).resolve())
+        path, recipe = folder.parent / f"{folder.name}.yaml", self._recipe(folder, method, rate, seed)
+        if path.exists() and yaml.safe_load(path.read_text(encoding="utf-8")) != recipe:
+            raise SystemExit(f"{path} is of other options: give another --work")
         if not (folder / "summary.json").exists():
             if time.monotonic() > self._deadline:
                 return None
             try:
-                self._ted_ds("distill", folder, self._recipe(folder, method, rate, seed))
+                self._ted_ds("distill", folder, recipe)
             except SystemExit as error:  # the others go on
                 print(error, file=sys.stderr, flush=True)
                 self.failed += 1

@@ -80,7 +80,7 @@ def _type(schema: dict[str, Any]) -> str:
 def _default(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=False)
     if value is PydanticUndefined:
-        return "" if field.annotation is float else "required"
+        return "required" if "null: " not in (field.description or "") else ""
     if isinstance(value, BaseModel):
         return "" if not hasattr(value, "teacher") else f"`{value.teacher}`"
     text = str(value) if isinstance(value, str | Path) else json.dumps(value)

@@ -94,7 +94,8 @@ def plain_stage2(recipe: Path, *, steps: int) -> tuple[list[dict[str, float]], d
             loss = logits + run.loss.mse_alpha * fade * layer
             loss.backward()
         else:
-            loss = logits + balance.backward(logits, layer, hidden_s, own, fade) * layer
+            weights = balance.backward(logits, layer, hidden_s, own, fade)
+            loss = logits + sum(w * e for w, e in zip(weights, each, strict=True)) / len(each)
         if step == 0:
             named = [("student", student), ("filters", filters_s)]
             of_all = {f"{side}.{n}": p.grad for side, module in named for n, p in module.named_parameters()}
@@ -112,7 +113,7 @@ class PlainBalance:
     """`loss.balance: gradient` with every gradient whole: the logits' and each pair's, at each pair's state."""
 
     def __init__(self, share: float, num_pairs: int) -> None:
-        self._share, self._means = share, {"top": 0.0, "injected": 0.0, "dots": [0.0] * num_pairs}
+        self._share, self._means = share, [(0.0, 0.0, 0.0)] * num_pairs
 
     def backward(
         self,
@@ -121,32 +122,32 @@ class PlainBalance:
         hidden: list[torch.Tensor],
         own: list[torch.Tensor],
         fade: float,
-    ) -> float:
-        """Adds a step's gradients; returns the layer loss's weight. own: copies of `hidden`, of which `layer` is."""
+    ) -> list[float]:
+        """Adds a step's gradients; returns the pairs' weights. own: copies of `hidden`, of which `layer` is."""
         layer.backward()
         pulls = [h.grad for h in own]
-        known = self._means["injected"]
-        weight = self._share * fade * (self._means["top"] / known if known else 1e-6)
-        weights = [weight * (1e-6 if dot < 0 else 1.0) for dot in self._means["dots"]]
+        counted = [square for _, dot, square in self._means if dot >= 0]
+        known = self._means[-1][0] > 0 and sum(counted) > 0
+        weight = self._share * fade * ((self._means[-1][0] / sum(counted)) ** 0.5 if known else 1e-6)
+        weights = [weight * (1e-6 if dot < 0 else 1.0) for _, dot, _ in self._means]
         outputs, scaled = [logits, *hidden], [None, *(w * g for w, g in zip(weights, pulls, strict=True))]
-        dots, top = [], 0.0
+        now = []
         for k in range(len(hidden)):
             above = [0, *range(k + 2, len(outputs))]
             (main,) = torch.autograd.grad(
                 [outputs[i] for i in above], hidden[k], [scaled[i] for i in above], retain_graph=True
             )
-            dots.append(float((main * pulls[k]).sum()))
-            top = float(main.norm())
+            now.append(
+                tuple(float((a * b).double().sum()) for a, b in ((main, main), (main, pulls[k]), (pulls[k],) * 2))
+            )
         torch.autograd.backward(outputs, scaled)
-        now = {"top": top, "injected": float(torch.stack([g.square().sum() for g in pulls]).sum().sqrt()), "dots": dots}
-        if self._means["injected"]:
-            before = self._means
-            now = {
-                **{name: 0.9 * before[name] + 0.1 * now[name] for name in ("top", "injected")},
-                "dots": [0.9 * a + 0.1 * b for a, b in zip(before["dots"], dots, strict=True)],
-            }
+        if any(map(any, self._means)):
+            now = [
+                tuple(0.9 * a + 0.1 * b for a, b in zip(old, new, strict=True))
+                for old, new in zip(self._means, now, strict=True)
+            ]
         self._means = now
-        return weight
+        return weights
 
 
 def plain_stage1(recipe: Path, side: str, *, steps: int) -> list[float]:

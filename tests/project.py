@@ -77,6 +77,8 @@ def changed(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         for key in path:
             place = place.setdefault(key, {})
         place[last] = value
+    if isinstance(recipe["filters"].get("layer_map"), list):
+        recipe["filters"].pop("skip_last", None)
     init = recipe["student"].get("init")
     if isinstance(init, dict) and "config" not in init:
         tokens = 5 * recipe["data"]["sequence_length"]

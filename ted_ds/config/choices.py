@@ -22,7 +22,7 @@ LayerLossKind = Literal["rms_mse", "cosine", "normalized_mse", "mse"]
 root mean square token by token. cosine: 1 - their cosine, of the same. normalized_mse: MSE over the mean square of the
 teacher's side. mse: the raw MSE of the paper."""
 
-Balance = Literal["gradient", "none"]
+BalanceKind = Literal["gradient", "none"]
 """gradient: mse_alpha is the layer loss's share of the gradient; none: it is a constant weight."""
 
 
@@ -33,7 +33,7 @@ class LayerLossSpec:
     """
 
     mse_alpha: float
-    balance: Balance
+    balance: BalanceKind
     layer_fade: float
     skip_last: float
 

@@ -75,7 +75,9 @@ def as_begun(run: RunConfig, before: Mapping[str, Any]) -> RunConfig:
         for part in path:
             sections.append(getattr(sections[-1], part, None))
             written = (written or {}).get(part)
-        if sections[-1] is None or name in sections[-1].model_fields_set or (written or {}).get(name, former) != former:
+        if sections[-1] is None or name in sections[-1].model_fields_set:
+            continue
+        if written is None or written.get(name, former) != former:
             continue
         changed = sections[-1].model_copy(update={name: former})
         for section, part in zip(reversed(sections[:-1]), reversed(path), strict=True):

@@ -28,7 +28,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from ted_ds.config.choices import Balance, Divergence, Dtype, LayerLossKind, Sharding
+from ted_ds.config.choices import BalanceKind, Divergence, Dtype, LayerLossKind, Sharding
 
 Pair = tuple[NonNegativeInt, NonNegativeInt]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -166,6 +166,14 @@ class FiltersConfig(Duration):
         default=1.0, gt=0, le=1, description="share of positions that a filter sees each step (causal-lm)"
     )
 
+    @model_validator(mode="after")
+    def _a_list_is_what_it_says(self) -> Self:
+        if self.skip_last is not None and isinstance(self.layer_map, tuple):
+            raise ValueError(
+                "filters.skip_last is of a policy, filters.layer_map is a list: leave pairs out of the list"
+            )
+        return self
+
 
 class LossConfig(Section):
     """loss = pred_loss + kl_alpha * kl_loss + mse_alpha * layer_loss, whose weight `balance` may measure."""
@@ -189,7 +197,7 @@ class LossConfig(Section):
         description="of states normalised token by token: their MSE, or 1 - cosine; of states as they are: MSE over "
         "the mean square of the teacher's side, or the paper's raw MSE",
     )
-    balance: Balance = Field(
+    balance: BalanceKind = Field(
         description="gradient: the layer loss's gradient has mse_alpha times the norm of the logits', measured step by "
         "step, and a pair that opposes the logits is left out; none: mse_alpha is a constant weight; null: gradient "
         "with rms_mse and cosine, else none"

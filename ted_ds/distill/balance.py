@@ -3,11 +3,12 @@
 At the hidden state of each pair two gradients meet: m_k of all that is computed from it (the logits' losses, and later
 pairs), and g_k of its own pair. With K the last pair, above which only the logits are,
 
-    weight = share * fade * r,   r = |m_K| / sqrt(sum over k of |g_k|^2)
+    weight = share * fade * |m_K| / sqrt(sum over k of |g_k|^2)
 
 so the gradients that all pairs together inject have `share` times the norm of the logits'. A share for each block would
-compound through the depth. Norms are over all tokens of the global batch, so that the split of rows changes nothing;
-they are of the step before, so that nothing waits for them; r is their running mean.
+compound through the depth. A pair whose g_k opposes m_k is left out, of the sum too. Norms are over all tokens of the
+global batch, so that the split of rows changes nothing; they are running means of the steps before, so that nothing
+waits for them.
 """
 
 from __future__ import annotations
@@ -24,24 +25,27 @@ DECAY = 0.9
 """Of the running means: 10 steps, roughly."""
 
 FIRST = 1e-6
-"""r of the first step, of which nothing is known: small enough to change nothing, and no zero, so that the pairs'
-gradients can be measured. A pair that is left out has this share of its weight, and can come back."""
+"""For the quotient of the norms in the first step, of which nothing is known: small enough to change nothing, and no
+zero, so that the pairs' gradients can be measured. A pair that is left out has this share of the weight, and can come
+back."""
 
 
 class Balance:
     """Weights of the pairs' gradients.
 
     share: see the module. num_pairs: K.
-    state: [2 + 3 K] float64, running means of |m_K| and of sqrt(sum |g_k|^2), then of |m_k|^2, <m_k, g_k> and |g_k|^2
-    of each pair; zeros before the first step. It decides later steps, so that checkpoints keep it.
+    state: [3 K] float64, running means of |m_k|^2, <m_k, g_k> and |g_k|^2 of each pair; zeros before the first step. It
+    decides later steps, so that checkpoints keep it.
+    weight: of the layer loss in this step, a scalar; weights: [K], of each pair.
     """
 
     def __init__(self, share: float, num_pairs: int, device: torch.device) -> None:
         self._share, self._pairs = share, num_pairs
-        self.state = torch.zeros(2 + 3 * num_pairs, dtype=torch.float64, device=device)
+        self.state = torch.zeros(3 * num_pairs, dtype=torch.float64, device=device)
         self._sums = torch.zeros(3, num_pairs, dtype=torch.float64, device=device)
         self._measured = False
-        self.weight = self.begin(1.0)
+        self.weight = self.weights = torch.zeros((), device=device)
+        self.begin(1.0)
 
     @staticmethod
     def of(loss: LossConfig, num_pairs: int, device: torch.device) -> Balance | None:
@@ -49,16 +53,14 @@ class Balance:
         balanced = loss.balance == "gradient" and num_pairs
         return Balance(loss.mse_alpha, num_pairs, device) if balanced else None
 
-    def begin(self, fade: float) -> torch.Tensor:
-        """Sets `weight`, the layer loss's in the step that begins, a scalar on the device; fade: 1 to 0."""
-        top, injected = self.state[0], self.state[1]
-        known = injected > 0
-        ratio = torch.where(known, top / injected.clamp_min(1e-300), FIRST)
-        weight = self._share * fade * ratio
+    def begin(self, fade: float) -> None:
+        """Sets the weights of the step that begins; fade: 1 to 0."""
+        main, _, squares = self.state.view(3, self._pairs)
         opposed = self.agreements() < 0
-        self._weights = torch.where(opposed, FIRST * weight, weight).float()
-        self.weight = weight.float()
-        return self.weight
+        injected = squares.masked_fill(opposed, 0.0).sum()
+        quotient = torch.where((injected > 0) & (main[-1] > 0), (main[-1] / injected.clamp_min(1e-300)).sqrt(), FIRST)
+        weight = self._share * fade * quotient
+        self.weight, self.weights = weight.float(), torch.where(opposed, FIRST * weight, weight).float()
 
     def tie(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` for its pair's loss: what flows back through it is weighted, and measured where it joins the rest.
@@ -69,7 +71,7 @@ class Balance:
         waiting: list[torch.Tensor] = []
 
         def weigh(gradient: torch.Tensor) -> torch.Tensor:
-            weighted = gradient * self._weights[pair].to(gradient.dtype)
+            weighted = gradient * self.weights[pair].to(gradient.dtype)
             waiting.append(weighted)
             return weighted
 
@@ -90,11 +92,10 @@ class Balance:
             return
         # every rank's loss was multiplied by their number (`train_step`): another number goes on from the same state
         total, mixed, own = (world.sum(self._sums) / world.size**2).unbind()
-        weights = self._weights.double().clamp_min(1e-300)
+        weights = self.weights.double().clamp_min(1e-150)
         main = (total - 2 * mixed + own).clamp_min(0)
-        dots, squares = (mixed - own) / weights, own / weights.square()
-        now = torch.cat([main[-1:].sqrt(), squares.sum().sqrt()[None], main, dots, squares])
-        mean = torch.where(self.state[1] > 0, DECAY * self.state + (1 - DECAY) * now, now)
+        now = torch.cat([main, (mixed - own) / weights, own / weights.square()])
+        mean = torch.where(self.state.any(), DECAY * self.state + (1 - DECAY) * now, now)
         # a step with a loss that is not finite is left out, and so is what it measured
         self.state = torch.where(torch.isfinite(now).all(), mean, self.state)
         self._sums.zero_()
@@ -102,14 +103,14 @@ class Balance:
 
     def agreements(self) -> torch.Tensor:
         """[K] cosines of m_k and g_k; 0 before the first step."""
-        main, dots, squares = self.state[2:].view(3, self._pairs)
+        main, dots, squares = self.state.view(3, self._pairs)
         cosines: torch.Tensor = dots / (main * squares).sqrt().clamp_min(1e-300)
         return cosines
 
     def shares(self) -> torch.Tensor:
-        """[K] |weight g_k| / |m_K| in the last step."""
-        squares = self.state[2 + 2 * self._pairs :]
-        shares: torch.Tensor = self._weights * squares.sqrt() / self.state[0].clamp_min(1e-300)
+        """[K] weight |g_k| / |m_K|, of this step's weights and the running means."""
+        main, _, squares = self.state.view(3, self._pairs)
+        shares: torch.Tensor = self.weights * squares.sqrt() / main[-1].sqrt().clamp_min(1e-300)
         return shares
 
     def measured(self) -> dict[str, Any]:

@@ -76,6 +76,12 @@ class DistillationModel(nn.Module):
                 f"the student's filters have width {max(widths)}, the teacher's side {teacher.target_width}: "
                 "both must be one F"
             )
+        if any(filter_.normalized != self.layer_loss.kind.by_token for filter_ in bank):
+            raise ModelError(
+                f"loss.layer_loss {self.loss.layer_loss} wants filters that read hidden states "
+                f"{'normalised token by token' if self.layer_loss.kind.by_token else 'as they are'}: build them so "
+                "(FilterPlan.normalized)"
+            )
         self._teacher = teacher
         if mean_squares is not None:
             self.layer_loss.normalise(mean_squares)
@@ -114,7 +120,7 @@ class DistillationModel(nn.Module):
                 loss = said = losses.total + self.loss.mse_alpha * fade * layer_loss
             else:  # the balance weighs what flows to hidden states; filters alone get all of it
                 loss = losses.total + layer_loss
-                said = losses.total + self.balance.weight * layer_loss
+                said = losses.total + (self.balance.weights * layer_losses).mean()
             terms = torch.stack([said, losses.pred_loss, losses.kl_loss, layer_loss])
             return loss, torch.cat([terms, layer_losses.to(terms)]).detach()
 
@@ -134,7 +140,7 @@ class DistillationModel(nn.Module):
         """
         assert self._teacher is not None
         with phase("loss"):
-            if self.balance is not None:
+            if self.balance is not None and hidden_s.requires_grad:
                 hidden_s = self.balance.tie(pair, hidden_s)
             target = self._teacher.target(pair, hidden_t)
             use = self.layer_loss.against(target, batch.attention_mask)

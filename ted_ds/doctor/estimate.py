@@ -18,6 +18,7 @@ from ted_ds.config.schema import RunConfig
 from ted_ds.config.tasks import KINDS
 from ted_ds.doctor.shapes import FilterShape, ModelShape, Shapes
 from ted_ds.models.loading import DTYPES
+from ted_ds.ops.layer_loss import KINDS as LAYER_KINDS
 from ted_ds.ops.logit_gemms import default_chunk_tokens
 from ted_ds.teacher.hosting import HOSTS
 
@@ -176,7 +177,7 @@ def _activation_lines(run: RunConfig, student: ModelShape, filters: FilterShape,
         name = "activations, a block's input each"
         saved = student.saved_outside + student.blocks * length * student.width * item
     residual = filters.output_dim * item
-    hidden = 2 * student.width * item if run.filters.nonlinear else 0
+    hidden = (2 + LAYER_KINDS[run.loss.layer_loss].by_token) * student.width * item if run.filters.nonlinear else 0
     waiting = filters.pairs * rows * length * (residual + hidden)
     return [Line(f"{name}, {rows} rows", rows * saved), Line(f"residuals of {filters.pairs} pairs", waiting)]
 

@@ -213,7 +213,7 @@ def _through_rms(gradient: torch.Tensor, rows: torch.Tensor, scale: torch.Tensor
 
     d/dh of s(h) h with s = (|h|^2 / D + eps)^(-1/2) is s I - s^3 h h^T / D.
     """
-    along = torch.linalg.vecdot(rows.to(scale.dtype), gradient.to(scale.dtype))
+    along = (rows * gradient).sum(-1, dtype=scale.dtype)
     along = (along * scale.pow(3) / rows.shape[-1]).to(gradient.dtype)
     return gradient.mul_(scale.to(gradient.dtype)[:, None]).addcmul_(rows, along[:, None], value=-1)
 
@@ -233,7 +233,7 @@ def _cosine_slope(
     size_x, size_y = (
         torch.linalg.vector_norm(t, dim=-1, dtype=dtype).clamp_min_(RMS_EPSILON) for t in (output, target)
     )
-    cosine = torch.linalg.vecdot(output.to(dtype), target.to(dtype)) / (size_x * size_y)
+    cosine = (output * target).sum(-1, dtype=dtype) / (size_x * size_y)
     errors = 1 - cosine
     along, across = width * cosine / size_x.square(), -width / (size_x * size_y)
     if counted is not None:

@@ -53,11 +53,11 @@ def stage2_flops(
             widths += [teacher.config.hidden_size] if logits else []
             forwards += [_forward(run, teacher, task, None if kl else layer_map[-1][1])] if live else []
 
-        def count(length: int) -> float:
-            tokens = rows * length
-            total = 3 * forwards[0](length) + len(layer_map) * _filter(filters, tokens, 3, 3)
-            if live:
-                total += forwards[1](length) + len(layer_map) * _filter(teacher_filters, tokens)
+        def count(length: int, layers: bool = True) -> float:
+            tokens, pairs = rows * length, len(layer_map) if layers else 0
+            total = 3 * forwards[0](length) + pairs * _filter(filters, tokens, 3, 3)
+            if live and (kl or layers):
+                total += forwards[1](length) + pairs * _filter(teacher_filters, tokens)
             return total + task.logit_flops(tokens, *widths)
 
         return count

@@ -92,9 +92,10 @@ def run_steps(
                 batches = rows.micro_batches(step)
             done = step + 1
             before, watch = partial(_seed, steps.seed, step, world), partial(guard.watch, done)
-            terms = train_step(engine, batches, world, before=before, watch=watch, **hooks.inputs(step))
+            inputs = hooks.inputs(step)
+            terms = train_step(engine, batches, world, before=before, watch=watch, **inputs)
             tokens += rows.tokens(step)
-            meters.add_step(batches, rows.tokens(step))
+            meters.add_step(batches, rows.tokens(step), layers=inputs.get("fade", 1.0) > 0)
             guard.after_step(done)
             recorder.advance()
             ends = agreement.reached()

@@ -176,19 +176,22 @@ class DistillationHooks(Hooks):
         self._run, self._world, self._data, self._engine = run, world, data, engine
         self._best, self._checkpoints, self._recorder = best, checkpoints, recorder
         self._balance: Balance | None = engine.module.balance
+        self._fade = 1.0
         self._scored_at, self._score = 0, 0.0  # the last evaluation's step, and its score, the higher the better
 
     def inputs(self, step: int) -> dict[str, Any]:
         """How far the layer loss has faded; its weight follows from what earlier steps measured."""
-        fade = faded(step, self._run.train.steps, self._run.loss.layer_fade)
+        self._fade = faded(step, self._run.train.steps, self._run.loss.layer_fade)
+        if not self._fade and (teacher := self._engine.module.teacher) is not None:
+            teacher.end_states()
         if self._balance is not None:
             self._balance.settle(self._world)
-            self._balance.begin(fade)
-        return {"fade": fade}
+            self._balance.begin(self._fade)
+        return {"fade": self._fade}
 
     def measured(self) -> dict[str, Any]:
         """The layer loss's weight, and each pair's share of the gradient and agreement with the logits."""
-        if self._balance is None:
+        if self._balance is None or not self._fade:
             return {}
         self._balance.settle(self._world)
         return self._balance.measured()

@@ -58,6 +58,10 @@ class Teacher(Protocol):
         """Names the batches that `stream` will be given next, in order; a teacher that reads ahead needs it."""
         return
 
+    def end_states(self) -> None:
+        """No state is needed any more: the layer loss has faded out. A teacher that reads states may leave them."""
+        return
+
 
 def stream_states(
     teacher: Teacher,

@@ -104,15 +104,20 @@ class CachedTeacher:
         until: ignored, as nothing is recorded of what comes after the last pair.
         """
         values = self._take(batch, self._state_names if use_output is None else self._names)
-        with torch.no_grad():
-            for block, source in self.sources.items():
-                source(on_device(values.pop(state_field(block)), self._device))
+        if self._state_names:
+            with torch.no_grad():
+                for block, source in self.sources.items():
+                    source(on_device(values.pop(state_field(block)), self._device))
         if use_output is None:
             return
         assert self._output is not None
         placed = {name: on_device(values[name], self._device) for name in self._output.fields}
         with torch.enable_grad():
             use_output(self._output.restore(placed), self._head)
+
+    def end_states(self) -> None:
+        """Outputs alone are read from now on."""
+        self._names, self._state_names = self._names[len(self._state_names) :], []
 
     def expect(self, batches: Sequence[Batch]) -> None:
         """Names the batches that `stream` will be given next, in order."""
@@ -130,7 +135,7 @@ class CachedTeacher:
         return values
 
     def _fetch(self) -> None:
-        if self._coming:
+        if self._coming and self._names:
             batch = self._coming.popleft()
             assert batch.rows is not None
             future = self._thread.submit(self._reader.read, self._names, batch.rows, batch.input_ids.shape[1])

@@ -46,13 +46,14 @@ def peak_flops(device_name: str, dtype: torch.dtype) -> float | None:
 
 @dataclass(frozen=True)
 class BatchFlops:
-    """The cost of a micro-batch of a run: `count(S)` model FLOPs of its B rows, S being their padded length.
+    """The cost of a micro-batch of a run: `count(S)` model FLOPs of its B rows, S being their padded length;
+    of Stage II `count(S, layers=False)` without the layer loss.
 
     Model FLOPs are those of MFU: without recomputation, element-wise operations, optimizer and collectives, and with
     the whole attention, though causal kernels skip half. dtype: of the GEMMs; None if there are several.
     """
 
-    count: Callable[[int], float]
+    count: Callable[..., float]
     dtype: torch.dtype | None
 
 

@@ -46,12 +46,13 @@ class Meters:
         self._joules = self._gpu.sample()[-1] if self._gpu else 0.0
         self._since = time.perf_counter()
 
-    def add_step(self, batches: Sequence[Batch], tokens: int) -> None:
-        """A step is done: this rank's micro-batches, and the real tokens of all ranks."""
+    def add_step(self, batches: Sequence[Batch], tokens: int, *, layers: bool = True) -> None:
+        """A step is done: this rank's micro-batches, the real tokens of all ranks, whether it had a layer loss."""
         self._steps += 1
         self._tokens += tokens
         if self._flops is not None:
-            self._work += sum(self._flops.count(batch.input_ids.shape[1]) for batch in batches)
+            without = {} if layers else {"layers": False}
+            self._work += sum(self._flops.count(batch.input_ids.shape[1], **without) for batch in batches)
 
     def read(self) -> dict[str, Any]:
         """The measured fields of metrics.jsonl, over the steps since `restart`; a collective and a sync.

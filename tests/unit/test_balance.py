@@ -59,23 +59,36 @@ def main_gradients(weights: Sequence[float], signs: Sequence[float] = (1.0,) * S
     return found
 
 
-def test_the_pairs_together_have_the_share_of_the_logits_gradient() -> None:
+@pytest.mark.parametrize("opposed", [(), (1,), (0, 2)])
+def test_the_pairs_together_have_the_share_of_the_logits_gradient(opposed: tuple[int, ...]) -> None:
+    """Those that are not left out."""
+    signs = signed(opposed)
     balance = Balance(SHARE, STATES, CPU)
-    one_step(balance)
+    one_step(balance, signs=signs)
     balance.settle(Alone())
-    weight = float(balance.begin(0.5))
+    balance.begin(0.5)
     _, _, pulls = chain()
-    injected = math.sqrt(sum(float(g.square().sum()) for g in pulls))
-    (*_, top) = main_gradients([weight] * STATES)
-    assert weight * injected == pytest.approx(0.5 * SHARE * float(top.norm()), rel=1e-6)
+    injected = math.sqrt(sum(float(g.square().sum()) for k, g in enumerate(pulls) if k not in opposed))
+    (*_, top) = main_gradients([0.0] * STATES)
+    assert float(balance.weight) * injected == pytest.approx(0.5 * SHARE * float(top.norm()), rel=1e-5)
+    for k, weight in enumerate(balance.weights.tolist()):
+        assert weight == pytest.approx(float(balance.weight) * (FIRST if k in opposed else 1), rel=1e-5)
+
+
+def signed(opposed: tuple[int, ...]) -> list[float]:
+    """Signs of the pulls with which these pairs alone oppose what comes from above."""
+    _, _, pulls = chain()
+    agree = [float((m * g).sum()) > 0 for m, g in zip(main_gradients([0.0] * STATES), pulls, strict=True)]
+    return [1.0 if agrees != (k in opposed) else -1.0 for k, agrees in enumerate(agree)]
 
 
 def test_gradients_are_the_main_ones_and_the_weighted_pulls() -> None:
     balance = Balance(SHARE, STATES, CPU)
     one_step(balance)
     balance.settle(Alone())
-    weight = float(balance.begin(1.0))
-    weights = [weight if agreement >= 0 else FIRST * weight for agreement in balance.agreements().tolist()]
+    balance.begin(1.0)
+    weights = balance.weights.tolist()
+    assert min(weights) < 1e-4 * max(weights)  # one pair is left out
     found = one_step(balance)
     _, _, pulls = chain()
     for total, main, pull, w in zip(found, main_gradients(weights), pulls, weights, strict=True):
@@ -91,8 +104,7 @@ def test_agreements_are_cosines_and_an_opposed_pair_is_left_out() -> None:
     mains = main_gradients([SHARE * FIRST] * STATES)
     wanted = [torch.cosine_similarity(m.flatten(), g.flatten(), dim=0) for m, g in zip(mains, pulls, strict=True)]
     torch.testing.assert_close(found, torch.stack(wanted), rtol=1e-4, atol=1e-6)
-    signs = [1.0 if agreement > 0 else -1.0 for agreement in found.tolist()]
-    signs[1] *= -1  # the second pair alone opposes the logits
+    signs = signed((1,))
 
     balance = Balance(SHARE, STATES, CPU)
     for _ in range(2):
@@ -117,8 +129,14 @@ def test_it_is_a_running_mean_of_the_steps_before() -> None:
     balance.settle(Alone())
     fresh = Balance(SHARE, STATES, CPU)
     fresh.load(first.tolist())
-    assert float(balance.state[0]) == pytest.approx(float(first[0]) * (DECAY + (1 - DECAY) * 3.0), rel=1e-6)
-    assert float(fresh.begin(1.0)) == pytest.approx(SHARE * float(first[0] / first[1]), rel=1e-6)
+    top = STATES - 1  # |m_K|^2
+    assert float(balance.state[top]) == pytest.approx(float(first[top]) * (DECAY + (1 - DECAY) * 9.0), rel=1e-6)
+    fresh.begin(1.0)
+    again = Balance(SHARE, STATES, CPU)
+    one_step(again)
+    again.settle(Alone())
+    again.begin(1.0)
+    assert torch.equal(fresh.weights, again.weights)  # a checkpoint has all of it
 
 
 def test_the_number_of_ranks_is_no_part_of_it() -> None:
@@ -139,7 +157,21 @@ def test_a_step_that_is_not_finite_is_left_out() -> None:
     before = balance.state.clone()
     one_step(balance, scale=float("nan"))
     balance.settle(Alone())
-    assert torch.equal(balance.state, before) and balance.begin(1.0).isfinite()
+    balance.begin(1.0)
+    assert torch.equal(balance.state, before) and balance.weights.isfinite().all()
+
+
+def test_without_a_gradient_from_above_it_starts_again() -> None:
+    """A head of zeros at the start must not leave the layer loss out for ever."""
+    balance = Balance(SHARE, STATES, CPU)
+    one_step(balance, scale=0.0)
+    balance.settle(Alone())
+    balance.begin(1.0)
+    assert float(balance.weight) == pytest.approx(SHARE * FIRST)
+    one_step(balance)
+    balance.settle(Alone())
+    balance.begin(1.0)
+    assert float(balance.weight) > 1e3 * SHARE * FIRST
 
 
 def test_the_first_step_changes_next_to_nothing() -> None:

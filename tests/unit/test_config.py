@@ -136,6 +136,10 @@ def test_given_loss_weights_stay_and_zero_is_allowed(write):
             "method: kd has no such term, but loss.mse_alpha is 5: remove loss.mse_alpha, or choose method: lwd or ted",
         ),
         (
+            {"filters": {"layer_map": [[0, 1]], "skip_last": 0}},
+            "filters.skip_last is of a policy, filters.layer_map is a list: leave pairs out of the list",
+        ),
+        (
             {"method": "ce", "loss": {"kl_alpha": 0.5}},
             "method: ce has no such term, but loss.kl_alpha is 0.5: "
             "remove loss.kl_alpha, or choose method: kd or lwd or ted",

@@ -161,6 +161,13 @@ def test_a_run_that_began_with_the_former_layer_loss_keeps_it() -> None:
     assert as_begun(today, written) == today  # a run of today stays as it is
 
 
+def test_a_section_that_was_null_has_no_former_defaults() -> None:
+    values = recipe().model_dump(mode="json")
+    values["student"] = {"init": {"num_blocks": 2}}
+    today = RunConfig.model_validate(values)
+    assert as_begun(today, {**values, "student": {"model": "typo", "init": None}}).student == today.student
+
+
 SMALL = RunConfig.model_validate(
     {
         "output_dir": "o",

@@ -166,6 +166,11 @@ def test_ted_without_layers_is_kd_and_kd_without_kl_is_ce() -> None:
     assert torch.equal(run(kd_without, batch)[0], run(ce, batch)[0])
 
 
+def test_filters_read_what_the_layer_loss_compares() -> None:
+    with pytest.raises(ModelError, match=r"loss\.layer_loss rms_mse wants filters that read hidden states normalised"):
+        build(loss_config(kl_alpha=1.0, mse_alpha=1.0, layer_loss="rms_mse"))
+
+
 @pytest.mark.parametrize("kl_alpha", [0.7, 0.0])
 def test_a_layer_loss_that_has_faded_out_costs_nothing(kl_alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = a_batch()
