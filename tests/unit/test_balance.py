@@ -184,3 +184,20 @@ def test_the_first_step_changes_next_to_nothing() -> None:
 @pytest.mark.parametrize(("share", "wanted"), [(0.0, [1, 1, 1, 1]), (0.5, [1, 0.5, 0, 0]), (1.0, [1, 0.75, 0.5, 0.25])])
 def test_it_fades_over_a_share_of_the_steps(share: float, wanted: list[float]) -> None:
     assert [faded(step, 4, share) for step in range(4)] == wanted
+
+
+def test_what_is_measured_does_not_depend_on_the_weights() -> None:
+    """Their own gradients are taken off what reaches a state."""
+    balance = Balance(SHARE, STATES, CPU)
+    one_step(balance, signs=signed(()))
+    balance.settle(Alone())
+    balance.begin(1.0)
+    weights = balance.weights.tolist()
+    balance.state.zero_()
+    one_step(balance, signs=signed(()))
+    balance.settle(Alone())
+    _, _, pulls = chain()
+    mains = main_gradients(weights, signed(()))
+    pairs = [(m.flatten(), sign * g.flatten()) for m, g, sign in zip(mains, pulls, signed(()), strict=True)]
+    wanted = [*(m @ m for m, _ in pairs), *(m @ g for m, g in pairs), *(g @ g for _, g in pairs)]
+    torch.testing.assert_close(balance.state, torch.stack(wanted), rtol=1e-5, atol=1e-8)

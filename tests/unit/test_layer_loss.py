@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ted_ds.ops import linear_cosine_error, linear_squared_error, rms_normalized
-from ted_ds.ops.layer_loss import cosine_error_sum, squared_error_sum
+from ted_ds.ops.layer_loss import KINDS as LAYER_LOSSES
 
 B, S, D, F = 3, 13, 19, 7
 
@@ -27,14 +27,14 @@ def reference(
     target: torch.Tensor,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return squared_error_sum(hidden @ weight.T + bias, target, mask)
+    return LAYER_LOSSES["mse"].reference(hidden @ weight.T + bias, target, mask)
 
 
 KINDS = {
-    "squared": (linear_squared_error, squared_error_sum, False),
-    "squared, normalized": (linear_squared_error, squared_error_sum, True),
-    "cosine": (linear_cosine_error, cosine_error_sum, False),
-    "cosine, normalized": (linear_cosine_error, cosine_error_sum, True),
+    "squared": (linear_squared_error, LAYER_LOSSES["mse"].reference, False),
+    "squared, normalized": (linear_squared_error, LAYER_LOSSES["mse"].reference, True),
+    "cosine": (linear_cosine_error, LAYER_LOSSES["cosine"].reference, False),
+    "cosine, normalized": (linear_cosine_error, LAYER_LOSSES["cosine"].reference, True),
 }
 """(fused, its reference, whether what it reads is normalised first)."""
 
