@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 SMALL = (
     *("--train.steps=2", "--filters.steps=2", "--optimizer.warmup_steps=0", "--data.train_tokenizer=300"),
-    *("--data.sequence_length=128", "--data.processes=1", "--logging.tensorboard=false"),
+    *("--data.sequence_length=128", "--data.processes=1", "--logging.tensorboard=false", "--loss.layer_fade=0"),
 )
 
 
