@@ -48,7 +48,7 @@ def test_each_round_cuts_heals_and_hands_over(project: Path) -> None:
     kept = [there[i] for i in last]
     # the pairs are matched over all rounds, in the teacher's own numbers
     pairs = json.loads((folder / "teacher_filters/filters.json").read_text())["plan"]["blocks"]
-    assert pairs == [block - 1 for block in kept[1:]] + [BLOCKS - 1]
+    assert pairs == [block - 1 for block in kept[1:]]  # the last pair is left out
     # the second round begins with what the first one left
     first, second = folder / "rounds/01", folder / "rounds/02"
     kept_there = json.loads((second / "calibration/blocks.json").read_text())["kept"]
