@@ -121,7 +121,8 @@ def recorded(models: Models, name: str) -> Recorded:
 def cached_step(models: Models, name: str, cache: Recorded) -> Step:
     """`own_step` of ted with the teacher out of a cache, whose reading goes on during the student's forward."""
     like, blocks = models.student.lm_head.weight, tuple(s for s, _ in cache.layer_map)
-    bank = FilterPlan(blocks, models.student.config.hidden_size, cache.teacher.target_width).build()
+    width, target = models.student.config.hidden_size, cache.teacher.target_width
+    bank = FilterPlan(blocks, width, target, normalized=True).build()
     weights = METHODS["ted"].model_copy(update={"kl_top_k": CACHED[name]})
     task = CausalLM(models.student.config.vocab_size)
     model = DistillationModel(models.student, bank.to(like.device, like.dtype), weights, task=task)
@@ -139,7 +140,7 @@ def cached_step(models: Models, name: str, cache: Recorded) -> Step:
 
 
 def naive_step(models: Models, method: str) -> Step:
-    """The same losses as a loop around transformers: everything is kept until the losses are taken."""
+    """The paper's losses as a loop around transformers: everything is kept until the losses are taken."""
     weights, batch = METHODS[method], models.batch
     states = weights.mse_alpha > 0
     layer_map = layer_map_of(models) if states else ()
