@@ -57,10 +57,9 @@ class Balance:
         """Sets the weights of the step that begins; fade: 1 to 0."""
         main, _, squares = self.state.view(3, self._pairs)
         opposed = self.agreements() < 0
-        injected = squares.masked_fill(opposed, 0.0).sum()
-        quotient = torch.where((injected > 0) & (main[-1] > 0), (main[-1] / injected.clamp_min(1e-300)).sqrt(), FIRST)
-        weight = self._share * fade * quotient
-        self.weight, self.weights = weight.float(), torch.where(opposed, FIRST * weight, weight).float()
+        counted = squares.masked_fill(opposed, 0.0)
+        weight, of_all = (self._share * fade * _quotient(main[-1], g.sum()) for g in (counted, squares))
+        self.weight, self.weights = weight.float(), torch.where(opposed, FIRST * of_all, weight).float()
 
     def tie(self, pair: int, hidden: torch.Tensor) -> torch.Tensor:
         """`hidden` for its pair's loss: what flows back through it is weighted, and measured where it joins the rest.
@@ -121,6 +120,12 @@ class Balance:
     def load(self, state: Sequence[float]) -> None:
         """Goes on from the state of a checkpoint."""
         self.state = torch.tensor(state, dtype=torch.float64, device=self.state.device)
+
+
+def _quotient(main: torch.Tensor, injected: torch.Tensor) -> torch.Tensor:
+    """The root of |m_K|^2 over the sum of |g_k|^2; `FIRST` if one of them is not known."""
+    known = (main > 0) & (injected > 0)
+    return torch.where(known, (main / injected.clamp_min(1e-300)).sqrt(), FIRST)
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
