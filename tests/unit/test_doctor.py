@@ -348,7 +348,9 @@ def test_activations_and_residuals_follow_the_recipe(tmp_path: Path) -> None:
     assert lean["residuals of"] == 2 * 36 * 8 * 4
     assert lean["a block's backward"] == 2 * 3 * 300
     curved = sizes(a_run(tmp_path, filters__nonlinear=True), 1)
-    assert curved["residuals of"] == 2 * 36 * (8 + 2 * 4) * 4
+    assert (
+        curved["residuals of"] == 2 * 36 * (8 + 3 * 4) * 4
+    )  # what is normalised, and the inner layer's output before and after
     cached = sizes(a_run(tmp_path, teacher__cache=str(tmp_path / "cache")), 1)
     assert cached["the cached teacher's LM head"] == 4 * 10 * 8 and "a teacher's block and its state" not in cached
     listed = sizes(a_run(tmp_path, teacher__cache=str(tmp_path / "cache"), loss__kl_top_k=4), 1)
