@@ -52,6 +52,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 """Setting -> student.init. D: another width from a random start, for the quickstart's teacher."""
 
+LONGER = "kd, 1.1 of the tokens"
 FORMER = {"loss": {"layer_loss": "normalized_mse"}}
 METHODS: dict[str, dict[str, Any]] = {
     "ce": {"method": "ce"},
@@ -60,7 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "ted": {"method": "ted"},
     "lwd, normalized MSE": {"method": "lwd", **FORMER},
     "ted, normalized MSE": {"method": "ted", **FORMER},
-    "kd, 1.1 of the tokens": {"method": "kd"},
+    LONGER: {"method": "kd"},
     "lwd, cosine": {"method": "lwd", "loss": {"layer_loss": "cosine"}},
     "lwd, all pairs": {"method": "lwd", "filters": {"skip_last": 0}},
     "lwd, no fading": {"method": "lwd", "loss": {"layer_fade": 0}},
@@ -89,7 +90,7 @@ class Study:
         with ThreadPoolExecutor(self._options.jobs) as pool:
 
             def run(cases: list[tuple[str, float, int]]) -> list[dict[str, Any]]:
-                return [found for found in pool.map(lambda case: self._run(start, *case), cases) if found]
+                return [found for found in pool.map(lambda case: self._tried(start, *case), cases) if found]
 
             found = run([(method, rate, first) for method in methods for rate in self._options.rates])
             best = {row["method"]: row["rate"] for row in sorted(found, key=lambda row: row["loss"], reverse=True)}
@@ -105,6 +106,15 @@ class Study:
         self._ted_ds("init-student", folder, self._recipe(folder, "kd", self._options.rates[0], self._options.seeds[0]))
         return folder
 
+    def _tried(self, start: Path, method: str, rate: float, seed: int) -> dict[str, Any] | None:
+        """None for a run that failed, which is said, or was not begun; the others go on."""
+        try:
+            return self._run(start, method, rate, seed)
+        except SystemExit as error:
+            print(error, file=sys.stderr, flush=True)
+            self.failed += 1
+            return None
+
     def _run(self, start: Path, method: str, rate: float, seed: int) -> dict[str, Any] | None:
         folder = self._work / f"{method.replace(',', '').replace(' ', '-')}-{rate:g}-{seed}"
         for name in ("initial_student", "calibration"):
@@ -117,12 +127,7 @@ class Study:
         if not (folder / "summary.json").exists():
             if time.monotonic() > self._deadline:
                 return None
-            try:
-                self._ted_ds("distill", folder, recipe)
-            except SystemExit as error:  # the others go on
-                print(error, file=sys.stderr, flush=True)
-                self.failed += 1
-                return None
+            self._ted_ds("distill", folder, recipe)
         summary = json.loads((folder / "summary.json").read_text())
         found = {"method": method, "rate": rate, "seed": seed, "loss": summary["validation_loss"]}
         found |= {"start": summary["initial_validation_loss"], "steps": summary["steps"]}
@@ -145,12 +150,12 @@ class Study:
     def _recipe(self, folder: Path, method: str, rate: float, seed: int) -> dict[str, Any]:
         options = self._options
         steps = options.tokens // (SEQUENCE * ROWS)
-        if "1.1 of" in method:
+        if method == LONGER:
             steps = round(1.1 * steps)
         init = SETTINGS[options.setting]
         if "config" not in init:
             init = {**init, "calibration_tokens": min(MOST_CALIBRATED, options.tokens)}
-        recipe = {
+        recipe: dict[str, Any] = {
             "output_dir": str(folder),
             "seed": seed,
             "deepspeed": "ds_configs/zero0.json",
@@ -165,15 +170,15 @@ class Study:
                 "sequence_length": SEQUENCE,
             },
             "optimizer": {"learning_rate": rate, "warmup_steps": max(1, steps // 20)},
-            "train": {"steps": steps, "global_batch_size": ROWS, "micro_batch_size": options.micro_batch_size},
+            "train": {"steps": steps, "global_batch_size": ROWS, "micro_batch_size": options.micro_batch_size}
+            | {"evaluate_every": 0, "save_every": 0},
             "logging": {"tensorboard": False, "every": 5},
         }
-        recipe["train"] |= {"evaluate_every": 0, "save_every": 0}  # type: ignore[operator]
         changes = METHODS[method]
         if changes["method"] == "ted":
             recipe["filters"] = {"steps": max(1, steps // 4), "token_fraction": 0.25}
         for key, value in changes.items():
-            recipe[key] = {**recipe.get(key, {}), **value} if isinstance(value, dict) else value  # type: ignore[dict-item]
+            recipe[key] = {**recipe.get(key, {}), **value} if isinstance(value, dict) else value
         return recipe
 
     def _ted_ds(self, command: str, folder: Path, recipe: dict[str, Any]) -> None:
