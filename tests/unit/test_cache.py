@@ -341,3 +341,23 @@ def test_padding_that_counts_is_not_cached(tmp_path: Path, task: str, changes: d
         return
     with pytest.raises(ConfigError, match=r"teacher\.cache holds real tokens alone, but loss\.mask_padding: false"):
         load_config(path)
+
+
+def test_states_are_not_read_once_no_pair_needs_them() -> None:
+    asked: list[list[str]] = []
+
+    class Reader:
+        def read(self, names: list[str], rows: torch.Tensor, width: int) -> dict[str, torch.Tensor]:
+            asked.append(list(names))
+            return {name: torch.zeros(len(rows), width, 4) for name in names}
+
+    reader: Any = Reader()
+    teacher = CachedTeacher(reader, torch.device("cpu"), blocks=(1, 3), width=4, output=None, head=None)
+    batch = Batch(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, dtype=torch.long), rows=torch.arange(2))
+    teacher.expect([batch])
+    teacher.stream(batch)
+    assert [len(names) for names in asked] == [2]
+    teacher.end_states()
+    teacher.expect([batch])
+    teacher.stream(batch)
+    assert [len(names) for names in asked] == [2, 0]  # nothing ahead, and nothing of what `stream` asks for
