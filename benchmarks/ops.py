@@ -4,7 +4,7 @@
 
 * CE + KL from hidden states, forward and backward: plain autograd (`naive`), ted_ds (`fused`), its four GEMMs alone
   (`gemms`), and Liger: one chunked loss for both (`liger ce+kl`), or that for KL and its fused linear CE for CE
-  (`liger ce, kl`). All with gradients of hidden states and weight.
+  (`liger ce, kl`); ted_ds again with every other row ignored. All with gradients of hidden states and weight.
 * the layer loss of one pair, [N, D] through a filter against [N, F], F = D: plain autograd, ted_ds.
 
 Time is by medians of interleaved repeats, memory the peak beyond the inputs. The fractions are of what a large
@@ -30,6 +30,7 @@ from matplotlib.figure import Figure
 from benchmarks import liger
 from benchmarks.report import bars, parser_of, publish, table
 from benchmarks.timing import Step, environment, interleaved_seconds, medians, step_peak_mib
+from ted_ds.batch import IGNORED
 from ted_ds.ops import Head, linear_cross_entropy_kl, linear_squared_error
 
 TEMPERATURE = 2.0
@@ -89,8 +90,9 @@ def naive_step(sizes: Sizes) -> Step:
     return step
 
 
-def fused_step(sizes: Sizes, chunk_tokens: int | None = None) -> Step:
+def fused_step(sizes: Sizes, chunk_tokens: int | None = None, *, ignored: slice = slice(0)) -> Step:
     x = make_inputs(sizes)
+    x.targets[ignored] = IGNORED
 
     def step() -> None:
         x.clear_gradients()
@@ -213,6 +215,7 @@ def cost(op: str, sizes: Sizes) -> tuple[int, int]:
 
 
 CE_KL, LAYER = "ce+kl", "layer loss"
+HALF = "fused, half of the rows ignored"
 Implementations = dict[str, Callable[[Sizes], Step]]
 
 
@@ -220,7 +223,9 @@ def implementations(op: str, chunk_tokens: int | None) -> Implementations:
     if op == LAYER:
         return {"naive": naive_layer_step, "fused": fused_layer_step}
     ligers = {name: partial(liger_step, name=name) for name in liger.LOSSES}
-    return {"naive": naive_step, "fused": partial(fused_step, chunk_tokens=chunk_tokens), "gemms": gemms_step, **ligers}
+    fused = partial(fused_step, chunk_tokens=chunk_tokens)
+    half = partial(fused, ignored=slice(None, None, 2))
+    return {"naive": naive_step, "fused": fused, HALF: half, "gemms": gemms_step, **ligers}
 
 
 def measure(op: str, sizes: Sizes, repeats: int, limits: Limits, chosen: Implementations) -> list[dict[str, Any]]:
@@ -262,6 +267,7 @@ def ratios_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     pairs = {
         "time_ratio_fused_to_naive": (ms["fused"], ms.get("naive")),
         "time_ratio_fused_to_gemms": (ms["fused"], ms.get("gemms")),
+        "time_ratio_half_ignored_to_fused": (ms.get(HALF), ms["fused"]),
         "time_ratio_gemms_to_naive": (ms.get("gemms"), ms.get("naive")),
         "extra_memory_ratio_fused_to_naive": (mib["fused"], mib.get("naive")),
     }
@@ -308,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     limits = measure_limits(device, options.dtype, options.repeats)
     chosen = implementations(CE_KL, options.chunk_tokens)
     if options.gate:
-        chosen = {name: make for name, make in chosen.items() if name not in liger.LOSSES}
+        chosen = {name: make for name, make in chosen.items() if name not in {*liger.LOSSES, HALF}}
     rows = [row for size in sizes for row in measure(CE_KL, size, options.repeats, limits, chosen)]
     ratios = ratios_of(rows[: len(chosen)])
     if not options.gate:

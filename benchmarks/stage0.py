@@ -1,9 +1,9 @@
 """What cuts leave of a real pretrained model before any training: held-out loss and LAMBADA, by ted_ds's own commands.
 
-    python -m benchmarks.stage0 --model FOLDER --train TEXT --validation TEXT [--lambada FILE] [--json OUT]
+    python -m benchmarks.stage0 --model FOLDER --train TEXT --validation TEXT --work FOLDER [--lambada FILE]
 
-Each cut is `ted-ds init-student` on the training text, then `ted-ds evaluate`. Shares of blocks and widths are those of
-SmolLM2-135M (30 blocks of 576), for which it was written: about 40 minutes on 2 cores that do nothing else.
+Each cut is `ted-ds init-student` on the training text, then `ted-ds evaluate`. Cuts that have their row in --work are
+not made again. Shares of blocks and widths are those of SmolLM2-135M (30 blocks of 576), for which it was written.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,14 +36,29 @@ COLUMNS = ("cut", "loss", "lambada", "parameters_m", "seconds")
 
 
 class Cuts:
-    """Cuts of a model in folders of `work`, and their scores."""
+    """Cuts of a model in folders of --work, and their scores."""
 
-    def __init__(self, options: Any, work: Path) -> None:
-        self._options, self._work = options, work
+    def __init__(self, options: Any) -> None:
+        self._options, self._work = options, options.work
         self.rows: list[dict[str, Any]] = []
 
-    def score(self, name: str, model: Path, seconds: float | None = None) -> None:
-        """Adds a row, and prints it."""
+    def whole(self) -> None:
+        """Scores the model as it is."""
+        if not self._found("whole"):
+            self._score("whole", self._options.model, None)
+
+    def _found(self, name: str) -> bool:
+        """Whether an earlier start has left the row, which is then taken."""
+        path = self._row_of(name)
+        if path.exists():
+            self.rows.append(json.loads(path.read_text(encoding="utf-8")))
+        return path.exists()
+
+    def _row_of(self, name: str) -> Path:
+        return self._work / f"{name.replace(' ', '-')}.row.json"
+
+    def _score(self, name: str, model: Path, seconds: float | None) -> None:
+        """Adds a row, keeps it, and prints it."""
         command = [*TED_DS, "evaluate", str(model), "--data", str(self._options.validation), "--batch-size", "8"]
         command += ["--sequence-length", str(SEQUENCE), "--tokenizer", str(self._options.model)]
         command += ["--lambada", str(self._options.lambada)] if self._options.lambada else []
@@ -53,11 +67,14 @@ class Cuts:
         row = {"cut": name, "loss": found["loss"], "parameters_m": weights / 4e6, "seconds": seconds}
         row["lambada"] = found.get("lambada_accuracy")
         self.rows.append(row)
+        self._row_of(name).write_text(json.dumps(row) + "\n", encoding="utf-8")
         print(table([row], COLUMNS), file=sys.stderr, flush=True)
 
     def cut(self, name: str, init: Mapping[str, Any]) -> Path:
         """Makes a student by the command, and scores it; returns the run's folder."""
-        folder = self._work / name.replace(" ", "-")
+        folder: Path = self._work / name.replace(" ", "-")
+        if self._found(name):
+            return folder
         recipe = {
             "method": "kd",
             "output_dir": str(folder),
@@ -74,7 +91,7 @@ class Cuts:
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         start = time.monotonic()
         run_command([*TED_DS, "init-student", "--config", str(path)], self._options.device)
-        self.score(name, folder / "initial_student", time.monotonic() - start)
+        self._score(name, folder / "initial_student", time.monotonic() - start)
         return folder
 
 
@@ -119,12 +136,13 @@ def main() -> None:
         parser.add_argument(name, type=Path, required=True, help="text")
     parser.add_argument("--lambada", type=Path)
     parser.add_argument("--cuts", nargs="+", default=["width", "depth"], choices=["width", "depth"])
+    parser.add_argument("--work", type=Path, required=True, help="where the students go, and are found again")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        cuts = Cuts(options, Path(work))
-        cuts.score("whole", options.model)
-        for what in options.cuts:
-            {"depth": measure_depth, "width": measure_width}[what](cuts)
+    options.work.mkdir(parents=True, exist_ok=True)
+    cuts = Cuts(options)
+    cuts.whole()
+    for what in options.cuts:
+        {"depth": measure_depth, "width": measure_width}[what](cuts)
     rows = sorted(cuts.rows, key=lambda row: str(row["cut"]))
 
     def draw(figure: Figure) -> None:

@@ -30,7 +30,7 @@ class TopK:
     log_probs: torch.Tensor
     log_rest: torch.Tensor
 
-    def rows(self, rows: slice) -> TopK:
+    def rows(self, rows: slice | torch.Tensor) -> TopK:
         """These positions' alone."""
         return TopK(self.ids[rows], self.log_probs[rows], self.log_rest[rows])
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ted_ds.batch import IGNORED
 from ted_ds.config.choices import Divergence
 from ted_ds.ops import dispatch
 from ted_ds.ops.divergence import TopK, top_k_of
@@ -68,6 +69,8 @@ def linear_cross_entropy_kl(
         The other rows' gradients are zero.
     chunk_tokens: tokens whose logits are alive at a time; None: see `default_chunk_tokens`.
 
+    On a CPU, rows whose target is -100 are taken out before the GEMMs and cost nothing. On CUDA the host would have to
+    wait for their number, so there they are left out of the sums instead.
     Hidden states are cast to their head's dtype. GEMMs run in that dtype, the rest in float32 or wider; d_weight is
     summed over chunks in float32. Memory: two chunks of logits, and the gradients of hidden_s, weight and bias that are
     needed. Raises ValueError if shapes do not fit, or for a top k of another divergence than the forward KL.
@@ -77,6 +80,11 @@ def linear_cross_entropy_kl(
     if top_k is not None and divergence != "forward":
         raise ValueError(f"linear_cross_entropy_kl: top_k is for the forward KL, divergence is {divergence!r}")
     vocab = common_vocab(head_s, head_t, vocab_size)
+    kept = _predicted_rows(targets) if targets.device.type == "cpu" else None
+    if kept is not None:
+        hidden_s, targets = hidden_s[kept], targets[kept]
+        hidden_t = None if hidden_t is None else hidden_t[kept]
+        top_k = top_k.rows(kept) if isinstance(top_k, TopK) else top_k
     like = hidden_s.to(head_s.weight.dtype)
     taught = head_t is not None or recorded is not None
     problem = _Problem(
@@ -97,6 +105,12 @@ def linear_cross_entropy_kl(
     result: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     result = _LinearCrossEntropyKL.apply(like, head_s.weight, head_s.bias, problem)
     return result
+
+
+def _predicted_rows(targets: torch.Tensor) -> torch.Tensor | None:
+    """The rows [n] that have a target; None if that is all of them, or none. The host waits for their number."""
+    kept = (targets != IGNORED).nonzero()[:, 0]
+    return kept if 0 < len(kept) < len(targets) else None
 
 
 def _check(
@@ -158,22 +172,28 @@ def token_scores(
     """Each token's -log softmax(z)[target] and whether the target is the argmax, without gradients.
 
     hidden: [N, D]; targets: [N] int64. Returns [N] float32 (float64 for float64 heads) and [N] bool; 0 and
-    False if the target is -100. vocab_size and chunk_tokens: see `linear_cross_entropy_kl`.
+    False if the target is -100. Those rows cost nothing, but the host waits for the number of the others.
+    vocab_size and chunk_tokens: see `linear_cross_entropy_kl`.
     """
+    kept = _predicted_rows(targets)
+    if kept is not None:
+        own = token_scores(hidden[kept], head, targets[kept], vocab_size=vocab_size, chunk_tokens=chunk_tokens)
+        nll, greedy = (torch.zeros(len(targets), dtype=t.dtype, device=t.device) for t in own)
+        return nll.index_copy_(0, kept, own[0]), greedy.index_copy_(0, kept, own[1])
     vocab = common_vocab(head, None, vocab_size)
     hidden = hidden.to(head.weight.dtype)
     chunk = chunk_tokens or default_chunk_tokens(len(hidden), vocab, hidden, sides=1, widened=True)
     form = Form.of(head.softcap, head.scale, 1.0)
     logits = logits_buffer(hidden, min(chunk, len(hidden)), vocab)
     scratch = Scratch(block_rows(len(logits), vocab, hidden.device), vocab, hidden)
-    nll, greedy = [], []
+    nlls, greedies = [], []
     for rows in chunks_of(len(hidden), chunk):
         x = gemm_logits(hidden[rows], head, form, logits)
         ce, best = scores(x, targets[rows].clamp_min(0), form, scratch)
         predicted = weights_of(targets[rows], torch.bool)
-        nll.append(ce.masked_fill_(~predicted, 0.0))
-        greedy.append(best & predicted)
-    return torch.cat(nll), torch.cat(greedy)
+        nlls.append(ce.masked_fill_(~predicted, 0.0))
+        greedies.append(best & predicted)
+    return torch.cat(nlls), torch.cat(greedies)
 
 
 @dataclass(frozen=True)

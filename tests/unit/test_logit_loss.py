@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ted_ds.batch import IGNORED
-from ted_ds.ops import Head, linear_cross_entropy_kl, logit_gemms, teacher_top_k, token_scores
+from ted_ds.ops import Head, linear_cross_entropy_kl, logit_gemms, logit_loss, teacher_top_k, token_scores
 from ted_ds.ops.reference import cross_entropy_sum, kl_sum, soft_capped, top_k_kl_sum
 
 N, V, D_S, D_T = 41, 401, 19, 23
@@ -120,6 +120,13 @@ def assert_equal_to_reference(
 def test_losses_and_gradients(temperature: float, softcap: float | None, bias: bool) -> None:
     case = make_case(bias=bias, softcap=softcap, scale=0.7)
     assert_equal_to_reference(case, temperature=temperature, chunk_tokens=7)
+
+
+@pytest.mark.parametrize("kind", [{}, {"divergence": "reverse"}, {"top_k": 5}])
+def test_rows_that_stay_in_the_chunks_count_for_nothing(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where the host does not know which they are."""
+    monkeypatch.setattr(logit_loss, "_predicted_rows", lambda targets: None)
+    assert_equal_to_reference(make_case(bias=True, scale=0.7), chunk_tokens=7, **kind)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 2.5])
@@ -337,6 +344,27 @@ def test_only_needed_gemms_run(frozen: int, grad_mode: bool, gemms: int) -> None
         if total.requires_grad:
             total.backward()
     assert watch.gemms == gemms
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_ignored_rows_go_through_no_gemm(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case()
+    seen = []
+    plain = logit_loss.gemm_logits
+    monkeypatch.setattr(logit_loss, "gemm_logits", lambda hidden, *_: seen.append(len(hidden)) or plain(hidden, *_))
+    teacher = (case.hidden_t, case.head_t)
+    top_k = teacher_top_k(*teacher, 3) if recorded else None
+    seen.clear()
+    total, _, _ = linear_cross_entropy_kl(
+        case.hidden_s, case.head_s, case.targets, *(() if recorded else teacher), pred_scale=1, kl_scale=1, top_k=top_k
+    )
+    predicted = int((case.targets != IGNORED).sum())
+    assert sum(seen) == predicted * (1 if recorded else 2)
+    total.backward()
+    assert not case.hidden_s.grad[case.targets == IGNORED].any()
+    seen.clear()
+    token_scores(case.hidden_s, case.head_s, case.targets)
+    assert sum(seen) == predicted
 
 
 @pytest.mark.parametrize("softcap", [None, 3.0])
