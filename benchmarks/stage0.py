@@ -55,7 +55,8 @@ class Cuts:
         return path.exists()
 
     def _row_of(self, name: str) -> Path:
-        return self._work / f"{name.replace(' ', '-')}.row.json"
+        path: Path = self._work / f"{name.replace(' ', '-')}.row.json"
+        return path
 
     def _score(self, name: str, model: Path, seconds: float | None) -> None:
         """Adds a row, keeps it, and prints it."""

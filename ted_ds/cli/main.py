@@ -11,6 +11,7 @@ from ted_ds.cli.common import guarded
 
 COMMANDS = {
     "doctor": "is this machine, or this job on all its ranks, ready: versions, devices, network, memory, disk",
+    "bench": "how fast a recipe trains here: tokens/s, MFU, memory over micro-batch sizes and ranks",
     "prepare": "text into packed blocks, ahead of a run",
     "init-student": "Stage 0: cut the initial student from the teacher",
     "learn-filters": "Stage I: learn the teacher's and the student's filters",

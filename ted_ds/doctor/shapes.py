@@ -26,7 +26,7 @@ from ted_ds.models.structure import find_blocks, set_dropout
 from ted_ds.models.task_head import AUTO_CLASSES, label_fields
 from ted_ds.pipeline.budget import shapes_within
 from ted_ds.pipeline.stage0 import ModelPaths
-from ted_ds.pipeline.stage1 import plan_pairs
+from ted_ds.pipeline.stage1 import PairPlan, plan_pairs
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Shapes(NamedTuple):
 def run_shapes(run: RunConfig) -> Shapes:
     """The shapes of a run. Raises TedError if a model is not found, or if the recipe does not fit it."""
     kind, length, own = run.spec.kind, run.data.sequence_length, run.student
-    config = _student_config(run)
+    config = student_config(run)
     if own.dropout is not None:
         set_dropout(config, own.dropout)
     if own.head_dropout is not None:
@@ -91,12 +91,7 @@ def _filters(run: RunConfig, teacher: TeacherConfig, student: PreTrainedConfig) 
     """The plan of Stage I, for a student that may not exist yet: its config is enough."""
     with tempfile.TemporaryDirectory() as folder:
         student.save_pretrained(folder)
-        init = run.student.init
-        models = ModelPaths(folder, teacher.model)
-        if init is not None and init.config is None and init.model is None:
-            cut = _cut(run, teacher, init)
-            models = replace(models, kept=cut.blocks, rotation=None if cut.roles is None else Path(folder))
-        plan = plan_pairs(run, models)
+        plan = planned_pairs(run, folder)
     if plan is None:
         return NO_FILTERS
     with torch.device("meta"):
@@ -105,7 +100,22 @@ def _filters(run: RunConfig, teacher: TeacherConfig, student: PreTrainedConfig) 
     return FilterShape(len(plan.layer_map), plan.student.output_dim, *sides)
 
 
-def _student_config(run: RunConfig) -> PreTrainedConfig:
+def planned_pairs(run: RunConfig, student: str) -> PairPlan | None:
+    """Stage I's plan for a student that has its shape, but was not cut yet: its filters start at random.
+
+    student: a folder with its config.
+    """
+    teacher, init = run.teacher, run.student.init
+    assert teacher is not None
+    models = ModelPaths(student, teacher.model)
+    if init is not None and init.config is None and init.model is None:
+        cut = _cut(run, teacher, init)
+        models = replace(models, kept=cut.blocks, rotation=None if cut.roles is None else Path(student))
+    plan = plan_pairs(run, models)
+    return None if plan is None else replace(plan, rotation=None)
+
+
+def student_config(run: RunConfig) -> PreTrainedConfig:
     """The config of the student: a checkpoint's, or the one that Stage 0 will write."""
     student, kind = run.student, run.spec.kind
     if student.init_from_pretrained or student.init is None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from ted_ds.errors import CheckpointError
@@ -31,6 +33,13 @@ def load_filters(folder: Path, deepspeed_config: dict[str, Any] | None, dtype: s
     bank = new_filters(plan, deepspeed_config, dtype)
     load_tensors(bank, folder / "filters.safetensors", is_main=is_main)
     return bank
+
+
+def write_filters(bank: nn.ModuleList, plan: FilterPlan, folder: Path) -> None:
+    """Writes filters as they are into a new folder, as Stage I leaves its own."""
+    folder.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in bank.state_dict().items()}, folder / "filters.safetensors")
+    (folder / "filters.json").write_text(json.dumps({"plan": asdict(plan)}) + "\n", encoding="utf-8")
 
 
 def read_plan(folder: Path) -> FilterPlan:

@@ -157,6 +157,16 @@ def _mean_squares(run: ResolvedRun, world: World, data: RunData, teacher: Teache
     return (world.sum(sums) / (tokens * teacher.target_width)).float()
 
 
+def begin_step(module: DistillationModel, fade: float, world: World) -> dict[str, Any]:
+    """What the module's forward gets in a step whose layer loss has faded to `fade`; a collective."""
+    if not fade and module.teacher is not None:
+        module.teacher.end_states()
+    if module.balance is not None:
+        module.balance.settle(world)
+        module.balance.begin(fade)
+    return {"fade": fade}
+
+
 class DistillationHooks(Hooks):
     """Stage II in the loop: held-out scores, the best weights so far, checkpoints.
 
@@ -182,12 +192,7 @@ class DistillationHooks(Hooks):
     def inputs(self, step: int) -> dict[str, Any]:
         """How far the layer loss has faded; its weight follows from what earlier steps measured."""
         self._fade = faded(step, self._run.train.steps, self._run.loss.layer_fade)
-        if not self._fade and (teacher := self._engine.module.teacher) is not None:
-            teacher.end_states()
-        if self._balance is not None:
-            self._balance.settle(self._world)
-            self._balance.begin(self._fade)
-        return {"fade": self._fade}
+        return begin_step(self._engine.module, self._fade, self._world)
 
     def measured(self) -> dict[str, Any]:
         """The layer loss's weight, and each pair's share of the gradient and agreement with the logits."""

@@ -245,7 +245,7 @@ def plot_curves(folders: Sequence[Path], path: Path) -> None:
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_sweep(groups: Sequence[Group], path: Path) -> None:
@@ -271,10 +271,10 @@ def plot_sweep(groups: Sequence[Group], path: Path) -> None:
         axes.set(title=task, xlabel=_column(score), ylim=(len(own) - 0.5, -0.5))  # the first group on top
         axes.set_yticks(range(len(own)), labels)
         axes.grid(alpha=0.3, axis="x")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     _put(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
