@@ -18,6 +18,8 @@ from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.distill.engine import build_trained_engine
 from ted_ds.distill.filter_learner import FilterLearner
+from ted_ds.doctor.throughput import Throughput, measure_throughput
+from ted_ds.doctor.throughput_report import write_report
 from ted_ds.errors import TedError
 from ted_ds.job.world import World
 from ted_ds.models.channels import Measurements
@@ -197,3 +199,29 @@ def trials_of(
     found = calibration.trials(left_out), measured, moments
     teacher.close()
     return found
+
+
+def throughput_of(
+    world: World, path: Path, overrides: tuple[str, ...] = (), limit_gib: float | None = None
+) -> tuple[Throughput, list[tuple[int, int]], str]:
+    """What `ted-ds bench` measures of a recipe, and prints; of each of its steps the micro-batches, and how many
+    optimizer steps the engine made of them. limit_gib: the memory that there is, if not this machine's.
+    """
+    run, steps = load_config(path, list(overrides)), []
+
+    def recorded(engine: Any, batches: list[Batch], *given: Any, **inputs: Any) -> Any:
+        before = engine.global_steps
+        terms = train_step(engine, batches, *given, **inputs)
+        steps.append((len(batches), engine.global_steps - before))
+        return terms
+
+    def few_documents(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "train.jsonl").write_text(('{"text": "' + "w1 w2 w3 " * 20 + '"}\n') * 10, encoding="utf-8")
+
+    changes: dict[str, Any] = {"train_step": recorded, "write_stdlib_corpus": few_documents}
+    changes |= {"_memory_gib": lambda _: limit_gib} if limit_gib else {}
+    with patch.multiple("ted_ds.doctor.throughput", **changes):
+        found = measure_throughput(run, world, run.output_dir / "bench/work", steps=2)
+    text = world.on_main(lambda: write_report(found, run, {}, run.output_dir / "bench"))
+    return found, steps, text

@@ -1,7 +1,8 @@
 # Sourced by the job scripts, which set `root` to the clone: runs a command as the ranks of a job, and goes on after an
 # interruption.
 #
-#   ranks COMMAND ...     one task of srun is one rank; returns srun's exit code, the highest of the ranks'
+#   ranks COMMAND ...     one task of srun is one rank; returns srun's exit code, the highest of the ranks'. On a part of
+#                         the job's nodes if the array `part` says so: part=(--nodes=1 --ntasks=8)
 #   go_on CODE            ends the job with CODE, or puts it back into the queue
 #
 # Every rank has a log of its own, runs/slurm/JOB/rank-N.log in the folder that the job was submitted from, JOB as in
@@ -10,6 +11,7 @@
 # the id of an array's last job is the whole array's name too
 job="${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}"
 job="${job:-$SLURM_JOB_ID}"
+part=()
 
 # not left to the site's settings:
 #   --kill-on-bad-exit=0   all ranks end with 75 after a warning, not in the same instant: the first one's end must not
@@ -23,10 +25,11 @@ ranks() {
   MASTER_ADDR="${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}"
   export MASTER_ADDR
   command -v deepspeed > /dev/null || PATH="$root/.venv/bin:$PATH"
-  echo "$(date '+%F %T') start ${SLURM_RESTART_COUNT:-0}, ranks: $SLURM_NTASKS, nodes: $SLURM_JOB_NODELIST, logs: $logs"
+  local which="ranks: $SLURM_NTASKS, nodes: $SLURM_JOB_NODELIST${part:+, of them ${part[*]}}"
+  echo "$(date '+%F %T') start ${SLURM_RESTART_COUNT:-0}, $which, logs: $logs"
   # RANK is set before Python runs, so that a mistake in a recipe is said once; `bash -c` is replaced by the command, so
   # that SLURM's signals reach it
-  srun --mpi=none --kill-on-bad-exit=0 --wait=3600 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+  srun --mpi=none --kill-on-bad-exit=0 --wait=3600 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${part[@]}" \
     --open-mode=append --output="$logs/rank-%t.log" bash -c 'RANK="$SLURM_PROCID" exec "$@"' rank "$@"
 }
 

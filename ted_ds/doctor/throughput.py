@@ -160,7 +160,7 @@ class _Bench:
         """See `measure_throughput`."""
         sizes: list[Measured] = []
         ended = "the global batch has no larger part"
-        limit = self._memory_gib()
+        limit = _memory_gib(self._world)
         for size in self._candidates():
             if len(sizes) > 1 and (need := _expected_gib(sizes[-2:], size)) > MOST_MEMORY * limit:
                 ended = f"{size} rows would take about {need:.1f} of {limit:.1f} GiB"
@@ -187,16 +187,6 @@ class _Bench:
         part, own = self._run.train.global_batch_size // self._world.size, self._run.train.micro_batch_size
         sizes = {own, *(1 << i for i in range(part.bit_length()))}
         return iter(sorted(size for size in sizes if size <= part and part % size == 0))
-
-    def _memory_gib(self) -> float:
-        """What a rank may use; on CPUs its share of what is free, and what it has already; the least of all ranks."""
-        if self._world.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(self._world.device)
-            mine = float(free + torch.cuda.memory_reserved(self._world.device))
-        else:
-            mine = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            mine += psutil.Process().memory_info().rss
-        return self._world.min(torch.tensor(mine, dtype=torch.float64)).item() / 2**30
 
     def _measure(self, size: int) -> Measured:
         world, device = self._world, self._world.device
@@ -276,6 +266,17 @@ class _Bench:
         without = {} if self._fade else {"layers": False}
         work = sum(flops.count(length, **without) for length in lengths) / len(lengths)
         return None if peak is None else work * batches_per_second / peak
+
+
+def _memory_gib(world: World) -> float:
+    """What a rank may use; on CPUs its share of what is free, and what it has already; the least of all ranks."""
+    if world.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(world.device)
+        mine = float(free + torch.cuda.memory_reserved(world.device))
+    else:
+        mine = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        mine += psutil.Process().memory_info().rss
+    return world.min(torch.tensor(mine, dtype=torch.float64)).item() / 2**30
 
 
 def _expected_gib(known: list[Measured], size: int) -> float:

@@ -104,5 +104,19 @@ def test_an_array_leaves_a_table_and_what_was_cancelled_is_missing_until_it_is_r
     assert (project / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_a_benchmark_leaves_a_table_over_nodes(slurm: Slurm, project: Path) -> None:
+    recipe = write_recipe(project, "measured", method="kd", data__prepared=str(project / "data"))
+    job = submit(slurm, project, ROOT / "launchers/slurm/benchmark.sbatch", "--config", recipe, "--steps", "1")
+    wait_for(lambda: slurm.over(job), job, slurm)
+    assert slurm.states(job) == ["COMPLETED"], (project / f"ted_ds-{job}.log").read_text()
+    said = (project / f"runs/slurm/{job}/rank-0.log").read_text()
+    table = said[said.index("efficiency") :].splitlines()
+    assert [line.split()[0] for line in table[1:3]] == ["1", "2"]
+    assert {file.name for file in (project / "measured/bench").iterdir()} == {
+        *("ranks-1.json", "ranks-1.png", "ranks-2.json", "ranks-2.png", "scaling.png")
+    }
+
+
 def ted_ds(slurm: Slurm, *words: object) -> str:
     return slurm.call(sys.executable, "-m", "ted_ds.cli.main", *words, cwd=ROOT)

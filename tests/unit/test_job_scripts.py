@@ -67,6 +67,20 @@ def test_the_ranks_get_the_arguments_as_they_are(tools: Path, program: str) -> N
     assert "<--output=runs/slurm/12/rank-%t.log>" in call and (tools / "runs/slurm/12").is_dir()
 
 
+def test_a_benchmark_doubles_its_nodes_and_takes_all_in_the_end(tools: Path) -> None:
+    numbers = {"SLURM_NTASKS": "12", "SLURM_JOB_NUM_NODES": "6"}
+    done = job(tools, spooled(tools, "benchmark"), *ARGUMENTS, **numbers)
+    assert done.returncode == 0, done.stderr
+    calls = [line for line in done.stdout.splitlines() if line.startswith("srun")]
+    command = f" <bash> <{ROOT}/launchers/bench.sh> <--config> <a recipe.yaml> <--student.model=>"
+    assert all(call.endswith(command) for call in calls)
+    for call, nodes in zip(calls, (1, 2, 4, 6), strict=True):
+        assert f" <--nodes={nodes}> <--ntasks={2 * nodes}> " in call
+    failed = job(tools, spooled(tools, "benchmark"), *ARGUMENTS, code=2, **numbers)
+    assert failed.returncode == 2 and failed.stdout.count("srun") == 4  # what does not fit on one node may fit on two
+    assert "scontrol requeue" not in failed.stdout and "1 nodes: exit code 2" in failed.stderr
+
+
 @pytest.mark.parametrize(
     ("code", "restarts", "again"),
     [(0, 0, False), (2, 0, False), (1, 0, False), (75, 0, True), (76, 4, True), (137, 0, True), (75, 5, False)],

@@ -27,7 +27,7 @@ ARGUMENTS = ["--config", "a recipe.yaml", "--data.train=['a b.txt', \"$HOME\"]",
 """Spaces, both quotes, a dollar and an empty value: what a shell in between would spoil."""
 
 
-@pytest.fixture(params=["pretrain", "finetune"])
+@pytest.fixture(params=["pretrain", "finetune", "bench"])
 def clone(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A copy of one launcher, as `launchers/it.sh`, in a clone whose command prints what it was called with."""
     root = tmp_path / "a clone"
