@@ -1,1 +1,1 @@
-"""The checks of `ted-ds doctor`: the machine, the ranks together, and whether a recipe fits."""
+"""What is known of a recipe before it runs: the checks of `ted-ds doctor`, and what `ted-ds bench` measures."""

@@ -7,9 +7,10 @@ teacher, loader, losses.
 
 from __future__ import annotations
 
-import os
 import shutil
+import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -274,8 +275,8 @@ def _memory_gib(world: World) -> float:
         free, _ = torch.cuda.mem_get_info(world.device)
         mine = float(free + torch.cuda.memory_reserved(world.device))
     else:
-        mine = psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        mine += psutil.Process().memory_info().rss
+        here = Counter(world.gather_objects(socket.gethostname()))[socket.gethostname()]
+        mine = psutil.virtual_memory().available / here + psutil.Process().memory_info().rss
     return world.min(torch.tensor(mine, dtype=torch.float64)).item() / 2**30
 
 

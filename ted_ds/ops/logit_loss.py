@@ -75,18 +75,12 @@ def linear_cross_entropy_kl(
     summed over chunks in float32. Memory: two chunks of logits, and the gradients of hidden_s, weight and bias that are
     needed. Raises ValueError if shapes do not fit, or for a top k of another divergence than the forward KL.
     """
-    recorded = top_k if isinstance(top_k, TopK) else None
-    _check(hidden_s, targets, hidden_t, head_t, recorded)
-    if top_k is not None and divergence != "forward":
-        raise ValueError(f"linear_cross_entropy_kl: top_k is for the forward KL, divergence is {divergence!r}")
+    _check(hidden_s, targets, hidden_t, head_t, top_k, divergence)
     vocab = common_vocab(head_s, head_t, vocab_size)
-    kept = _predicted_rows(targets) if targets.device.type == "cpu" else None
-    if kept is not None:
-        hidden_s, targets = hidden_s[kept], targets[kept]
-        hidden_t = None if hidden_t is None else hidden_t[kept]
-        top_k = top_k.rows(kept) if isinstance(top_k, TopK) else top_k
+    if targets.device.type == "cpu" and (kept := _predicted_rows(targets)) is not None:
+        hidden_s, targets, hidden_t, top_k = _chosen(kept, hidden_s, targets, hidden_t, top_k)
     like = hidden_s.to(head_s.weight.dtype)
-    taught = head_t is not None or recorded is not None
+    taught = head_t is not None or isinstance(top_k, TopK)
     problem = _Problem(
         head_s=head_s,
         targets=targets,
@@ -113,15 +107,24 @@ def _predicted_rows(targets: torch.Tensor) -> torch.Tensor | None:
     return kept if 0 < len(kept) < len(targets) else None
 
 
+def _chosen(rows: torch.Tensor, *given: Any) -> tuple[Any, ...]:
+    """These rows of tensors and TopKs; anything else as it is."""
+    return tuple(x[rows] if isinstance(x, torch.Tensor) else x.rows(rows) if isinstance(x, TopK) else x for x in given)
+
+
 def _check(
     hidden_s: torch.Tensor,
     targets: torch.Tensor,
     hidden_t: torch.Tensor | None,
     head_t: Head | None,
-    recorded: TopK | None,
+    top_k: int | TopK | None,
+    divergence: Divergence,
 ) -> None:
+    if top_k is not None and divergence != "forward":
+        raise ValueError(f"linear_cross_entropy_kl: top_k is for the forward KL, divergence is {divergence!r}")
     if (hidden_t is None) != (head_t is None):
         raise ValueError("linear_cross_entropy_kl: hidden_t and head_t come together; give both or neither")
+    recorded = top_k if isinstance(top_k, TopK) else None
     if recorded is not None and hidden_t is not None:
         raise ValueError("linear_cross_entropy_kl: a recorded TopK stands for hidden_t and head_t; give one of them")
     given = (hidden_s, targets, hidden_t, recorded.ids if recorded else None)

@@ -163,7 +163,7 @@ def test_gemms_have_even_sizes_and_rows_that_are_aligned(monkeypatch: pytest.Mon
     linear_cross_entropy_kl(hidden, head, targets, pred_scale=1.0, chunk_tokens=6)
     nll, greedy = token_scores(hidden[:5], head, targets[:5], chunk_tokens=5)
     top = teacher_top_k(hidden[:4], head, 2, temperature=1.0, chunk_tokens=4)
-    assert seen == {(6, 0), (5, 0), (4, 0)}
+    assert seen == {(6 if DEVICE == "cuda" else 5, 0), (4, 0)}  # rows without a target go only if the host may wait
     log_probs = (hidden.double() @ weight.double().T).log_softmax(-1)
     assert distance(nll, -log_probs[:5].gather(1, targets[:5, None].clamp_min(0))[:, 0] * (targets[:5] >= 0)) < 1e-5
     assert distance(top.log_probs, log_probs[:4].topk(2).values) < 1e-5
