@@ -203,16 +203,16 @@ def trials_of(
 
 def throughput_of(
     world: World, path: Path, overrides: tuple[str, ...] = (), limit_gib: float | None = None
-) -> tuple[Throughput, list[tuple[int, int]], str]:
-    """What `ted-ds bench` measures of a recipe, and prints; of each of its steps the micro-batches, and how many
-    optimizer steps the engine made of them. limit_gib: the memory that there is, if not this machine's.
+) -> tuple[Throughput, list[tuple[int, int, float]], str]:
+    """What `ted-ds bench` measures of a recipe, and prints; of each of its steps the micro-batches, how many optimizer
+    steps the engine made of them, and what was left of the layer loss. limit_gib: the memory that there is, if not this machine's.
     """
     run, steps = load_config(path, list(overrides)), []
 
     def recorded(engine: Any, batches: list[Batch], *given: Any, **inputs: Any) -> Any:
         before = engine.global_steps
         terms = train_step(engine, batches, *given, **inputs)
-        steps.append((len(batches), engine.global_steps - before))
+        steps.append((len(batches), engine.global_steps - before, inputs["fade"]))
         return terms
 
     def few_documents(folder: Path) -> None:

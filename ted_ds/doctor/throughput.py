@@ -101,7 +101,7 @@ def measure_throughput(run: RunConfig, world: World, folder: Path, steps: int) -
         raise ConfigError("a teacher's cache would first have to be recorded: give --teacher.cache=null")
     world.on_main(lambda: len(str(empty_folder(folder))))
     try:
-        own = world.on_main(lambda: _without_data(run, folder))
+        own = _with_rows_at_hand(run, folder, world.on_main(lambda: _write_corpus(run, folder)))
         tokenizer = open_tokenizer(own, world)
         models, pairs, filters = world.on_main(lambda: _models(own, folder, tokenizer.vocab_size))
         data = open_data(own, world, tokenizer, check_models(own, models, tokenizer, world))
@@ -113,18 +113,25 @@ def measure_throughput(run: RunConfig, world: World, folder: Path, steps: int) -
         world.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
-def _without_data(run: RunConfig, folder: Path) -> RunConfig:
-    """The recipe in a folder of its own, with rows at hand and a rate that changes nothing; on one rank."""
-    update: dict[str, Any] = {"output_dir": folder}
-    update["optimizer"] = run.optimizer.model_copy(update={"learning_rate": NO_RATE})
-    prepared = run.prepared_folder / "train"
-    if KINDS[run.spec.kind].lm_head and not prepared.exists():
-        write_stdlib_corpus(folder / "corpus")
-        rows = {"train": (str(folder / "corpus/train.jsonl"),), "validation": (), "prepared": folder / "data"}
-        update["data"] = run.data.model_copy(update=rows)
-    else:
-        update["data"] = run.data.model_copy(update={"prepared": run.prepared_folder})
-    return run.model_copy(update=update)
+def _write_corpus(run: RunConfig, folder: Path) -> Path | None:
+    """The file of the rows that stand for a causal LM's data, unless those are prepared; on one rank."""
+    if not KINDS[run.spec.kind].lm_head or (run.prepared_folder / "train").exists():
+        return None
+    write_stdlib_corpus(folder / "corpus")
+    return folder / "corpus/train.jsonl"
+
+
+def _with_rows_at_hand(run: RunConfig, folder: Path, corpus: Path | None) -> RunConfig:
+    """The recipe in a folder of its own, with a rate that changes nothing."""
+    rows: dict[str, Any] = {"prepared": run.prepared_folder}
+    if corpus is not None:
+        rows = {"prepared": folder / "data", "train": (str(corpus),), "validation": ()}
+    changes = {
+        "output_dir": folder,
+        "optimizer": run.optimizer.model_copy(update={"learning_rate": NO_RATE}),
+        "data": run.data.model_copy(update=rows),
+    }
+    return run.model_copy(update=changes)
 
 
 def _models(run: RunConfig, folder: Path, vocabulary: int) -> tuple[ModelPaths, Any, dict[str, Path]]:

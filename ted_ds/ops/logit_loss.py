@@ -69,8 +69,7 @@ def linear_cross_entropy_kl(
         The other rows' gradients are zero.
     chunk_tokens: tokens whose logits are alive at a time; None: see `default_chunk_tokens`.
 
-    On a CPU, rows whose target is -100 are taken out before the GEMMs and cost nothing. On CUDA the host would have to
-    wait for their number, so there they are left out of the sums instead.
+    On a CPU, rows without a target go before the GEMMs. On CUDA the host would have to wait for their number.
     Hidden states are cast to their head's dtype. GEMMs run in that dtype, the rest in float32 or wider; d_weight is
     summed over chunks in float32. Memory: two chunks of logits, and the gradients of hidden_s, weight and bias that are
     needed. Raises ValueError if shapes do not fit, or for a top k of another divergence than the forward KL.

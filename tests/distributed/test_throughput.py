@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from ted_ds.errors import TedError
 from tests.jobs import pretrain_recipe, throughput_of
 from tests.project import SEQUENCE, make_project, write_recipe
 from tests.task_project import make_task_project, write_task_recipe
@@ -28,8 +27,8 @@ def test_a_recipe_is_measured_over_sizes_and_ranks(project: Path, workers: Group
     for ranks, sizes in ((1, [1, 2, 4]), (2, [1, 2])):
         found, steps, text = workers(ranks).run(throughput_of, path)[0]
         assert [one.micro_batch_size for one in found.sizes] == sizes
-        assert all(made == 1 for _, made in steps)  # an optimizer step each, of one micro-batch or two
-        assert {count for count, _ in steps} == {1, 2}
+        assert all(made == 1 for _, made, _ in steps)  # an optimizer step each, of one micro-batch or two
+        assert {(count, fade) for count, _, fade in steps} == {(1, 1.0), (2, 1.0), (1, 0.0), (2, 0.0)}
         for one in [*found.sizes, found.faded]:
             assert one.micro_batches * one.micro_batch_size * ranks == 4
             assert one.tokens_per_second == pytest.approx(4 * SEQUENCE * 1e3 / one.step_ms)
@@ -49,8 +48,8 @@ def test_a_recipe_is_measured_over_sizes_and_ranks(project: Path, workers: Group
     assert workers(1).run(pretrain_recipe, path, ("--train.steps=1", "--filters.steps=1"))[0]["steps"] == 1
 
 
-@pytest.mark.parametrize("method", ["ce", "kd", "lwd"])
-def test_every_method_is_measured(project: Path, workers: Group, method: str) -> None:
+@pytest.mark.parametrize("method", ["ce", "lwd"])
+def test_other_methods_are_measured(project: Path, workers: Group, method: str) -> None:
     path = write_recipe(project, f"by_{method}", method=method)
     found, *_ = workers(1).run(throughput_of, path)[0]
     assert (found.faded is None) == (method != "lwd")
@@ -71,6 +70,6 @@ def test_it_ends_before_memory_does(project: Path, workers: Group) -> None:
 
 def test_a_cache_is_refused_and_nothing_is_left(project: Path, workers: Group) -> None:
     path = write_recipe(project, "cached", teacher__cache=str(project / "cache"))
-    with pytest.raises(TedError, match=r"give --teacher\.cache=null"):
+    with pytest.raises(AssertionError, match=r"give --teacher\.cache=null"):
         workers(1).run(throughput_of, path)
     assert not (project / "cached").exists()
