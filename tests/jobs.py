@@ -205,7 +205,7 @@ def throughput_of(
     world: World, path: Path, overrides: tuple[str, ...] = (), limit_gib: float | None = None
 ) -> tuple[Throughput, list[tuple[int, int, float]], str]:
     """What `ted-ds bench` measures of a recipe, and prints; of each of its steps the micro-batches, how many optimizer
-    steps the engine made of them, and what was left of the layer loss. limit_gib: the memory that there is, if not this machine's.
+    steps the engine made of them, and what was left of the layer loss. limit_gib: the memory, if not this machine's.
     """
     run, steps = load_config(path, list(overrides)), []
 
