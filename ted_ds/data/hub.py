@@ -17,8 +17,11 @@ def hub_rows(entry: HubDataset) -> tuple[str, Any]:
     A local folder that `save_to_disk` wrote is memory-mapped. The files of other local folders are looked at first.
     Raises DataError with the cause, and the file and column if `datasets` knows them.
     """
-    from datasets import load_dataset
+    from datasets import load_dataset  # here and below: a second of importing, which most runs do without
+    from datasets.utils import logging
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     where = f"data set {entry.hub} ({entry.name or 'default'}, {entry.split})"
     try:
         if _is_saved(Path(entry.hub)):

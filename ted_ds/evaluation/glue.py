@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 from ted_ds.batch import IGNORED
 from ted_ds.errors import DataError, NotFiniteError
@@ -40,6 +38,9 @@ def glue_scores(metrics: Sequence[str], outputs: np.ndarray, labels: np.ndarray)
 
 
 def _score(metric: str, predictions: np.ndarray, labels: np.ndarray) -> float:
+    from scipy.stats import pearsonr, spearmanr  # a second of importing, which other tasks do without
+    from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
     if metric == "accuracy":
         return float(accuracy_score(labels, predictions))
     if metric == "f1":

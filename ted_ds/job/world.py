@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TypeVar, cast
 
 import torch
-from datasets.utils import logging as datasets_logging
 from transformers.utils import logging as transformers_logging
 
 from ted_ds.batch import on_device
@@ -221,9 +220,8 @@ def _quiet(rank: int) -> None:
     """Logging on rank 0 only, without DeepSpeed's progress and torch's warnings about DeepSpeed's collectives."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
-    for library in (transformers_logging, datasets_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("[ted_ds] %(message)s"))
