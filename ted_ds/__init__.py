@@ -46,6 +46,7 @@ _HOME = {
     "host_frozen": "ted_ds.teacher.hosting",
     "build_trained_engine": "ted_ds.distill.engine",
     "train_step": "ted_ds.pipeline.step",
+    "choose_engines": "ted_ds.doctor.engines",
     "run_recipe": "ted_ds.pipeline.run",
     "TedError": "ted_ds.errors",
     "ConfigError": "ted_ds.errors",

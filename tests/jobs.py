@@ -18,6 +18,7 @@ from ted_ds.config.load import load_config
 from ted_ds.config.schema import RunConfig
 from ted_ds.distill.engine import build_trained_engine
 from ted_ds.distill.filter_learner import FilterLearner
+from ted_ds.doctor.engines import choose_engines
 from ted_ds.doctor.throughput import Throughput, measure_throughput
 from ted_ds.doctor.throughput_report import write_report
 from ted_ds.errors import TedError
@@ -41,8 +42,8 @@ from tests.golden.check import Case
 def pretrain_recipe(
     world: World, path: Path, overrides: tuple[str, ...] = (), goal: Goal = "distilled"
 ) -> dict[str, Any] | None:
-    """Runs a recipe in this rank's process group."""
-    return run_recipe(load_config(path, list(overrides)), world, goal)
+    """Runs a recipe in this rank's process group, as the commands do."""
+    return run_recipe(choose_engines(load_config(path, list(overrides)), world), world, goal)
 
 
 def pretrain_error(world: World, path: Path, overrides: tuple[str, ...] = (), goal: Goal = "distilled") -> str:
@@ -220,7 +221,7 @@ def throughput_of(
         (folder / "train.jsonl").write_text(('{"text": "' + "w1 w2 w3 " * 20 + '"}\n') * 10, encoding="utf-8")
 
     changes: dict[str, Any] = {"train_step": recorded, "write_stdlib_corpus": few_documents}
-    changes |= {"_memory_gib": lambda _: limit_gib} if limit_gib else {}
+    changes |= {"available_bytes": lambda _: limit_gib * 2**30} if limit_gib else {}
     with patch.multiple("ted_ds.doctor.throughput", **changes):
         found = measure_throughput(run, world, run.output_dir / "bench/work", steps=2)
     text = world.on_main(lambda: write_report(found, run, {}, run.output_dir / "bench"))

@@ -43,6 +43,7 @@ def _bench(argv: Sequence[str]) -> int:
 
 
 def _measured(run: RunConfig, steps: int) -> str:
+    from ted_ds.doctor.engines import choose_engines
     from ted_ds.doctor.throughput import measure_throughput
     from ted_ds.doctor.throughput_report import write_report
     from ted_ds.job.versions import commit, versions
@@ -51,6 +52,7 @@ def _measured(run: RunConfig, steps: int) -> str:
     world = init_world(timedelta(minutes=run.train.timeout_minutes))
     folder = run.output_dir / FOLDER
     with lost_ranks_named(world):
+        run = choose_engines(run, world)
         found = measure_throughput(run, world, folder / f"work-{world.size}", steps)
         environment = versions() | {"commit": commit(), "python": platform.python_version()}
         text = world.on_main(lambda: write_report(found, run, environment, folder))

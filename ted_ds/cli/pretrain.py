@@ -45,6 +45,7 @@ def run_to(run: RunConfig, goal: Any) -> None:
 
 
 def _run(run: RunConfig, goal: Any, stop: Any) -> dict[str, Any] | None:
+    from ted_ds.doctor.engines import choose_engines
     from ted_ds.job.world import init_world, lost_ranks_named, shut_down
     from ted_ds.pipeline.run import run_recipe
 
@@ -52,7 +53,7 @@ def _run(run: RunConfig, goal: Any, stop: Any) -> dict[str, Any] | None:
     gc.freeze()  # garbage is collected at each engine's start and end: 0.3 s each over all that is imported
     try:
         with lost_ranks_named(world):
-            summary = run_recipe(run, world, goal)
+            summary = run_recipe(choose_engines(run, world), world, goal)
             shut_down(world)
     finally:
         gc.unfreeze()

@@ -7,7 +7,7 @@ from typing import Literal
 
 Method = Literal["ce", "kd", "lwd", "ted"]
 Dtype = Literal["float32", "bfloat16"]
-Sharding = Literal["zero3", "replicated"]
+Sharding = Literal["zero3", "replicated", "auto"]
 
 Measured = Literal["greedy", "influence", "iterative"]
 """Policies of `student.init.blocks` for which the teacher reads a sample of the training data."""

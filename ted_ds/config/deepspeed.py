@@ -17,6 +17,9 @@ from ted_ds.config.shipped import find_file, shipped_folder
 from ted_ds.config.tasks import KINDS
 from ted_ds.errors import ConfigError
 
+AUTO = Path("auto")
+"""`deepspeed: auto`, which `ted_ds.choose_engines` replaces by a file."""
+
 QUIET = 10**9
 """`steps_per_print` that never prints: ted_ds has its own log."""
 
@@ -126,6 +129,8 @@ def find_deepspeed_file(path: Path) -> Path:
 
     Raises ConfigError if neither has it.
     """
+    if path == AUTO:
+        raise ConfigError("deepspeed: auto was not replaced: call ted_ds.choose_engines(run, world) before")
     if (found := find_file(path)) is None:
         places = f"neither in {Path.cwd()} nor in {shipped_folder()}"
         raise ConfigError(f"the DeepSpeed file {path} is {places}: give an existing one")

@@ -49,7 +49,10 @@ class RunConfig(Section):
     method: Method = Field(default="ted", description="which terms the loss has, and whether filters are learnt")
     output_dir: Path = Field(description="the run's folder")
     seed: NonNegativeInt = Field(default=0, description="of the order of rows, random starts and dropout")
-    deepspeed: Path = Field(default=Path("ds_configs/zero3.json"), description="of the student's engine and Stage I's")
+    deepspeed: Path = Field(
+        default=Path("ds_configs/zero3.json"),
+        description="of the student's engine and Stage I's; auto: zero1.json or zero3.json, the first that fits",
+    )
     teacher: TeacherConfig | None = Field(default=None, description="not needed by `ce`")
     student: StudentConfig
     filters: FiltersConfig = FiltersConfig()

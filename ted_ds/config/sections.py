@@ -114,7 +114,8 @@ class TeacherConfig(Section):
 
     model: str = Field(description="folder or hub id of a model of the task")
     sharding: Sharding = Field(
-        default="zero3", description="zero3: one copy over all ranks; replicated: one on each rank"
+        default="zero3",
+        description="zero3: one copy over all ranks; replicated: one on each rank; auto: replicated if it fits",
     )
     dtype: Dtype = "bfloat16"
     deepspeed: Path = Field(default=Path("ds_configs/teacher_zero3.json"), description="used by sharding zero3")

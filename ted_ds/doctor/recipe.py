@@ -16,6 +16,7 @@ from ted_ds.config.data_section import HubDataset
 from ted_ds.config.schema import RunConfig
 from ted_ds.data.text_files import matching_files
 from ted_ds.data.tokenizers import load_tokenizer
+from ted_ds.doctor.engines import TIGHT, engine_choices, first_that_fits, named
 from ted_ds.doctor.estimate import Machine, estimate
 from ted_ds.doctor.finding import GIB, Finding, Status, gib
 from ted_ds.doctor.machine import existing, writable
@@ -32,9 +33,6 @@ OFFLOAD, RANKS = Path("ds_configs/zero3_offload.json"), "ranks"
 
 Change = dict[str, Any]
 """Other values of a recipe by dotted key, and by RANKS the number of ranks."""
-
-TIGHT = {"cuda": 0.85, "cpu": 0.6}
-"""Share of the memory above which the estimate's error may decide; on CPUs the C library keeps freed memory."""
 
 
 def folders(run: RunConfig | None) -> list[Finding]:
@@ -103,14 +101,18 @@ def share_of(facts: list[Facts], device: torch.device) -> Machine:
 
 def fit(run: RunConfig, machine: Machine) -> list[Finding]:
     """Whether the recipe fits memory and disk, by the models' configs alone: an estimate, line by line."""
+    lines = []
     try:
+        choices = engine_choices(run)
+        if len(choices) > 1:
+            run = choices[first_that_fits(choices, machine)]
+            lines.append(Finding("ok", "engines", f"auto takes {named(run)}"))
         shapes = run_shapes(run)
         found = estimate(run, shapes, machine)
     except TedError as error:
         return [Finding("FAIL", "recipe", str(error))]
     except Exception as error:  # any error of a model's own code, if it needs the tensors' values
         return [Finding("warn", "memory", f"not estimated: {str(error).partition(chr(10))[0]}", "try a few steps")]
-    lines = []
     for line in found.lines:
         what = f"{'passing: ' * line.passing}{line.what}{', on the host' * (line.place == 'host')}"
         lines.append(Finding("", "memory", f"{line.size / GIB:9.3f} GiB  {what}"))

@@ -8,15 +8,12 @@ teacher, loader, losses.
 from __future__ import annotations
 
 import shutil
-import socket
 import time
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from ted_ds.batch import Batch
@@ -25,6 +22,7 @@ from ted_ds.config.schema import ResolvedRun, RunConfig
 from ted_ds.config.tasks import KINDS
 from ted_ds.data.loader import Rows
 from ted_ds.data.stdlib_corpus import write_stdlib_corpus
+from ted_ds.doctor.engines import available_bytes
 from ted_ds.doctor.shapes import planned_pairs, student_config
 from ted_ds.errors import ConfigError, TedError
 from ted_ds.job.files import empty_folder
@@ -168,7 +166,7 @@ class _Bench:
         """See `measure_throughput`."""
         sizes: list[Measured] = []
         ended = "the global batch has no larger part"
-        limit = _memory_gib(self._world)
+        limit = available_bytes(self._world) / 2**30
         for size in self._candidates():
             if len(sizes) > 1 and (need := _expected_gib(sizes[-2:], size)) > MOST_MEMORY * limit:
                 ended = f"{size} rows would take about {need:.1f} of {limit:.1f} GiB"
@@ -274,17 +272,6 @@ class _Bench:
         without = {} if self._fade else {"layers": False}
         work = sum(flops.count(length, **without) for length in lengths) / len(lengths)
         return None if peak is None else work * batches_per_second / peak
-
-
-def _memory_gib(world: World) -> float:
-    """What a rank may use; on CPUs its share of what is free, and what it has already; the least of all ranks."""
-    if world.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(world.device)
-        mine = float(free + torch.cuda.memory_reserved(world.device))
-    else:
-        here = Counter(world.gather_objects(socket.gethostname()))[socket.gethostname()]
-        mine = psutil.virtual_memory().available / here + psutil.Process().memory_info().rss
-    return world.min(torch.tensor(mine, dtype=torch.float64)).item() / 2**30
 
 
 def _expected_gib(known: list[Measured], size: int) -> float:

@@ -122,6 +122,8 @@ def _find_files(run: RunConfig) -> None:
 
 def _check_engines(run: RunConfig, world: World) -> None:
     """Raises ConfigError for DeepSpeed files and batch sizes that cannot be, before hours are spent on data."""
+    if run.teacher is not None and run.teacher.sharding == "auto":
+        raise ConfigError("teacher.sharding: auto was not replaced: call ted_ds.choose_engines(run, world) before")
     own = run.filters.global_batch_size if METHODS[run.method].learns_filters else None
     for size in (None, *(() if own is None else (own.teacher, own.student))):
         config = trained_engine_config(

@@ -143,6 +143,25 @@ def test_dropout_is_drawn_alike_with_evaluation_and_without_and_after_a_restart(
     assert losses["evaluated"][1] != losses["without"][1]
 
 
+def test_auto_is_chosen_once(project: Path, workers: Group, finished: Path) -> None:
+    """The same losses as under ZeRO-3 on both sides; a run that was begun goes on as it began."""
+    auto = {"deepspeed": "auto", "teacher__sharding": "auto"}
+
+    def engines(name: str) -> tuple[str, str]:
+        found = yaml.safe_load((project / name / "config.yaml").read_text())
+        return found["deepspeed"], found["teacher"]["sharding"]
+
+    path = write_recipe(project, "chosen", optimizer__schedule="constant", **auto)
+    workers(2).run(pretrain_recipe, path)
+    assert engines("chosen") == ("ds_configs/zero1.json", "replicated")
+    for mine, theirs in zip(losses_of(project / "chosen"), losses_of(project / "finished"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    longer = copied(project, "begun", train__steps=11, **auto)
+    workers(2).run(pretrain_recipe, longer)
+    assert engines("begun") == ("ds_configs/zero3.json", "zero3")
+    assert len(losses_of(project / "begun")) == 12
+
+
 def test_a_run_that_is_not_over_can_be_exported(project: Path, finished: Path, workers: Group) -> None:
     path, folder = copied(project, "exported"), project / "exported"
     shutil.rmtree(folder / "student")

@@ -59,7 +59,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, fits: int, ranks: int = 1) -> Any:
         return measured(size, 100.0 + size)
 
     monkeypatch.setattr(found, "_measure", measure)
-    monkeypatch.setattr(throughput, "_memory_gib", lambda world: 5.0 if fits == 2 else 100.0)
+    monkeypatch.setattr(throughput, "available_bytes", lambda world: (5 if fits == 2 else 100) * 2**30)
     return found
 
 
