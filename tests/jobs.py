@@ -223,6 +223,6 @@ def throughput_of(
     changes: dict[str, Any] = {"train_step": recorded, "write_stdlib_corpus": few_documents}
     changes |= {"available_bytes": lambda _: limit_gib * 2**30} if limit_gib else {}
     with patch.multiple("ted_ds.doctor.throughput", **changes):
-        found = measure_throughput(run, world, run.output_dir / "bench/work", steps=2)
+        found = measure_throughput(run, world, run.output_dir / "bench/work", steps=1)
     text = world.on_main(lambda: write_report(found, run, {}, run.output_dir / "bench"))
     return found, steps, text

@@ -15,7 +15,6 @@ from ted_ds.config.load import read_yaml
 from ted_ds.config.schema import RunConfig
 from ted_ds.doctor.estimate import Machine, estimate
 from ted_ds.doctor.shapes import run_shapes
-from ted_ds.errors import TedError
 from ted_ds.job.world import World, logger
 
 TIGHT = {"cuda": 0.85, "cpu": 0.6}
@@ -37,7 +36,7 @@ def choose_engines(run: RunConfig, world: World) -> RunConfig:
     """The recipe with what its `auto`s stand for here; a collective. It is estimated from the models' configs alone.
 
     Takes the last choice, ZeRO-3, if none fits or nothing can be estimated; a run that was begun goes on with what it
-    took then, since a checkpoint is of one stage of ZeRO. Raises TedError if a model is not found.
+    took then, since a checkpoint is of one stage of ZeRO.
     """
     choices = engine_choices(run)
     if len(choices) == 1:
@@ -83,18 +82,13 @@ def engine_choices(run: RunConfig) -> list[RunConfig]:
 
 
 def first_that_fits(choices: list[RunConfig], machine: Machine) -> int:
-    """Its place, the last one's if none fits or nothing can be estimated; on one rank.
-
-    Raises TedError if a model is not found, or if the recipe does not fit it.
-    """
+    """Its place, the last one's if none fits or nothing can be estimated; on one rank."""
     limit = TIGHT[machine.device.type] * machine.device_bytes
     try:
         shapes = run_shapes(choices[0])
         fitting = (i for i, run in enumerate(choices) if estimate(run, shapes, machine).total("device") <= limit)
         return next(fitting, len(choices) - 1)
-    except TedError:
-        raise
-    except Exception as error:  # any error of a model's own code, if it needs the tensors' values
+    except Exception as error:  # any error of a model's own code; of a recipe that is wrong the run says it best
         logger.warning("auto: memory is not estimated, ZeRO-3 is taken: %s", str(error).partition("\n")[0])
         return len(choices) - 1
 

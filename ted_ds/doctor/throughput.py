@@ -191,6 +191,8 @@ class _Bench:
     def _candidates(self) -> Iterator[int]:
         """Powers of two, and the recipe's own size, of which a rank's part of the global batch is a multiple."""
         part, own = self._run.train.global_batch_size // self._world.size, self._run.train.micro_batch_size
+        if KINDS[self._run.spec.kind].compares_rows and self._run.loss.kl_alpha:  # a step's rows stay together
+            return iter([part])
         sizes = {own, *(1 << i for i in range(part.bit_length()))}
         return iter(sorted(size for size in sizes if size <= part and part % size == 0))
 

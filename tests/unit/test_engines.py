@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from ted_ds.doctor.engines import engine_choices, first_that_fits
 from ted_ds.doctor.estimate import Machine, estimate
 from ted_ds.doctor.recipe import fit
 from ted_ds.doctor.shapes import run_shapes
-from ted_ds.errors import ModelError
 from tests.project import make_project, write_recipe
 
 ALL = [("zero1", "replicated"), ("zero3", "replicated"), ("zero1", "zero3"), ("zero3", "zero3")]
@@ -69,14 +69,8 @@ def test_nothing_fits_or_nothing_is_known(project: Path, monkeypatch: pytest.Mon
     choices, none = engine_choices(recipe(project)), Machine(1, torch.device("cpu"), 0.0, 0.0, idle=0.0)
     assert first_that_fits(choices, none) == len(ALL) - 1
 
-    def raising(error: Exception) -> None:
-        def fail(_: RunConfig) -> None:
-            raise error
+    def fail(_: RunConfig) -> None:
+        raise RuntimeError("the model's own code looks at values")
 
-        monkeypatch.setattr(engines, "run_shapes", fail)
-
-    raising(RuntimeError("the model's own code looks at values"))
-    assert first_that_fits(choices, none) == len(ALL) - 1
-    raising(ModelError("not there"))
-    with pytest.raises(ModelError):
-        first_that_fits(choices, none)
+    monkeypatch.setattr(engines, "run_shapes", fail)
+    assert first_that_fits(choices, replace(none, device_bytes=1e15)) == len(ALL) - 1
