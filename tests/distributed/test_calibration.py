@@ -26,6 +26,7 @@ from ted_ds.models.channels import Measurements
 from ted_ds.models.least_squares import RIDGE
 from ted_ds.models.pruning import init_student
 from tests.jobs import first_filters, pretrain_error, pretrain_recipe, trials_of
+from tests.marks import slow
 from tests.project import SEQUENCE, make_project, write_recipe
 from tests.task_project import make_task_project, write_task_recipe
 from tests.workers import Workers
@@ -246,7 +247,7 @@ def plain_score(student: Path, recipe: Path) -> float:
     return float(nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()))
 
 
-@pytest.mark.parametrize("policy", ["greedy", "influence"])
+@pytest.mark.parametrize("policy", ["greedy", slow("influence")])
 def test_a_budget_takes_the_shape_of_the_least_loss(project: Path, workers: Group, policy: str) -> None:
     init = {"parameters": "12.0K", "blocks": policy, "calibration_tokens": ROWS * SEQUENCE}
     path = write_recipe(project, f"budget-{policy}", method="kd", student={"dtype": "float32", "init": init})

@@ -19,6 +19,7 @@ from torch.distributed.elastic.utils.distributed import get_free_port
 from ted_ds.job.lost_ranks import RankWatch
 from tests.faults.patches import bad_rows, errs, hangs, has_a_bug, waits_for
 from tests.faults.ranks import Ranks, latest_is_whole, recorded, run
+from tests.marks import slow
 
 Disturbed = Callable[..., tuple[Path, Path]]
 
@@ -42,7 +43,7 @@ def ended(ranks: Ranks, survivors: list[int]) -> str:
     return said
 
 
-@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("lost", [0, slow(1)])
 def test_a_killed_rank_is_named(fault_project: Path, disturbed: Disturbed, lost: int) -> None:
     recipe, logs = disturbed(f"lost-{lost}")
     ranks = Ranks(2, logs, recipe, LIMIT)
