@@ -108,7 +108,8 @@ def measure_throughput(run: RunConfig, world: World, folder: Path, steps: int) -
         engine = build_distillation_engine(resolved, world, data, plan)
         return _Bench(resolved, world, data, plan, engine, steps).measured()
     finally:
-        world.on_main(lambda: shutil.rmtree(folder, ignore_errors=True))
+        if world.is_main:  # no collective: the other ranks may be in the middle of a step that failed here
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_corpus(run: RunConfig, folder: Path) -> Path | None:
@@ -264,10 +265,12 @@ class _Bench:
         return min(1.0, _union(spans) / (1e6 * spent))
 
     def _mfu(self, run: ResolvedRun, rows: Rows, batches_per_second: float) -> float | None:
+        if self._world.device.type != "cuda":
+            return None
         pairs = self._plan.pairs
         own = () if pairs is None else (pairs.layer_map, pairs.student, pairs.teacher)
         flops = stage2_flops(run, self._plan.models, self._data.task, self._data.tokenizer, *own)
-        if flops is None or flops.dtype is None or self._world.device.type != "cuda":
+        if flops is None or flops.dtype is None:
             return None
         peak = peak_flops(torch.cuda.get_device_name(self._world.device), flops.dtype)
         lengths = [batch.input_ids.shape[1] for step in range(self._steps) for batch in rows.micro_batches(step)]
