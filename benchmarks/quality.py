@@ -54,13 +54,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 LONGER = "kd, 1.1 of the tokens"
 FORMER = {"loss": {"layer_loss": "normalized_mse"}}
+LEARNT = {"learn": "always"}
 METHODS: dict[str, dict[str, Any]] = {
     "ce": {"method": "ce"},
     "kd": {"method": "kd"},
     "lwd": {"method": "lwd"},
-    "ted": {"method": "ted"},
+    "ted": {"method": "ted", "filters": LEARNT},
     "lwd, normalized MSE": {"method": "lwd", **FORMER},
-    "ted, normalized MSE": {"method": "ted", **FORMER},
+    "ted, normalized MSE": {"method": "ted", "filters": LEARNT, **FORMER},
     LONGER: {"method": "kd"},
     "lwd, cosine": {"method": "lwd", "loss": {"layer_loss": "cosine"}},
     "lwd, all pairs": {"method": "lwd", "filters": {"skip_last": 0}},
@@ -70,7 +71,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lwd, share 3": {"method": "lwd", "loss": {"mse_alpha": 3}},
     "lwd, fading over 0.25": {"method": "lwd", "loss": {"layer_fade": 0.25}},
     "lwd, fading over all": {"method": "lwd", "loss": {"layer_fade": 1}},
-    "ted, filters not learnt": {"method": "ted", "filters": {"steps": 1, "learning_rate": 1e-12}},
+    "ted, filters not learnt": {"method": "ted", "filters": {**LEARNT, "steps": 1, "learning_rate": 1e-12}},
 }
 """Method -> what its recipe changes. Normalized MSE: over all pairs with a constant weight of 10."""
 
@@ -117,10 +118,7 @@ class Study:
 
     def _run(self, start: Path, method: str, rate: float, seed: int) -> dict[str, Any] | None:
         folder = self._work / f"{method.replace(',', '').replace(' ', '-')}-{rate:g}-{seed}"
-        for name in ("initial_student", "calibration"):
-            if (start / name).exists() and not (folder / name).exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / name).symlink_to((start / name).resolve())
+        share_cut(start, folder)
         path, recipe = folder.parent / f"{folder.name}.yaml", self._recipe(folder, method, rate, seed)
         if path.exists() and yaml.safe_load(path.read_text(encoding="utf-8")) != recipe:
             raise SystemExit(f"{path} is of other options: give another --work")
@@ -186,6 +184,14 @@ class Study:
         path = self._work / f"{folder.name}.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         run_command([*TED_DS, command, "--config", str(path)], self._options.device)
+
+
+def share_cut(start: Path, folder: Path) -> None:
+    """Gives a run's folder the initial student of another run of the same student.init."""
+    for name in ("initial_student", "calibration"):
+        if (start / name).exists() and not (folder / name).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to((start / name).resolve())
 
 
 def summed_up(results: list[dict[str, Any]], first_seed: int) -> list[dict[str, Any]]:

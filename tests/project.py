@@ -47,7 +47,7 @@ def recipe(project: Path, output: str, **changes: Any) -> dict[str, Any]:
         "output_dir": str(project / output),
         "teacher": {"model": str(project / "teacher"), "dtype": "float32"},
         "student": {"dtype": "float32", "init": {"blocks": "uniform", "num_blocks": 2}},
-        "filters": {"steps": 10, "learning_rate": 0.01, "layer_map": "uniform", "skip_last": 0},
+        "filters": {"learn": "always", "steps": 10, "learning_rate": 0.01, "layer_map": "uniform", "skip_last": 0},
         "loss": {},
         "data": {
             "train": [str(project / "train.txt")],

@@ -19,7 +19,7 @@ DECIDES = frozenset(
         *("student.model", "student.init", "student.pretrained", "student.init_from_pretrained"),
         *("student.dtype", "student.dropout", "student.head_dropout"),
         *("filters.output_dim", "filters.nonlinear", "filters.layer_map", "filters.learning_rate"),
-        "filters.skip_last",
+        *("filters.learn", "filters.skip_last"),
         *("filters.steps", "filters.epochs", "filters.warmup_steps", "filters.global_batch_size"),
         *("filters.head_dropout", "filters.token_fraction"),
         *("loss.kl_alpha", "loss.mse_alpha", "loss.temperature", "loss.divergence", "loss.kl_top_k"),
@@ -56,6 +56,7 @@ MAY_CHANGE = frozenset(
 
 FORMER_DEFAULTS = {
     "filters.layer_map": "uniform",
+    "filters.learn": "always",
     "student.init.blocks": "uniform",
     "loss.layer_loss": "normalized_mse",
     "loss.mse_alpha": 10.0,
@@ -96,6 +97,8 @@ def deciding(recipe: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in kept.items():
         if isinstance(value, dict):
             kept[name] = {key: inner for key, inner in value.items() if f"{name}.{key}" not in MAY_CHANGE}
+    if "filters" in kept:
+        kept["filters"].setdefault("learn", "always")
     return kept
 
 

@@ -133,6 +133,11 @@ class FiltersConfig(Duration):
     """
 
     section, default_steps = "filters", 200
+    learn: Literal["auto", "always"] = Field(
+        default="auto",
+        description="auto: not if student.init cut the student out of the teacher and both share a basis, since learnt "
+        "filters brought nothing there; method ted is then lwd",
+    )
     output_dim: PositiveInt | None = Field(
         default=None,
         description="filter width F, in channels; null: the teacher's width or, if student.init cut the student's by "

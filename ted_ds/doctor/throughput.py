@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from ted_ds.batch import Batch
-from ted_ds.config.choices import METHODS
 from ted_ds.config.schema import ResolvedRun, RunConfig
 from ted_ds.config.tasks import KINDS
 from ted_ds.data.loader import Rows
@@ -148,7 +147,7 @@ def _models(run: RunConfig, folder: Path, vocabulary: int) -> tuple[ModelPaths, 
     models = ModelPaths(student, teacher)
     pairs = planned_pairs(run, student) if run.loss.mse_alpha else None
     filters = {}
-    if pairs is not None and pairs.teacher is not None and METHODS[run.method].learns_filters:
+    if pairs is not None and pairs.teacher is not None:
         filters = {"teacher": folder / "teacher_filters"}
         write_filters(pairs.teacher.build(), pairs.teacher, filters["teacher"])
     return models, pairs, filters

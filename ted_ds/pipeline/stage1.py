@@ -94,7 +94,7 @@ def plan_pairs(run: RunConfig, models: ModelPaths) -> PairPlan | None:
     skipped = _skipped(run, min(student.num_blocks, teacher.num_blocks))
     layer_map = resolve_layer_map(policy, student.num_blocks, teacher.num_blocks, models.kept, skip_last=skipped)
     blocks_s, blocks_t = (tuple(pair[side] for pair in layer_map) for side in (0, 1))
-    if not METHODS[run.method].learns_filters:
+    if not METHODS[run.method].learns_filters or _in_one_basis(run, teacher.width, student.width, models):
         return PairPlan(layer_map, None, _fresh(run, student, blocks_s, teacher.width), models.rotation)
     ready = {side: read_plan(folder) for side, folder in models.published.items()}
     widths = [plan.output_dim for plan in ready.values()]
@@ -108,6 +108,16 @@ def plan_pairs(run: RunConfig, models: ModelPaths) -> PairPlan | None:
     )
     _check_ready(plan, ready, {"teacher": blocks_t, "student": blocks_s}, output_dim, run.loss.layer_loss)
     return plan
+
+
+def _in_one_basis(run: RunConfig, teacher_width: int, student_width: int, models: ModelPaths) -> bool:
+    """Whether Stage I is left out (`filters.learn: auto`): filters that are not learnt know already how the student's
+    hidden states lie in the teacher's. Filters that a recipe shapes, or that came with a checkpoint, are wanted.
+    """
+    settings = run.filters
+    if settings.learn == "always" or settings.nonlinear or settings.output_dim is not None or models.published:
+        return False
+    return models.kept is not None and (models.rotation is not None or teacher_width == student_width)
 
 
 def _skipped(run: RunConfig, pairs: int) -> int:
@@ -160,11 +170,16 @@ def _check_ready(
 
 
 def learn_filters(run: ResolvedRun, world: World, data: RunData, plan: PairPlan, models: ModelPaths) -> dict[str, Path]:
-    """Stage I of both sides, as far as it is not done; returns their folders (lwd learns none); a collective.
+    """Stage I of both sides, as far as it is not done; returns their folders (none, if none are learnt); a collective.
 
     Raises CheckpointError if a folder holds filters of another plan.
     """
     if plan.teacher is None:
+        if METHODS[run.method].learns_filters:
+            logger.info(
+                "Stage I is left out: the student was cut out of the teacher, and learnt filters brought such students "
+                "nothing; this run is lwd (filters.learn: always learns them)"
+            )
         return {}
     assert run.teacher is not None and models.teacher is not None
     folders = {}
@@ -260,7 +275,7 @@ def _refuse_other_origin(shared: Path, wanted: dict[str, Any]) -> None:
 
 
 def _learning(settings: FiltersConfig) -> dict[str, Any]:
-    return {f"filters.{name}": value for name, value in settings.model_dump(mode="json").items()}
+    return {f"filters.{name}": value for name, value in settings.model_dump(mode="json", exclude={"learn"}).items()}
 
 
 class FilterHooks(Hooks):

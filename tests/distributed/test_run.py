@@ -162,6 +162,24 @@ def test_auto_is_chosen_once(project: Path, workers: Group, finished: Path) -> N
     assert len(losses_of(project / "begun")) == 12
 
 
+@pytest.mark.parametrize("cut", [{"num_blocks": 2}, {"num_blocks": 3, "hidden_size": 8}], ids=["depth", "width"])
+def test_no_filters_are_learnt_where_both_sides_share_a_basis(
+    project: Path, workers: Group, cut: dict[str, object]
+) -> None:
+    """`filters.learn: auto`: the losses are those of lwd, and there is no Stage I."""
+    changes = {"student__init": cut, "filters__learn": "auto", "train__steps": 3, "train__save_every": 0}
+    name = f"auto-{len(cut)}"
+    paths = {m: write_recipe(project, f"{name}-{m}", method=m, **changes) for m in ("ted", "lwd")}
+    for method, path in paths.items():
+        workers(2 if method == "ted" else 1).run(pretrain_recipe, path)
+    ted, lwd = (read_metrics(project / f"{name}-{m}") for m in paths)
+    assert [line["loss"] for line in ted[1:]] == pytest.approx([line["loss"] for line in lwd[1:]], rel=1e-5)
+    assert not list((project / f"{name}-ted").glob("*_filters"))
+    shaped = write_recipe(project, f"{name}-shaped", **changes, filters__output_dim=4, filters__steps=1)
+    workers(1).run(pretrain_recipe, shaped, (), "filters")
+    assert len(list((project / f"{name}-shaped").glob("*_filters"))) == 2  # a width of the recipe's own is learnt
+
+
 def test_a_run_that_is_not_over_can_be_exported(project: Path, finished: Path, workers: Group) -> None:
     path, folder = copied(project, "exported"), project / "exported"
     shutil.rmtree(folder / "student")

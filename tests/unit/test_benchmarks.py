@@ -86,8 +86,9 @@ def test_ops_compares_what_computes_the_same(op: str) -> None:
 def test_step_measures_methods_with_and_without_checkpointing(tmp_path: Path, peaks_here: None) -> None:
     report = report_of(step.main, tmp_path, "--size tiny --repeats 1")
 
-    own = ["ce", "kd", "lwd", "ted", "ted cached", "ted cached top 64"]
-    names = ["plain", "teacher", *own, "naive ce", "naive kd", "naive lwd", "naive ted"]
+    methods = ["ce", "kd", "lwd", "ted", "ted mse"]
+    cached = ["ted cached", "ted cached top 64"]
+    names = ["plain", "teacher", *methods, *cached, *(f"naive {method}" for method in methods)]
     assert [(row["step"], row["checkpointing"]) for row in report["steps"]] == [
         *((name, False) for name in names),
         *((name, True) for name in names),

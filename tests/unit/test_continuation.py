@@ -97,6 +97,7 @@ def recipe(**changes: Any) -> RunConfig:
     values = yaml.safe_load(EARLIER)
     del values["environment"]
     del values["loss"]["residual_dtype"]  # a key of that version
+    values["filters"]["learn"] = "always"  # what that version did
     for dotted, value in changes.items():
         *path, last = dotted.split("__")
         place = values
@@ -159,6 +160,18 @@ def test_a_run_that_began_with_the_former_layer_loss_keeps_it() -> None:
     assert change == "loss.layer_loss: normalized_mse, this recipe says rms_mse"
     written = yaml.safe_load(yaml.safe_dump(today.model_dump(mode="json")))
     assert as_begun(today, written) == today  # a run of today stays as it is
+
+
+def test_a_run_that_began_with_stage_1_has_it() -> None:
+    before = yaml.safe_load(EARLIER)
+    values = recipe().model_dump(mode="json")
+    del values["filters"]["learn"]
+    today = RunConfig.model_validate(values)
+    begun = as_begun(today, before)
+    assert (today.filters.learn, begun.filters.learn) == ("auto", "always")
+    assert first_change(before, begun, "config.yaml") is None
+    given = RunConfig.model_validate({**values, "filters": {**values["filters"], "learn": "auto"}})
+    assert first_change(before, as_begun(given, before), "config.yaml") is not None
 
 
 def test_a_section_that_was_null_has_no_former_defaults() -> None:
