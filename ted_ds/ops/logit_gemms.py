@@ -53,9 +53,9 @@ def default_chunk_tokens(tokens: int, vocab: int, like: torch.Tensor, *, sides: 
     is no row block, it takes two of them again in float32. On CUDA a chunk has at least two rows for each
     multiprocessor, which the kernel works on at a time, and is a multiple of `_GEMM_TILE`.
     """
-    row_bytes = vocab * (like.element_size() * sides + 8 * (widened and like.is_cuda))
+    row_bytes = vocab * (like.element_size() * sides + 8 * (widened and dispatch.on_gpu(like)))
     limit, least, tile = _CPU_CHUNK_BYTES, _MIN_CHUNK_TOKENS, 1
-    if like.is_cuda:
+    if dispatch.on_gpu(like):
         device = torch.cuda.get_device_properties(like.device)
         limit = int(device.total_memory * _CUDA_CHUNK_SHARE)
         least, tile = max(least, 2 * device.multi_processor_count), _GEMM_TILE
@@ -108,7 +108,7 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, *, first:
     """
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=0.0 if first else 1.0)
-    elif total.is_cuda:
+    elif dispatch.on_gpu(total):
         torch.addmm(total, a, b, out_dtype=total.dtype, beta=0.0 if first else 1.0, out=total)
     elif first:
         total.copy_(a @ b)
