@@ -12,6 +12,9 @@ beside `plain`: the teacher's forward with its logits, and a student's CE step i
 tokens/s, MFU by counted FLOPs, the phases of a step, the processor time that the host needs for it, peak memory. The
 main number is `ted_to_plain` of each mode.
 
+--size host: the same blocks, so narrow that next to nothing but the host's work for a step is left, without a GPU too:
+blocks are DeepSpeed's leaf modules then, as on a GPU.
+
 --profile FILE: torch's profiler over two steps of the first mode, as tables. --waits: only counts how often a step
 makes the host wait for the device, by who asks; the exit code is not 0 if ted_ds does.
 """
@@ -29,10 +32,12 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from matplotlib.figure import Figure
@@ -65,6 +70,11 @@ COLUMNS = ("mode", "what", "seconds", "tokens_per_s", "mfu", "host_ms", "peak_gi
 Run = Callable[[], Any]
 
 
+def as_on_gpu() -> AbstractContextManager[Any]:
+    """Engines that are built within it have blocks as leaf modules, see `build_trained_engine`."""
+    return patch("ted_ds.distill.engine.get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
+
+
 @contextmanager
 def engines(setting: Setting, folder: Path, world: World, mode: str, step: str) -> Iterator[Run]:
     """One optimizer step of `ted` or `plain`; batches come from the host, as in a run."""
@@ -72,7 +82,8 @@ def engines(setting: Setting, folder: Path, world: World, mode: str, step: str) 
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     reset_peak(world.device)
-    engine, teacher = build_engines(setting, folder, world, TED if step == "ted" else CE, **MODES[mode])
+    with as_on_gpu() if setting.shape == SHAPES["host"] else nullcontext():
+        engine, teacher = build_engines(setting, folder, world, TED if step == "ted" else CE, **MODES[mode])
     engine.train()
     batch = random_batch(setting.shape, torch.device("cpu"))
 
