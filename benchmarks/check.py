@@ -26,6 +26,7 @@ from benchmarks.timing import environment
 RATIOS = {
     "ops": ("time_ratio_fused_to_naive", "time_ratio_fused_to_gemms", "extra_memory_ratio_fused_to_naive"),
     "step": ("time_ratio", "memory_ratio"),
+    "engine": ("host_ratio_zero3", "host_ratio_replicated", "host_ratio_zero1"),
 }
 """Benchmark -> fields of its report, of which less is better."""
 

@@ -228,19 +228,20 @@ def draw(figure: Figure, rows: list[dict[str, Any]]) -> None:
 
 def options_of() -> argparse.Namespace:
     parser = parser_of(__doc__)
-    parser.add_argument("--size", choices=SHAPES, help="default: tiny, or 1.5b on CUDA")
+    parser.add_argument("--size", choices=SHAPES, help="default: host, or 1.5b on CUDA")
     parser.add_argument("--rows", type=int, help="of the micro-batch; default 8 on CUDA")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--steps", type=int, default=10, help="measured steps")
     parser.add_argument("--checkpoint", action="store_true", help="recompute the student's blocks in backward")
     parser.add_argument("--profile", type=Path, metavar="FILE")
     parser.add_argument("--waits", action="store_true")
+    parser.add_argument("--gate", action="store_true", help="only what `make bench-check` compares: the host's work")
     return parser.parse_args()
 
 
 def shape_of(options: argparse.Namespace) -> Shape:
     cuda = options.device == "cuda"
-    shape = SHAPES[options.size or ("1.5b" if cuda else "tiny")]
+    shape = SHAPES[options.size or ("1.5b" if cuda else "host")]
     return replace(shape, rows=options.rows or (8 if cuda else shape.rows))
 
 
@@ -259,13 +260,13 @@ def main() -> int:
             shut_down(world)
             return 1 if ours else 0
         for mode in options.modes:
-            for step in ("ted", "plain"):
+            for step in ("ted",) if options.gate else ("ted", "plain"):
                 profile = options.profile if (mode, step) == (options.modes[0], "ted") else None
                 rows.append(measure(setting, folder, world, mode, step, profile))
                 print({k: v for k, v in rows[-1].items() if k != "all_seconds"}, flush=True)
                 publish(report(options, shape, rows), [], lambda figure: draw(figure, rows), options.json)
     print(table(rows, COLUMNS))
-    print(report(options, shape, rows)["ted_to_plain"])
+    print({name: ratio for name, ratio in report(options, shape, rows).items() if "ratio" in name or "to_" in name})
     shut_down(world)
     return 0
 
@@ -273,6 +274,7 @@ def main() -> int:
 def report(options: argparse.Namespace, shape: Shape, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What is known so far."""
     seconds = {(row["mode"], row["what"]): row["seconds"] for row in rows}
+    host = {row["mode"]: row["host_ms"] for row in rows if row["what"] == "ted"}
     return {
         "benchmark": "engine: an optimizer step of one micro-batch through DeepSpeed's engines",
         "size": options.size,
@@ -281,6 +283,7 @@ def report(options: argparse.Namespace, shape: Shape, rows: list[dict[str, Any]]
         "ted_to_plain": {
             mode: seconds[mode, "ted"] / seconds[mode, "plain"] for mode in MODES if (mode, "plain") in seconds
         },
+        **{f"host_ratio_{mode}": ms / host["zero0"] for mode, ms in host.items() if "zero0" in host},
         "steps": rows,
         "environment": environment(torch.device(options.device), "engine", sys.argv[1:]),
     }

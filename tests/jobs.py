@@ -27,9 +27,10 @@ from ted_ds.models.channels import Measurements
 from ted_ds.models.cut_plan import find_roles
 from ted_ds.models.loading import gathered, meta_model
 from ted_ds.pipeline.calibration import Calibration, Trial
+from ted_ds.pipeline.pair_plan import plan_pairs
 from ted_ds.pipeline.run import Goal, run_recipe
 from ted_ds.pipeline.stage0 import ensure_models
-from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
+from ted_ds.pipeline.stage1 import learn_filters
 from ted_ds.pipeline.stage2 import Plan, build_distillation_engine
 from ted_ds.pipeline.step import global_counts, train_step
 from ted_ds.tasks.base import RunData, Task

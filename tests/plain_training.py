@@ -20,9 +20,9 @@ from ted_ds.models.layer_map import LayerMap
 from ted_ds.models.structure import find_structure
 from ted_ds.ops import Head
 from ted_ds.ops.reference import kl_sum, top_k_kl_sum
+from ted_ds.pipeline.pair_plan import PairPlan, plan_pairs
 from ted_ds.pipeline.schedule import learning_rate_schedule
 from ted_ds.pipeline.stage0 import ModelPaths
-from ted_ds.pipeline.stage1 import PairPlan, plan_pairs
 from ted_ds.tasks.causal_lm import LMHead
 
 

@@ -45,6 +45,8 @@ MAY_CHANGE = frozenset(
         *("teacher.trust_remote_code", "student.trust_remote_code", "data.trust_remote_code"),
         # prepared rows know what was left out, and refuse another setting if that makes a difference
         "data.skip_bad_rows",
+        # says something before the run, and changes nothing in it
+        "loss.probe_steps",
         # how long, how often, and what is said and kept
         *("train.steps", "train.evaluate_every", "train.save_every", "train.keep_last", "train.keep_every"),
         *("train.max_skipped_steps", "train.max_minutes", "train.timeout_minutes"),

@@ -108,6 +108,18 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_probe_has_what_it_compares(self) -> Self:
+        if not self.loss.probe_steps:
+            return self
+        if not self.data.validation:
+            raise ValueError("loss.probe_steps compares held-out scores: give data.validation, or remove it")
+        if self.student.init is not None and self.student.init.heals_in_rounds:
+            raise ValueError(
+                "loss.probe_steps has no use for the rounds of student.init.blocks iterative: remove one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _trust_a_model_s_tokenizer(self) -> Self:
         trusted = [self.student.model, self.student.pretrained] if self.student.trust_remote_code else []
         trusted += [self.teacher.model] if self.teacher is not None and self.teacher.trust_remote_code else []

@@ -214,6 +214,11 @@ class LossConfig(Section):
         description="share of train.steps over which the layer loss fades out linearly, 0: it does not; null: 0.5 with "
         "rms_mse and cosine, else 0",
     )
+    probe_steps: NonNegativeInt = Field(
+        default=0,
+        description="before Stage II, steps of two short runs, one of them by kd, whose held-out scores say whether "
+        "the layer loss pays; 0: no such runs",
+    )
     mask_padding: bool = Field(
         default=True,
         description="false: padding positions count in the layer loss and in a question's distributions, and "

@@ -25,8 +25,8 @@ from ted_ds.models.pooler import set_head_dropout
 from ted_ds.models.structure import find_blocks, set_dropout
 from ted_ds.models.task_head import AUTO_CLASSES, label_fields
 from ted_ds.pipeline.budget import shapes_within
+from ted_ds.pipeline.pair_plan import PairPlan, plan_pairs
 from ted_ds.pipeline.stage0 import ModelPaths
-from ted_ds.pipeline.stage1 import PairPlan, plan_pairs
 
 
 @dataclass(frozen=True)

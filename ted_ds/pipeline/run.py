@@ -21,8 +21,10 @@ from ted_ds.job.world import World, logger
 from ted_ds.models.fit import check_ids
 from ted_ds.pipeline.checkpoints import latest_tag
 from ted_ds.pipeline.iterative import ROUNDS, heal_in_rounds
+from ted_ds.pipeline.layer_loss_probe import PROBE, probe_layer_loss
+from ted_ds.pipeline.pair_plan import plan_pairs
 from ted_ds.pipeline.stage0 import CALIBRATION, MODELS, check_models, ensure_models
-from ted_ds.pipeline.stage1 import learn_filters, plan_pairs
+from ted_ds.pipeline.stage1 import learn_filters
 from ted_ds.pipeline.stage2 import Plan, distill, export_checkpoint
 from ted_ds.runs.progress import finished
 from ted_ds.tasks.registry import open_data, open_tokenizer
@@ -81,6 +83,8 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
     filters = learn_filters(resolved, world, data, pairs, models) if pairs else {}
     if goal == "filters":
         return None
+    if goal != "export":
+        probe_layer_loss(run, world, run_recipe)
     last_stage = export_checkpoint if goal == "export" else distill
     return last_stage(resolved, world, data, Plan(models, pairs, filters))
 
@@ -88,7 +92,7 @@ def _run(run: RunConfig, world: World, goal: Goal) -> dict[str, Any] | None:
 def _refuse_own_folders(run: RunConfig) -> None:
     """Raises ConfigError if the recipe reads something from where the run will write: it would be replaced."""
     written = ["published_teacher", "published_student", "teacher_filters", "student_filters"]
-    written += ["checkpoints", "best", "student", CALIBRATION, ROUNDS]
+    written += ["checkpoints", "best", "student", CALIBRATION, ROUNDS, PROBE]
     written += ["initial_student"] if run.student.model is None or run.student.init_from_pretrained else []
     written += ["data"] if run.data.prepared is None else []
     given: dict[str, list[str | None]] = {

@@ -30,10 +30,10 @@ from ted_ds.pipeline.batch_flops import stage2_flops
 from ted_ds.pipeline.best import BestStudent
 from ted_ds.pipeline.export import export_student
 from ted_ds.pipeline.loop import Hooks, Steps, run_steps
+from ted_ds.pipeline.pair_plan import PairPlan
 from ted_ds.pipeline.resume import Checkpoints
 from ted_ds.pipeline.schedule import learning_rate_schedule
 from ted_ds.pipeline.stage0 import ModelPaths
-from ted_ds.pipeline.stage1 import PairPlan
 from ted_ds.pipeline.step import global_counts
 from ted_ds.tasks.base import RunData
 from ted_ds.teacher.contract import Teacher

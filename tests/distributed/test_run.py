@@ -180,6 +180,23 @@ def test_no_filters_are_learnt_where_both_sides_share_a_basis(
     assert len(list((project / f"{name}-shaped").glob("*_filters"))) == 2  # a width of the recipe's own is learnt
 
 
+def test_a_probe_says_whether_the_layer_loss_pays(project: Path, workers: Group, finished: Path) -> None:
+    """Its two runs begin with the run's own student and filters, and the run is what it would be without them."""
+    path = write_recipe(project, "probed", optimizer__schedule="constant", loss__probe_steps=2)
+    workers(2).run(pretrain_recipe, path)
+    folder = project / "probed"
+    assert losses_of(folder) == losses_of(project / "finished")
+    found = json.loads((folder / "probe/probe.json").read_text())
+    short = {m: json.loads((folder / f"probe/{m}/summary.json").read_text()) for m in ("kd", "ted")}
+    assert {m: found[m] for m in short} == {m: summary["validation_loss"] for m, summary in short.items()}
+    assert found["pays"] == (found["ted"] < found["kd"]) and {s["steps"] for s in short.values()} == {2}
+    assert len({summary["initial_validation_loss"] for summary in short.values()}) == 1
+    assert (folder / "probe/ted/teacher_filters").resolve() == (folder / "teacher_filters").resolve()
+    before = (folder / "probe/kd/metrics.jsonl").stat().st_mtime_ns
+    workers(2).run(pretrain_recipe, path, ("--train.steps=12",))
+    assert (folder / "probe/kd/metrics.jsonl").stat().st_mtime_ns == before
+
+
 def test_a_run_that_is_not_over_can_be_exported(project: Path, finished: Path, workers: Group) -> None:
     path, folder = copied(project, "exported"), project / "exported"
     shutil.rmtree(folder / "student")

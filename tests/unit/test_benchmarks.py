@@ -207,6 +207,7 @@ def test_environment_keeps_no_absolute_path() -> None:
 COMMITTED = {
     "ops": dict.fromkeys(check.RATIOS["ops"], 0.5) | {"unit": "none"},
     "step": {"time_ratio": 1.0, "memory_ratio": 0.8},
+    "engine": dict.fromkeys(check.RATIOS["engine"], 2.0),
 }
 
 
@@ -231,7 +232,7 @@ def runs_with(*reports: Mapping[str, float]) -> tuple[Callable[[str], Mapping[st
 def test_gate_passes_what_is_as_good(committed: Path) -> None:
     measure, asked = runs_with({"time_ratio": 1.149, "memory_ratio": 0.1})
     assert check.main(["--results", str(committed)], measure) == 0
-    assert asked == ["ops", "step"]
+    assert asked == ["ops", "step", "engine"]
 
 
 def test_gate_takes_the_best_of_three(committed: Path) -> None:
@@ -239,13 +240,13 @@ def test_gate_takes_the_best_of_three(committed: Path) -> None:
         {"time_ratio": 1.3}, {"time_ratio": 1.1, "memory_ratio": 0.99}, {"time_ratio": 9.0, "memory_ratio": 0.8}
     )
     assert check.main(["--results", str(committed)], measure) == 0
-    assert asked == ["ops", "step", "step"], "each ratio was good once"
+    assert asked == ["ops", "step", "step", "engine"], "each ratio was good once"
 
 
 def test_gate_names_what_is_lost_and_by_how_much(committed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measure, asked = runs_with({"time_ratio": 1.4}, {"time_ratio": 1.2}, {"time_ratio": 1.3})
     assert check.main(["--results", str(committed)], measure) == 1
-    assert asked == ["ops", "step", "step", "step"]
+    assert asked == ["ops", "step", "step", "step", "engine"]
     said = capsys.readouterr()
     assert "benchmarks.step: time_ratio is 1.200, committed 1.000: +20.0%, and +15% is allowed" in said.err
     assert said.err.count("benchmarks.") == 1
@@ -273,14 +274,14 @@ def test_gate_knows_the_committed_results(benchmark: str) -> None:
 def test_gate_compares_with_the_same_kind_of_machine_alone(tmp_path: Path) -> None:
     """Of two folders, one has but a part of the reports; a field that is younger than a report does not count."""
     older = {name: value for name, value in EPYC.items() if name != "cpu_capability"}
-    for folder, told, names in (("a", EPYC, ["ops"]), ("b", older, ["ops", "step"])):
+    for folder, told, names in (("a", EPYC, ["ops"]), ("b", older, list(check.RATIOS))):
         (tmp_path / folder).mkdir()
         for name in names:
             (tmp_path / folder / f"{name}.json").write_text(json.dumps({"environment": told}))
     assert check.results_for(EPYC, tmp_path) == tmp_path / "b"
     for other in ({"cpu": "Intel Xeon"}, {"cores": 64}, {"device": "cuda"}):
         assert check.results_for(EPYC | other, tmp_path) is None
-    for name in ("ops", "step"):
+    for name in check.RATIOS:
         (tmp_path / f"b/{name}.json").write_text(json.dumps({"environment": EPYC}))
     assert check.results_for(EPYC | {"cpu_capability": "AVX512"}, tmp_path) is None
 

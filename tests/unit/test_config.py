@@ -144,6 +144,18 @@ def test_given_loss_weights_stay_and_zero_is_allowed(write):
             "method: ce has no such term, but loss.kl_alpha is 0.5: "
             "remove loss.kl_alpha, or choose method: kd or lwd or ted",
         ),
+        (
+            {"loss": {"probe_steps": 5}},
+            "loss.probe_steps compares held-out scores: give data.validation, or remove it",
+        ),
+        (
+            {
+                "loss": {"probe_steps": 5},
+                "student": {"init": {"num_blocks": 2, "blocks": "iterative"}},
+                "data": {"train": ["a"], "validation": ["b"], "tokenizer": "t"},
+            },
+            "loss.probe_steps has no use for the rounds of student.init.blocks iterative: remove one of them",
+        ),
         ({"teacher": None}, "method: ted needs a teacher: give teacher.model"),
         (
             {"teacher": None, "method": "ce"},

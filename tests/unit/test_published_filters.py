@@ -11,8 +11,8 @@ import pytest
 from ted_ds.config.load import load_config
 from ted_ds.errors import ModelError
 from ted_ds.models.filters import FilterPlan
+from ted_ds.pipeline.pair_plan import PairPlan, plan_pairs
 from ted_ds.pipeline.stage0 import ModelPaths
-from ted_ds.pipeline.stage1 import PairPlan, plan_pairs
 from tests.task_project import make_task_project, write_task_recipe
 
 
