@@ -80,6 +80,15 @@ def first_filters(world: World, path: Path, overrides: tuple[str, ...] = ()) -> 
     return found
 
 
+def attention_of(world: World, path: Path, overrides: tuple[str, ...] = ()) -> list[str]:
+    """How the student and the teacher of Stage II compute attention."""
+    _, _, engine = built(world, path, overrides)
+    models = (engine.module.student, engine.module.teacher.module.model)
+    found = [model.config._attn_implementation for model in models]
+    engine.destroy()
+    return found
+
+
 def restored_logits(world: World, path: Path, ids: torch.Tensor) -> torch.Tensor:
     """A finished run's logits from its engine, restored from the last checkpoint."""
     run, _, engine = built(world, path)

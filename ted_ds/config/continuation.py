@@ -39,7 +39,7 @@ MAY_CHANGE = frozenset(
         # where things are: rows, checkpoints and caches have fingerprints of their own
         *("output_dir", "data.prepared", "teacher.cache"),
         # how a step is computed: the split into ranks and micro-batches, sharding, memory against time
-        *("deepspeed", "teacher.deepspeed", "teacher.sharding"),
+        *("deepspeed", "teacher.deepspeed", "teacher.sharding", "attn_implementation"),
         *("student.activation_checkpointing", "train.micro_batch_size", "data.processes"),
         # what may be loaded: of the models that come of it, names and shapes are compared
         *("teacher.trust_remote_code", "student.trust_remote_code", "data.trust_remote_code"),

@@ -53,6 +53,11 @@ class RunConfig(Section):
         default=Path("ds_configs/zero3.json"),
         description="of the student's engine and Stage I's; auto: zero1.json or zero3.json, the first that fits",
     )
+    attn_implementation: str | None = Field(
+        default=None,
+        description="of both models, by transformers' names: sdpa, eager, flash_attention_2, ..; null: its own choice "
+        "for the family",
+    )
     teacher: TeacherConfig | None = Field(default=None, description="not needed by `ce`")
     student: StudentConfig
     filters: FiltersConfig = FiltersConfig()

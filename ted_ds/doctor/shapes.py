@@ -78,6 +78,7 @@ def run_shapes(run: RunConfig) -> Shapes:
         set_dropout(config, own.dropout)
     if own.head_dropout is not None:
         set_head_dropout(config, own.head_dropout)
+    config._attn_implementation = run.attn_implementation
     student = model_shape(config, kind, own.dtype, length, trust_remote_code=own.trust_remote_code)
     theirs = run.teacher
     if theirs is None or not (run.loss.kl_alpha or run.loss.mse_alpha):

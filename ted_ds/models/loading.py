@@ -40,13 +40,14 @@ def load_model(
     deepspeed_config: dict[str, Any] | None = None,
     dropout: float | None = None,
     head_dropout: float | None = None,
+    attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """A Hugging Face model with the head of `kind`; under ZeRO-3 (by `deepspeed_config`) weights are cut as read.
 
     Only rank 0 reads the weights then (memory-mapped), and only its page cache ever sees a whole model.
     dropout: set on every dropout of the model; None keeps the checkpoint's. head_dropout: likewise, of the one
-    before the task head.
+    before the task head. attn_implementation: None: transformers' choice.
     What its files lack, `check_weights` names before. Raises ModelError if it cannot be loaded, or not whole.
     """
     # transformers shards in from_pretrained while this object lives
@@ -62,11 +63,13 @@ def load_model(
             name_or_path,
             config=config,
             dtype=DTYPES[dtype],
+            attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {name_or_path!r} could not be loaded: {load_failure(error)}") from error
+    except (ImportError, OSError, ValueError) as error:
+        how = "" if attn_implementation is None else f" with attn_implementation: {attn_implementation}"
+        raise ModelError(f"model {name_or_path!r} could not be loaded{how}: {load_failure(error)}") from error
     finally:
         del sharding
     if missing := found["missing_keys"]:  # the final norm of a DeepSeek-V4, if it is loaded into shards

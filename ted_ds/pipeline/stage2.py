@@ -124,6 +124,7 @@ def _build_student(run: ResolvedRun, world: World, data: RunData, plan: Plan) ->
         deepspeed_config=config,
         dropout=run.student.dropout,
         head_dropout=run.student.head_dropout,
+        attn_implementation=run.attn_implementation,
         trust_remote_code=run.student.trust_remote_code,
     )
     fit_to_run(student, run, data.tokenizer)

@@ -84,6 +84,7 @@ def load_frozen(
         dtype=dtype,
         deepspeed_config=config,
         dropout=0.0,
+        attn_implementation=run.attn_implementation,
         trust_remote_code=trust_remote_code,
     )
     fit_to_run(model, run, tokenizer)

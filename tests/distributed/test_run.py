@@ -16,7 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ted_ds.telemetry.recorder import read_metrics
-from tests.jobs import full_disk, pretrain_error, pretrain_recipe, restored_logits, zero_timeout
+from tests.jobs import attention_of, full_disk, pretrain_error, pretrain_recipe, restored_logits, zero_timeout
 from tests.project import VOCAB, make_project, write_recipe
 from tests.tiny_models import tiny_model
 from tests.workers import TIMEOUT_S, Workers
@@ -195,6 +195,15 @@ def test_a_probe_says_whether_the_layer_loss_pays(project: Path, workers: Group,
     before = (folder / "probe/kd/metrics.jsonl").stat().st_mtime_ns
     workers(2).run(pretrain_recipe, path, ("--train.steps=12",))
     assert (folder / "probe/kd/metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_attention_is_the_recipes(project: Path, workers: Group, finished: Path) -> None:
+    path = copied(project, "attention")
+    assert workers(1).run(attention_of, path, ("--attn_implementation=eager",)) == [["eager", "eager"]]
+    assert workers(1).run(attention_of, path) == [["sdpa", "sdpa"]]
+    wrong = write_recipe(project, "no-attention", attn_implementation="fastest")
+    said = workers(2).run(pretrain_error, wrong)
+    assert all("could not be loaded with attn_implementation: fastest: " in one for one in said)
 
 
 def test_a_run_that_is_not_over_can_be_exported(project: Path, finished: Path, workers: Group) -> None:

@@ -68,6 +68,7 @@ environment: {torch: 2.13.0+cpu, deepspeed: 0.19.8, transformers: 5.23.0, commit
 """config.yaml as commit 859b5d4 wrote it."""
 
 CHANGES: dict[str, Any] = {
+    "attn_implementation": "eager",
     "data.prepared": "elsewhere",
     "data.processes": 7,
     "deepspeed": "other.json",
