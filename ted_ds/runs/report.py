@@ -12,6 +12,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ted_ds.config.load import read_yaml
 from ted_ds.config.tasks import TASKS
 from ted_ds.errors import DataError
 from ted_ds.runs.progress import finished
@@ -224,24 +225,40 @@ def _cells(summary: dict[str, Any], names: Sequence[str], prefix: str) -> tuple[
     return tuple("-" if v is None else f"{v:.2f}" if abs(v) >= 1.5 else f"{v:.4f}" for v in values)
 
 
+def _teacher_of(folder: Path) -> Path | None:
+    """The folder of a run's teacher, by its recipe."""
+    path = folder / "config.yaml"
+    teacher = read_yaml(path).get("teacher") if path.exists() else None
+    return Path(teacher["model"]).resolve() if teacher else None
+
+
 def plot_curves(folders: Sequence[Path], path: Path) -> None:
     """A PNG of a held-out score (perplexity for text) and each loss term over steps, with a line for each run.
 
-    Raises DataError if `path` cannot be written.
+    A run whose student is the teacher of another of `folders` is one dashed line, where it ended: its own curve would
+    leave no room for the others. Raises DataError if `path` cannot be written.
     """
     from matplotlib.figure import Figure
 
-    records = [(folder.name, read_metrics(folder)) for folder in folders]
+    records = [(folder, read_metrics(folder)) for folder in folders]
+    teachers = {_teacher_of(folder) for folder in folders}
     score = main_score(read_summary(folders[0])["task"])
     figure = Figure(figsize=(12, 7), layout="constrained")
     panels = zip(figure.subplots(2, 2).flat, (score, "pred_loss", "kl_loss", "layer_loss"), strict=True)
     for axes, name in panels:
-        for i, (run, lines) in enumerate(records):
+        seen: list[float] = []
+        for i, (folder, lines) in enumerate(records):
             points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-            if points:
+            values = [value for _, value in points]
+            if (folder / "student").resolve() in teachers:
+                if name == score and values:
+                    axes.axhline(values[-1], color=f"C{i}", linestyle="--", label=f"{folder.name}, at its end")
+            elif any(values):  # a method without the term has zeros
+                seen += values
                 marker = "." if name == score else None
-                axes.plot(*zip(*points, strict=True), color=f"C{i}", marker=marker, label=run)
-        axes.set(title=name, xlabel="step", yscale="log" if name == PERPLEXITY else "linear")
+                axes.plot(*zip(*points, strict=True), color=f"C{i}", marker=marker, label=folder.name)
+        wide = name == PERPLEXITY and seen and max(seen) > 10 * min(seen)
+        axes.set(title=name, xlabel="step", yscale="log" if wide else "linear")
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()

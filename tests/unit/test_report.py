@@ -213,9 +213,19 @@ def test_runs_or_a_sweep(sweep: Path, folders: list[Path], capsys: pytest.Captur
             main(["--sweep", str(sweep), option, "none/x"])
 
 
-def test_the_curves_are_a_png(folders: list[Path], tmp_path: Path) -> None:
+def test_the_curves_are_a_png(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The teacher's run is a line where it ended, beside which its students are seen."""
     plot_curves(folders, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for folder in folders[1:]:
+        (folder / "config.yaml").write_text(yaml.safe_dump({"teacher": {"model": str(folders[0] / "student")}}))
+    figures: list[Any] = []
+    monkeypatch.setattr("ted_ds.runs.report.save_figure", lambda figure, path: figures.append(figure))
+    plot_curves(folders, tmp_path / "curves.png")
+    score, _, kl, _ = figures[0].axes
+    assert [line.get_label() for line in score.lines] == ["teacher, at its end", "ce", "ted"]
+    assert set(score.lines[0].get_ydata()) == {80.0} and score.get_yscale() == "linear"
+    assert [line.get_label() for line in kl.lines] == ["ce", "ted"]
 
 
 def test_an_unfinished_run_is_named(tmp_path: Path) -> None:
