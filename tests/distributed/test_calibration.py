@@ -295,7 +295,10 @@ def test_filters_start_at_the_rotation(project: Path, workers: Group) -> None:
     """So that the layer loss begins with what the cut has lost, and with nothing else."""
     init = {"blocks": [0, 1, 2, 3, 4, 5], "hidden_size": 16, "calibration_tokens": ROWS * SEQUENCE}
     path = write_recipe(
-        project, "rotated", student={"dtype": "float32", "init": init}, filters={"steps": 1, "skip_last": 0}
+        project,
+        "rotated",
+        student={"dtype": "float32", "init": init},
+        filters={"learn": "always", "steps": 1, "skip_last": 0},
     )
     student = workers(2).run(first_filters, path, ("--method=lwd",))[0]
     basis = Measurements.load(project / "rotated/calibration/width.safetensors").basis
@@ -315,7 +318,7 @@ def test_filters_start_at_the_rotation(project: Path, workers: Group) -> None:
 
 
 def test_pairs_match_the_blocks_that_were_kept(project: Path, workers: Group) -> None:
-    short = {"filters": {"steps": 1, "skip_last": 0}, "train__steps": 1, "train__save_every": 0}
+    short = {"filters": {"learn": "always", "steps": 1, "skip_last": 0}, "train__steps": 1, "train__save_every": 0}
     init = {"blocks": [0, 3, 4], "num_blocks": None}
     path = write_recipe(project, "matched", student={"dtype": "float32", "init": init}, **short)
     workers(2).run(pretrain_recipe, path)

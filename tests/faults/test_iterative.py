@@ -20,7 +20,7 @@ SHORT = {"filters__steps": 2, "train__steps": 3, "train__save_every": 2, "train_
 
 def rounds_recipe(project: Path, name: str, **changes: Any) -> Path:
     student = {"dtype": "float32", "init": INIT | changes}
-    return write_recipe(project, name, student=student, filters={"steps": 2}, **SHORT)
+    return write_recipe(project, name, student=student, filters={"learn": "always", "steps": 2}, **SHORT)
 
 
 @pytest.fixture(scope="module")
