@@ -135,6 +135,7 @@ def measure(setting: Setting, folder: Path, world: World, mode: str, step: str, 
         "tokens_per_s": shape.tokens / median,
         "mfu": peak and step_flops(step, shape) / median / peak,
         "host_ms": 1000 * statistics.median(host),
+        "least_host_ms": 1000 * min(host),
         "peak_gib": peak_memory_gib(world.device),
         **phases,
         "all_seconds": seconds,
@@ -274,7 +275,7 @@ def main() -> int:
 def report(options: argparse.Namespace, shape: Shape, rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What is known so far."""
     seconds = {(row["mode"], row["what"]): row["seconds"] for row in rows}
-    host = {row["mode"]: row["host_ms"] for row in rows if row["what"] == "ted"}
+    host = {row["mode"]: row["least_host_ms"] for row in rows if row["what"] == "ted"}  # other work only adds to it
     return {
         "benchmark": "engine: an optimizer step of one micro-batch through DeepSpeed's engines",
         "size": options.size,
