@@ -18,7 +18,7 @@ from ted_ds.models.channels import Measurements, PartScores, cut
 from ted_ds.models.cut_plan import CutPlan
 from ted_ds.models.families import Part, fitting_axes, part_read
 from ted_ds.models.least_squares import reading_basis
-from ted_ds.models.rotation import Role, Roles, Rotation, within
+from ted_ds.models.rotation import Role, Roles, Rotation, in_basis, within
 from ted_ds.models.weight_files import WeightReader
 
 
@@ -108,7 +108,7 @@ class Cut:
         if moments is not None and (dim := self._cut_input(source)) is not None:
             inputs = cut(torch.arange(tensor.shape[dim])[None], (None, axes[dim]), kept, sizes)[0]
             reading = reading_basis(moments, inputs)
-            tensor = (tensor.movedim(dim, -1).to(reading.dtype) @ reading).movedim(-1, dim).to(tensor.dtype)
+            tensor = in_basis(tensor, dim, reading)
             axes = tuple(None if i == dim else axis for i, axis in enumerate(axes))
         tensor = cut(tensor, axes, kept, sizes)
         if self._rotation is None or role is None:

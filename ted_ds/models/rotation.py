@@ -29,6 +29,10 @@ TOLERANCE = 1e-9
 """Largest difference of logits in float64, as a share of the largest, of an exact rotation."""
 
 
+_ROWS_ELEMENTS = 2**22
+"""Elements of a tensor that are in its basis' dtype at a time."""
+
+
 @dataclass(frozen=True)
 class Role:
     """What a tensor has to do with hidden states.
@@ -188,13 +192,24 @@ class Rotation:
         if role.kind == "norm":
             return torch.full((kept,), (width / kept) ** 0.5 - role.offset, dtype=tensor.dtype)
         basis = self.basis if basis is None else basis
-        along = tensor.to(basis.dtype).movedim(role.dim, -1)
-        if gain is not None:
-            along = along * gain
-        turned = along @ basis
-        if role.kind == "embedding" and self.roles.scaled:
-            turned = turned * (width / kept) ** 0.5
-        return turned.movedim(-1, role.dim).to(tensor.dtype).contiguous()
+        scale = (width / kept) ** 0.5 if role.kind == "embedding" and self.roles.scaled else 1.0
+        return in_basis(tensor, role.dim, basis, gain, scale)
+
+
+def in_basis(
+    tensor: torch.Tensor, dim: int, basis: torch.Tensor, gain: torch.Tensor | None = None, scale: float = 1.0
+) -> torch.Tensor:
+    """`tensor` with its dimension `dim`, of D entries, in a basis [D, d], contiguous and in its own dtype.
+
+    gain: [D], joins it before. Rows go a part at a time: an LM head in float64 would be the largest tensor of Stage 0.
+    """
+    along = tensor.movedim(dim, -1)
+    rows = along.reshape(-1, along.shape[-1])
+    parts = []
+    for part in rows.split(max(1, _ROWS_ELEMENTS // rows.shape[1])):
+        wide = part.to(basis.dtype)
+        parts.append(((wide if gain is None else wide * gain) @ basis * scale).to(tensor.dtype))
+    return torch.cat(parts).reshape(*along.shape[:-1], basis.shape[1]).movedim(-1, dim).contiguous()
 
 
 def principal_basis(moments: torch.Tensor) -> torch.Tensor:

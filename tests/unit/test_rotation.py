@@ -15,7 +15,7 @@ from ted_ds.errors import ModelError
 from ted_ds.models.channels import Measurements, PartScores
 from ted_ds.models.families import Part, axes_of
 from ted_ds.models.pruning import init_student
-from ted_ds.models.rotation import principal_basis, rotation_roles
+from ted_ds.models.rotation import in_basis, principal_basis, rotation_roles
 from tests.plain_measurements import plain_measurements
 from tests.tiny_models import ROTATED, tiny_model
 
@@ -142,3 +142,14 @@ def test_activations_decide_on_heads_units_and_channels() -> None:
     assert [found.tolist() for found in grouped.heads(0, 2, 2)] == [[1, 3], [0, 1]]
     assert [found.tolist() for found in grouped.heads(0, 2, 1)] == [[0, 1], [0]]
     assert scores.channels(2).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7), (5,), (3, 5, 4)])
+def test_a_tensor_goes_into_a_basis_in_parts(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ted_ds.models.rotation._ROWS_ELEMENTS", 10)  # two rows at a time
+    tensor, dim, basis = torch.randn(shape), shape.index(5), torch.randn(5, 2, dtype=torch.float64)
+    gain = torch.rand(5, dtype=torch.float64)
+    whole = 3 * ((tensor.double().movedim(dim, -1) * gain) @ basis).movedim(-1, dim)
+    found = in_basis(tensor, dim, basis, gain, 3.0)
+    assert found.dtype == torch.float32 and found.is_contiguous()
+    torch.testing.assert_close(found, whole.float())
