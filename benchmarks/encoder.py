@@ -24,13 +24,13 @@ from benchmarks.quality import LEARNT, share_cut
 from benchmarks.report import parser_of, publish, table
 from benchmarks.stage0 import TED_DS, run_command
 from benchmarks.timing import environment
+from ted_ds.config.choices import METHODS
 
 CUTS: dict[str, dict[str, Any]] = {
     **{f"3 blocks, {policy}": {"num_blocks": 3, "blocks": policy} for policy in ("uniform", "greedy", "influence")},
     "width 288, channels": {"hidden_size": 288},
 }
 COLUMNS = ("cut", "seeds", "start", "healed", "spread")
-METHODS = ("ce", "kd", "lwd", "ted")
 ROWS, STEPS = 64, 100
 OPTIMIZER = {"learning_rate": 1e-4, "weight_decay": 0.01, "betas": [0.9, 0.999], "schedule": "linear", "final_ratio": 0}
 
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="where the runs go, and are found again")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--cuts", nargs="+", default=list(CUTS), choices=list(CUTS))
-    parser.add_argument("--methods", nargs="+", default=["kd"], choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=["kd"], choices=list(METHODS))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     encoder = Encoder(options)
